@@ -1,0 +1,152 @@
+"""What one projection step costs beside one gradient step, in time and in temporary memory.
+
+    python benchmarks/step_time.py [--repeats 25] [--json FILE] [--model mlp128 mlp1024 cnn]
+
+For each model the steps run in turn in one process (A B C A B C ...), so that the machine's noise hits all of them;
+printed are the medians, and the medians of the ratios to the gradient step of the same round. A gradient step is
+`value_and_grad` and Adam; the displacement step is `filter_value_and_displacement` with its defaults and Adam; the
+projection step is one step of alternating projections with a copy a neuron, from a state of the loop. Temporary
+memory is what XLA reports for the compiled step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+
+import eqxproj
+from eqxproj._state import conformed, settled
+
+
+class Cnn(eqx.Module):
+    """Two 3x3 convolutions of 16 channels on 28x28 images, and a linear layer."""
+
+    first: eqx.nn.Conv2d
+    second: eqx.nn.Conv2d
+    last: eqx.nn.Linear
+
+    def __init__(self, key):
+        k1, k2, k3 = jax.random.split(key, 3)
+        self.first = eqx.nn.Conv2d(1, 16, 3, padding=1, key=k1)
+        self.second = eqx.nn.Conv2d(16, 16, 3, padding=1, key=k2)
+        self.last = eqx.nn.Linear(16 * 28 * 28, 10, key=k3)
+
+    def __call__(self, x):
+        h = jax.nn.relu(self.first(x))
+        return self.last(jax.nn.relu(self.second(h)).ravel())
+
+
+def loss(model, x, y):
+    return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
+
+
+def models():
+    """Name to a function that makes `(model, x, y)`."""
+
+    def mlp(width, batch):
+        def make(key):
+            model = eqx.nn.MLP(784, 10, width, 2, key=key)
+            return model, jax.random.uniform(key, (batch, 784)), jax.random.randint(key, (batch,), 0, 10)
+
+        return make
+
+    def cnn(key):
+        return Cnn(key), jax.random.uniform(key, (32, 1, 28, 28)), jax.random.randint(key, (32,), 0, 10)
+
+    return {"mlp128": mlp(128, 256), "mlp1024": mlp(1024, 512), "cnn": cnn}
+
+
+def steps_of(make):
+    """The compiled steps of one model, each with its arguments: a function of the last carry."""
+    model, x, y = make(jax.random.key(0))
+    parameters, static = eqx.partition(model, eqx.is_inexact_array)
+    adam = optax.adam(1e-3)
+
+    def optimized(direction):
+        def step(carry, batch):
+            x, y = batch
+            parameters, state = carry
+            _, moved = direction(eqx.combine(parameters, static), x, y)
+            updates, state = adam.update(moved, state, parameters)
+            return eqx.apply_updates(parameters, updates), state
+
+        return jax.jit(step), (parameters, adam.init(parameters)), (x, y)
+
+    def projection(copies):
+        solver = eqxproj.AlternatingProjections()
+        problem = eqxproj.feasibility_problem(loss, model, x, y, copies=copies)
+        arrays, rest = eqx.partition(problem, eqx.is_array)
+        start = settled(lambda state: solver.step(problem, state), solver.init(problem))
+
+        def step(state, arrays):
+            return conformed(solver.step(eqx.combine(arrays, rest), state), state)
+
+        return jax.jit(step), start, arrays
+
+    found = {
+        "gradient + adam": optimized(eqx.filter_value_and_grad(loss)),
+        "displacement + adam": optimized(eqxproj.filter_value_and_displacement(loss)),
+        "alternating projections": projection("neuron"),
+    }
+    return {name: (step.lower(carry, data).compile(), carry, data) for name, (step, carry, data) in found.items()}
+
+
+def measure(make, repeats: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds, ratio to the gradient step, and temporary bytes, for each step of one model."""
+    steps = steps_of(make)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    carries = {name: carry for name, (_, carry, _) in steps.items()}
+    for _ in range(repeats + 3):
+        for name, (step, _, data) in steps.items():
+            start = time.perf_counter()
+            carries[name] = jax.block_until_ready(step(carries[name], data))
+            times[name].append(time.perf_counter() - start)
+    base = np.asarray(times["gradient + adam"][3:])
+    reports = {name: step.memory_analysis() for name, (step, _, _) in steps.items()}
+    memory = {name: r.temp_size_in_bytes for name, r in reports.items()}
+    written = {name: r.temp_size_in_bytes + r.output_size_in_bytes for name, r in reports.items()}
+    for carry in carries.values():
+        assert all(bool(jnp.all(jnp.isfinite(a))) for a in jtu.tree_leaves(carry) if eqx.is_inexact_array(a))
+    return {
+        name: {
+            "ms": 1e3 * float(np.median(t[3:])),
+            "ratio": float(np.median(np.asarray(t[3:]) / base)),
+            "temporary_mb": memory[name] / 1e6,
+            "temporary_ratio": memory[name] / max(memory["gradient + adam"], 1),
+            "written_mb": written[name] / 1e6,
+            "written_ratio": written[name] / written["gradient + adam"],
+        }
+        for name, t in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=25, help="rounds that count (default 25)")
+    parser.add_argument("--model", nargs="+", choices=list(models()), default=list(models()))
+    parser.add_argument("--json", help="write the figures to this file too")
+    args = parser.parse_args()
+    results = {}
+    print(f"{'model':10} {'step':26} {'ms':>9} {'ratio':>7} {'temp MB':>9} {'+ output':>9} {'ratio':>7}")
+    for name in args.model:
+        results[name] = measure(models()[name], args.repeats)
+        for step, row in results[name].items():
+            print(
+                f"{name:10} {step:26} {row['ms']:9.2f} {row['ratio']:7.2f} {row['temporary_mb']:9.2f} "
+                f"{row['written_mb']:9.2f} {row['written_ratio']:7.2f}"
+            )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""`python -m eqxproj`: see `python -m eqxproj --help`."""
+
+import sys
+
+from eqxproj._compare import main
+
+if __name__ == "__main__":
+    sys.exit(main())

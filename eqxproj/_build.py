@@ -1,0 +1,362 @@
+"""From a program to its factor graph.
+
+An equation that depends on no parameter is evaluated once, on the forward pass, and so is the result of a
+`stop_gradient`. Of the rest, views become the edges' maps, everything downstream of the last use of a parameter
+becomes the objective, elementwise operations are fused into nodes $y = \\phi(\\sum_i c_i x_i + d)$, and what remains is
+one node an equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._errors import Unsupported, UnsupportedPrimitiveError
+from ._fusion import Fusion, dependents, is_elementwise, is_view
+from ._graph import Edge, Graph, Node
+from ._interpreter import Fragment, View
+from ._normal_form import Equation, Variable, live
+from ._objective import Term, terms
+from ._registry import RULES, RegisteredRule
+from ._trace import Trace
+from .rules import _builtin as _builtin
+from .rules._objective import CustomObjective, GenericObjective
+from .rules._rule import AbstractRule
+from .rules.custom import Custom
+from .rules.local import FLAT, LocalSolver, is_differentiable
+from .rules.scalar import AffineTerm, Scalar
+
+
+def check_dependence(trace: Trace) -> None:
+    """Raises a `ValueError` where the value of the loss depends on no parameter."""
+    program = trace.program
+    found = dependents(live(program.equations, [trace.loss_variable]), program.inputs[: len(trace.parameters)])
+    if trace.loss_variable.index not in found:
+        raise ValueError(
+            "`loss` does not depend on any floating-point array of `model`, so that there is nothing to train. "
+            "Check that the loss uses the model that it is given, and that nothing stops the gradient on the way."
+        )
+
+
+class GraphBuilder:
+    """Builds a graph, value by value, from the terms of the objective back."""
+
+    def __init__(self, trace: Trace, data: str):
+        self.trace, self.program = trace, trace.program
+        count = len(trace.parameters)
+        self.parameters, self.arguments = self.program.inputs[:count], self.program.inputs[count:]
+        self.equations = live(self.program.equations, [trace.loss_variable])
+        seeds = list(self.parameters)
+        self.unknown = dependents(self.equations, seeds)
+        check_dependence(trace)
+        self._split_objective()
+        if data == "pinned":
+            self._pin()
+        self.fusion = self._fuse()
+        self.values: list[Variable] = []
+        self.edges: list[Edge] = []
+        self.nodes: list[Node] = []
+        self.position: dict[int, int] = {}
+        self.missing: list[Unsupported] = []
+
+    # The objective.
+
+    def _split_objective(self) -> None:
+        names = [name for name, rule in RULES.items() if isinstance(rule, CustomObjective)]
+        found = terms(self.program, self.trace.loss_variable, self.unknown, names)
+        found = [t for t in found if t.variable.index in self.unknown]
+        self.custom = [t for t in found if t.custom is not None and self._accepts(t)]
+        self.generic = [Term(t.variable, t.coefficient, t.factors) for t in found if t not in self.custom]
+        plain = [abs(t.coefficient) for t in found if t.coefficient != 0 and np.isfinite(t.coefficient)]
+        self.largest = max(plain, default=1.0)
+        self.region = self._region([t.variable for t in self.generic])
+
+    def _accepts(self, term: Term) -> bool:
+        """A prox needs a positive coefficient, and the unknowns where it expects them."""
+        assert term.custom is not None
+        unknown = [v.index in self.unknown for v in term.custom.inputs]
+        return term.coefficient > 0 and CustomObjective.has_prox(term.custom, unknown)
+
+    def _region(self, ends: Sequence[Variable]) -> frozenset[int]:
+        """The equations, by the number of their first output, downstream of the last that holds a parameter."""
+        data = [v for v in self.arguments if not jnp.issubdtype(v.dtype, jax.dtypes.prng_key)]
+        used = {v.index for e in self.equations for v in e.inputs}
+        data += [
+            Variable(i, np.shape(c), None) for i, c in self.program.constants.items() if i in used and np.size(c) > 1
+        ]
+        of_data = dependents(self.equations, data)
+        inside: set[int] = set()
+        final = {v.index for v in ends}
+        pure = {v.index for v in ends if v.index not in of_data}
+        readers: dict[int, list[Equation]] = {}
+        for equation in self.equations:
+            for v in equation.inputs:
+                readers.setdefault(v.index, []).append(equation)
+        stops = {id(t.custom) for t in self.custom}
+        scope = live(self.equations, list(ends))
+        for equation in reversed(scope):
+            outs = [v.index for v in equation.outputs if v.index in self.unknown]
+            after = [r for i in outs for r in readers.get(i, ()) if r in scope or id(r) in stops]
+            after = [r for r in after if any(v.index in self.unknown for v in r.outputs)]  # not what is stopped
+            ok = all(r.outputs[0].index in inside for r in after) or all(i in final for i in outs)
+            holds = any(v.index in self.unknown and v.index not in of_data for v in equation.inputs)
+            holds = holds or self._ends_objective(equation)
+            is_pure = all(i in pure for i in outs)
+            if outs and ok and (not holds or is_pure):
+                inside.add(equation.outputs[0].index)
+                if is_pure:
+                    pure.update(v.index for v in equation.inputs)
+        return frozenset(inside)
+
+    def _ends_objective(self, equation: Equation) -> bool:
+        """Operations that stay nodes of their own though no parameter comes after them."""
+        if equation.name in ("dot_general", "conv_general_dilated"):
+            return all(v.index in self.unknown for v in equation.inputs)
+        rule = RULES.get(equation.name)
+        return equation.name in FLAT or isinstance(rule, (Custom, RegisteredRule))
+
+    def _boundary(self) -> list[Variable]:
+        """What the generic terms read from outside their region."""
+        region = [e for e in self.equations if e.outputs[0].index in self.region]
+        made = {v.index for e in region for v in e.outputs}
+        reads = [v for e in region for v in e.inputs] + [t.variable for t in self.generic]
+        return list({v.index: v for v in reads if v.index in self.unknown and v.index not in made}.values())
+
+    def _pin(self) -> None:
+        """Data that reaches a node becomes a variable, held in place. What reaches the objective alone stays known."""
+        outside = [
+            e
+            for e in self.equations
+            if e.outputs[0].index not in self.region and all(e is not t.custom for t in self.custom)
+        ]
+        outside = live(outside, [v for e in outside for v in e.outputs if v.index in self.unknown])
+        read = {v.index for e in outside for v in e.inputs}
+        self.pinned = [v for v in self.arguments if v.is_float and v.index in read]
+        self.unknown = dependents(self.equations, [*self.parameters, *self.pinned])
+
+    pinned: Sequence[Variable] = ()
+
+    def _fuse(self) -> Fusion:
+        ends = self._boundary() + [v for t in self.custom for v in self._custom_operands(t)]
+        objective = {id(t.custom) for t in self.custom}
+        inner = [e for e in self.equations if e.outputs[0].index not in self.region and id(e) not in objective]
+        self.inner = live(inner, ends)
+        views = {v.index for e in self.inner if is_view(e, self.unknown) for v in e.outputs}
+        kept = {v.index for v in ends} | {v.index for v in (*self.parameters, *self.pinned)}
+        return Fusion(self.program, self.inner, self.unknown, kept - views)
+
+    def _custom_operands(self, term: Term) -> list[Variable]:
+        assert term.custom is not None
+        return [v for v in term.custom.inputs if v.index in self.unknown]
+
+    # Values, edges and nodes.
+
+    def value(self, variable: Variable) -> int:
+        if variable.index not in self.position:
+            self.values.append(variable)
+            self.position[variable.index] = len(self.values) - 1
+        return self.position[variable.index]
+
+    def edge(self, variable: Variable) -> int:
+        """The edge that shows a variable: the views that lead to it from values."""
+        is_value = variable.index not in self.fusion.views
+        stops = self.fusion.kept - self.fusion.views
+        equations = (
+            ()
+            if is_value
+            else live([e for e in self.fusion.equations if not any(v.index in stops for v in e.outputs)], [variable])
+        )
+        made = {v.index for e in equations for v in e.outputs}
+        reads = [variable] if is_value else [v for e in equations for v in e.inputs]
+        sources = list({v.index: v for v in reads if v.index in self.unknown and v.index not in made}.values())
+        view = View(equations, tuple(sources), (variable,))
+        parameters = {p.index for p in self.parameters}
+        only = all(v.index in parameters for v in sources)
+        self.edges.append(Edge(variable, view, tuple(self.value(v) for v in sources), len(self.nodes), only))
+        return len(self.edges) - 1
+
+    def add(
+        self,
+        kind,
+        operation: str,
+        source: str,
+        rule: AbstractRule,
+        operands: Sequence[Variable],
+        function: Fragment | None,
+        outputs: Sequence[Variable],
+        **extra,
+    ) -> None:
+        edges = tuple(self.edge(v) for v in operands)
+        values = tuple(self.value(v) for v in outputs)
+        self.nodes.append(Node(kind, operation, source, rule, function, edges, values, **extra))
+
+    def build(self) -> Graph:
+        for term in self.custom:
+            self._add_custom_objective(term)
+        if self.generic:
+            self._add_generic_objective()
+        done = 0
+        while done < len(self.values):
+            self._produce(self.values[done])
+            done += 1
+        if self.missing:
+            raise UnsupportedPrimitiveError(self.missing)
+        inputs = [self.position.get(v.index) for v in self.parameters]
+        hard = not self.generic and all(t.custom.params["call"].hard for t in self.custom if t.custom is not None)
+        return Graph(
+            self.program, tuple(self.values), tuple(self.edges), tuple(self.nodes), tuple(inputs), self.largest, hard
+        )
+
+    def _add_custom_objective(self, term: Term) -> None:
+        equation = term.custom
+        assert equation is not None
+        rule = CustomObjective(term.factors)
+        operands = self._custom_operands(term)
+        fragment = Fragment((equation,), tuple(operands), equation.outputs)
+        unknown = tuple(v.index in self.unknown for v in equation.inputs)
+        scale = term.coefficient / self.largest
+        self.add(
+            "objective",
+            "objective",
+            equation.source,
+            rule,
+            operands,
+            fragment,
+            (),
+            equation=equation,
+            unknown=unknown,
+            scale=scale,
+        )
+
+    def _add_generic_objective(self) -> None:
+        operands = self._boundary()
+        equations = tuple(e for e in self.equations if e.outputs[0].index in self.region)
+        fragment = Fragment(equations, tuple(operands), tuple(t.variable for t in self.generic))
+        rule = GenericObjective(tuple((t.coefficient / self.largest, t.factors) for t in self.generic))
+        source = equations[-1].source if equations else "the value of the loss"
+        self.add("objective", "objective", source, rule, operands, fragment, ())
+
+    def _produce(self, variable: Variable) -> None:
+        """Adds the node that a value is the output of."""
+        if any(variable == v for v in self.parameters):
+            name = self.trace.names[self.parameters.index(variable)]
+            self._add_input("parameter", name, variable)
+        elif any(variable == v for v in self.pinned):
+            self._add_input("data", "data", variable)
+        elif variable.index not in self._produced:
+            equation = self.fusion.makers[variable.index]
+            self._produced.update(v.index for v in equation.outputs)
+            if is_elementwise(equation) or (
+                equation.name == "reduce_sum" and not isinstance(RULES.get("reduce_sum"), RegisteredRule)
+            ):
+                self._add_scalar(variable, equation)
+            else:
+                self._add_operation(equation)
+
+    @property
+    def _produced(self) -> set[int]:
+        return self.__dict__.setdefault("_made", set())
+
+    def _add_input(self, kind, name: str, variable: Variable) -> None:
+        self.nodes.append(Node(kind, name, "", None, None, (), (self.value(variable),)))
+
+    def _add_scalar(self, variable: Variable, equation: Equation) -> None:
+        affine = self.fusion.affine(variable)
+        root = variable
+        if affine is None:
+            index = self.fusion.roots[variable.index]
+            root = self.fusion.variables[index]
+            if index == variable.index:
+                self._add_operation(equation)
+                return
+            affine = self.fusion.affine(root) if not self.fusion.is_leaf(root) else [AffineTerm(root, 1.0, (), ())]
+            assert affine is not None
+        operands = [t.variable for t in affine]
+        distinct = _distinct(operands)
+        before = self.fusion.between(operands, root) if root not in operands else ()
+        after = self.fusion.between([root], variable) if root != variable else ()
+        function = Fragment((*before, *after), tuple(distinct), (variable,))
+        head, tail = Fragment(before, tuple(distinct), (root,)), Fragment(after, (root,), (variable,))
+        rule = Scalar.create(tuple(affine), head, tail, self.program.static)
+        name = "+".join(dict.fromkeys(e.name for e in (*before, *after))) or "identity"
+        self.add("operation", name, equation.source, rule, distinct, function, (variable,))
+
+    def _add_operation(self, equation: Equation) -> None:
+        unknown = tuple(v.index in self.unknown for v in equation.inputs)
+        operands = [v for v, is_unknown in zip(equation.inputs, unknown, strict=True) if is_unknown]
+        rule: AbstractRule | None = RULES.get(equation.name)
+        fragment_equations: tuple[Equation, ...] = (equation,)
+        if rule is None or not rule.accepts(equation, unknown):
+            operands, fragment_equations = self._opened(equation, operands)
+            rule = LocalSolver()
+            fragment = Fragment(fragment_equations, tuple(operands), equation.outputs)
+            if not all(v.is_float for v in operands) or not is_differentiable(fragment, self.program):
+                self.missing.append(Unsupported(equation.name, equation.source))
+        occurrences = isinstance(rule, LocalSolver) and len(_distinct(operands)) != len(operands)
+        operands = _distinct(operands) if occurrences else operands
+        fragment = _with_separate_operands(fragment_equations, operands, equation)
+        self.add(
+            "operation",
+            equation.name,
+            equation.source,
+            rule,
+            operands,
+            fragment,
+            equation.outputs,
+            equation=equation,
+            unknown=unknown,
+        )
+
+    def _opened(self, equation: Equation, operands: list[Variable]) -> tuple[list[Variable], tuple[Equation, ...]]:
+        """An elementwise equation with operands that are no values (predicates): read through to their own operands."""
+        if all(self.fusion.is_leaf(v) and v.is_float for v in operands):
+            return operands, (equation,)
+        leaves: dict[int, Variable] = {}
+        stack = list(operands)
+        while stack:
+            v = stack.pop()
+            if v.is_float and self.fusion.is_leaf(v) or self.fusion.fused(v) is None:
+                leaves[v.index] = v
+            else:
+                stack.extend(self.fusion.inputs(self.fusion.makers[v.index]))
+        start = list(leaves.values())
+        return start, self.fusion.between(start, equation.outputs[0])
+
+
+def _distinct(variables: Sequence[Variable]) -> list[Variable]:
+    return list({v.index: v for v in variables}.values())
+
+
+def _with_separate_operands(equations, operands: Sequence[Variable], equation: Equation) -> Fragment:
+    """A fragment whose operands are separate slots even where one variable fills two of them (`w * w`)."""
+    if len(_distinct(operands)) == len(operands):
+        return Fragment(tuple(equations), tuple(operands), equation.outputs)
+    fresh = [Variable(-1 - i, v.shape, v.dtype) for i, v in enumerate(operands)]
+    slots: Callable = iter(fresh).__next__
+    unknown = {v.index for v in operands}
+    inputs = tuple(slots() if v.index in unknown else v for v in equation.inputs)
+    renamed = Equation(equation.primitive, equation.params, inputs, equation.outputs, equation.source)
+    return Fragment((renamed,), tuple(fresh), equation.outputs)
+
+
+def build(trace: Trace, data: str = "constant") -> Graph:
+    """Builds the factor graph of a traced loss.
+
+    **Arguments:**
+
+    - `trace`: the traced loss.
+    - `data`: `"constant"` (data is known) or `"pinned"` (data is a variable that is held in place).
+
+    **Returns:**
+
+    A [`Graph`][], not yet two-colored.
+
+    **Raises:** `UnsupportedPrimitiveError` naming every operation without a rule; `ValueError` where the loss does not
+    depend on the model.
+    """
+    if data not in ("constant", "pinned"):
+        raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
+    return GraphBuilder(trace, data).build()

@@ -1,0 +1,64 @@
+"""The errors that the library raises beside `ValueError` and `TypeError`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """An operation without a projection rule, and where it stands in the user's code."""
+
+    primitive: str
+    source: str
+
+
+class UnsupportedPrimitiveError(NotImplementedError):
+    """A loss contains operations that have neither a projection rule nor a derivative.
+
+    `missing` lists all of them.
+    """
+
+    def __init__(self, missing: Sequence[Unsupported]):
+        self.missing = tuple(dict.fromkeys(missing))
+        lines = [f"  - {m.primitive!r} at {m.source}" for m in self.missing]
+        example = self.missing[0].primitive
+        super().__init__(
+            "These operations on unknowns have no projection rule, and no derivative to do without one:\n"
+            + "\n".join(lines)
+            + f"\nRegister a rule with `@eqxproj.register_projection({example!r})`, give the enclosing function a "
+            "projection of its own with `@eqxproj.custom_projection`, or wrap the operand in `jax.lax.stop_gradient` "
+            "to hold it at its value."
+        )
+
+
+class NonFiniteError(FloatingPointError):
+    """A state became NaN or infinite.
+
+    `model` is the last good model, `step` the number of the step (from 0), `node` the description of the first node,
+    from the objective back, at which it happened, and `history` what had been recorded till then.
+    """
+
+    def __init__(self, node: str, step: int, model: Any, history: Any = None):
+        self.node, self.step, self.model, self.history = node, step, model, history
+        super().__init__(
+            f"The state became NaN or infinite at step {step}, at node {node}. The last good model is in the attribute "
+            "`model` of this error. A smaller `tau`, a stiffer `metric` or a lower learning rate may help; data or "
+            "initial parameters of an extreme scale are the usual cause."
+        )
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was interrupted from the keyboard.
+
+    `model` is the model after the last finished step, `step` the number of finished steps, and `history` what had been
+    recorded till then.
+    """
+
+    def __init__(self, step: int, model: Any, history: Any):
+        self.step, self.model, self.history = step, model, history
+        super().__init__(
+            f"Training was interrupted after step {step}. The model is in the attribute `model` of this exception."
+        )

@@ -1,0 +1,72 @@
+"""Evaluates equations of a program, and the pieces that a graph is made of.
+
+A [`Fragment`][] is a function given by equations: the operation of a node, or the view through which a node reads
+its operand. Its known operands are looked up in an environment that the forward pass has filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from ._normal_form import Equation, Program, Variable
+
+
+def evaluate(equations: Iterable[Equation], env: dict[int, Any]) -> dict[int, Any]:
+    """Evaluates `equations` in order, adding their results to `env`."""
+    for equation in equations:
+        results = equation.bind(*(env[v.index] for v in equation.inputs))
+        env.update((v.index, r) for v, r in zip(equation.outputs, results, strict=True))
+    return env
+
+
+def forward(program: Program, inputs: Sequence[Array]) -> dict[int, Any]:
+    """The value of every variable of the program at these inputs."""
+    env: dict[int, Any] = dict(program.constants)
+    env.update((v.index, x) for v, x in zip(program.inputs, inputs, strict=True))
+    return evaluate(program.equations, env)
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """A function from `operands` to `outputs`; all else that its equations read must be known."""
+
+    equations: tuple[Equation, ...]
+    operands: tuple[Variable, ...]
+    outputs: tuple[Variable, ...]
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.equations and self.operands == self.outputs
+
+    @property
+    def known(self) -> frozenset[int]:
+        """The variables that the equations read from outside."""
+        inside = {v.index for e in self.equations for v in e.outputs} | {v.index for v in self.operands}
+        return frozenset(v.index for e in self.equations for v in e.inputs if v.index not in inside)
+
+    def __call__(self, known: Mapping[int, Any], values: Sequence[Array]) -> list[Array]:
+        env = {index: known[index] for index in self.known}
+        env.update((v.index, x) for v, x in zip(self.operands, values, strict=True))
+        evaluate(self.equations, env)
+        return [env[v.index] for v in self.outputs]
+
+
+@dataclass(frozen=True, eq=False)
+class View(Fragment):
+    """A 0/1 linear map from values to one operand, with parts that may be known constants."""
+
+    def show(self, known: Mapping[int, Any], values: Sequence[Array]) -> Array:
+        return values[0] if self.is_identity else self(known, values)[0]
+
+    def transpose(self, known: Mapping[int, Any], cotangent: Array) -> tuple[Array, ...]:
+        r"""$S^T u$, one array a value. Exact: the map is linear up to constants, which a transpose does not see."""
+        if self.is_identity:
+            return (cotangent,)
+        shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.operands]
+        transposed = jax.linear_transpose(lambda *values: self(known, values)[0], *shapes)
+        return tuple(transposed(cotangent.astype(self.outputs[0].dtype)))

@@ -1,0 +1,63 @@
+r"""The metric: one weight for every edge, laid out from the objective back.
+
+The weight of an edge is $g^{d}$ with `grade` $g$ and $d$ the depth of its consumer (the longest way to the objective,
+whose own operands weigh one), times `parameter` where it shows parameters alone. Weights are kept as logarithms, so
+that their ratios, on which small steps depend, are exact at any depth, while their values are clamped to [1e-30,
+1e30].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import equinox as eqx
+
+_CLAMP = 69.0
+
+
+class Metric(eqx.Module):
+    r"""How far a change of each variable counts.
+
+    **Arguments:**
+
+    - `grade`: factor of the weights from each node to the one behind it, seen from the objective.
+    - `parameter`: factor of the weights of parameters over those of states.
+    - `fan_out`: `"sum"`, the exact projection where a value has several consumers (the output weighs as much as they do
+        together, and its target is their weighted mean), or `"mean"`, a plain mean that counts once (as in the
+        software of arXiv 2506.05878, whose choice of the branch of a relu this option follows too; for parity).
+
+    `grade=1, parameter=1` is the unit metric of the paper. As both grow, one cyclic sweep returns the gradient.
+    """
+
+    grade: float = eqx.field(static=True)
+    parameter: float = eqx.field(static=True)
+    fan_out: Literal["sum", "mean"] = eqx.field(static=True)
+
+    def __init__(self, grade: float = 1.0, parameter: float = 1.0, fan_out: Literal["sum", "mean"] = "sum"):
+        for name, value in (("grade", grade), ("parameter", parameter)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a positive finite number, got {value!r}.")
+        if fan_out not in ("sum", "mean"):
+            raise ValueError(f'`fan_out` must be "sum" or "mean", got {fan_out!r}.')
+        self.grade, self.parameter, self.fan_out = float(grade), float(parameter), fan_out
+
+    def log_weight(self, depth: int, is_parameter: bool) -> float:
+        """The logarithm of the weight of an edge into a node of this depth."""
+        return depth * math.log(self.grade) + (math.log(self.parameter) if is_parameter else 0.0)
+
+
+def check_metric(metric: object) -> None:
+    """Raises a `TypeError` for what is no metric."""
+    if not isinstance(metric, Metric):
+        raise TypeError(f"`metric` must be a metric such as `eqxproj.Metric(grade=10.0)`, got {metric!r}.")
+
+
+def clamped(log_weight: float) -> float:
+    """A weight from its logarithm, within what float32 can square-root and divide."""
+    return math.exp(min(max(log_weight, -_CLAMP), _CLAMP))
+
+
+def ratio(log_numerator: float, log_denominator: float) -> float:
+    """The exact ratio of two weights, zero where it is below what a float64 holds."""
+    return math.exp(min(max(log_numerator - log_denominator, -700.0), _CLAMP))

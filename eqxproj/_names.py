@@ -1,0 +1,42 @@
+"""The primitives by kind: which act element by element, and which only move elements about.
+
+Primitives are known by name, since some are exported nowhere.
+"""
+
+ELEMENTWISE: frozenset[str] = frozenset(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
+    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round
+    rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
+    """.split()
+)
+"""One output element from one element of each operand."""
+
+VIEWS: frozenset[str] = frozenset(
+    """
+    broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims gather pad reshape rev select_n slice
+    split squeeze stack tile transpose unstack
+    """.split()
+)
+"""0/1 linear maps in the operands that `VIEW_DATA` allows to be unknown; all others must be known."""
+
+VIEW_DATA: dict[str, slice] = {
+    "concatenate": slice(0, None),
+    "dynamic_update_slice": slice(0, 2),
+    "pad": slice(0, 1),
+    "select_n": slice(1, None),
+    "stack": slice(0, None),
+}
+"""Which operands of a view carry data (the first alone, where nothing is said); others are indices or predicates."""
+
+ONE_TO_ONE: frozenset[str] = frozenset(
+    "concatenate expand_dims reshape rev split squeeze stack transpose unstack".split()
+)
+"""The views that show every element exactly once, so that the number of copies is one and need not be computed.
+
+(`split` and `unstack` show it once over all their outputs.)
+"""
+
+AFFINE: frozenset[str] = frozenset("add add_any sub neg mul div convert_element_type copy".split())
+"""Elementwise operations that may be affine in their unknown operands."""

@@ -1,0 +1,234 @@
+"""The normal form of a jaxpr: a flat list of primitive equations.
+
+`normal_form` transforms a closed jaxpr into a [`Program`][]:
+
+- calls (`jit`, `custom_jvp_call`, `custom_vjp_call`, `remat2`, `closed_call`) are inlined, and the constants of
+  inner jaxprs are lifted to the program's own;
+- every variable is numbered afresh, so that an inner jaxpr that is called twice gives two sets of variables;
+- implicit broadcasting of elementwise operations is made explicit: a vmapped `add f32[4,8] f32[1,8]` is a
+  `broadcast_in_dim` and an addition of equal shapes;
+- dead code is dropped.
+
+Its limits: control flow (`scan`, `while`, `cond`) stays one equation, and effects are not kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
+from jax.extend.core import primitives as jp
+
+from ._names import ELEMENTWISE
+
+_CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat2", "checkpoint", "remat")
+_CALLS += ("closed_call", "core_call")
+_ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_LIBRARIES = tuple(
+    os.sep + name + os.sep for name in ("jax", "jaxlib", "equinox", "optax", "flax", "jaxtyping", "beartype")
+)
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of a program: its number, and the shape and dtype of its value."""
+
+    index: int
+    shape: tuple[int, ...] = field(compare=False)
+    dtype: Any = field(compare=False)
+
+    @property
+    def is_float(self) -> bool:
+        return jnp.issubdtype(self.dtype, jnp.inexact)
+
+    def describe(self) -> str:
+        return f"{np.dtype(self.dtype).name if self.dtype != jax.dtypes.float0 else 'float0'}{list(self.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """One application of a primitive. `source` is the place in the user's code that it came from."""
+
+    primitive: Primitive
+    params: Mapping[str, Any]
+    inputs: tuple[Variable, ...]
+    outputs: tuple[Variable, ...]
+    source: str
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name
+
+    def bind(self, *operands: Any) -> list[Any]:
+        """Applies the primitive to values; always returns a list."""
+        out = self.primitive.bind(*operands, **self.primitive.get_bind_params(dict(self.params)))
+        return list(out) if self.primitive.multiple_results else [out]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A flat program: equations in order, with the constants lifted out.
+
+    `static` holds the Python value of every variable that is one number known while tracing (a literal, or a
+    broadcast or conversion of one): what the recognition of functions such as `max(x, 0)` goes by.
+    """
+
+    inputs: tuple[Variable, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Variable, ...]
+    constants: Mapping[int, Any]
+    static: Mapping[int, float]
+
+
+def source_of(source_info: Any, outer: str | None = None) -> str:
+    """The place in the user's own code: the innermost frame that belongs to no library of the stack.
+
+    An equation of an inlined function whose own frames are all a library's stands where the function is called,
+    `outer`.
+    """
+    traceback = getattr(source_info, "traceback", None)
+    for frame in getattr(traceback, "frames", ()) or ():
+        if "trace_to_jaxpr" in frame.function_name and outer is not None:
+            break  # what follows is the place of the function's first call, of which later ones reuse the trace
+        if _is_users(frame.file_name):
+            function = frame.function_name.rpartition("<locals>.")[2]
+            return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({function})"
+    return jex.source_info_util.summarize(source_info) if outer is None else outer
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file belongs to none of the libraries of the stack, nor to the standard library."""
+    if file.startswith("<") or os.path.abspath(file).startswith(_HERE):
+        return False
+    if "site-packages" in file:
+        return not any(part in file for part in _LIBRARIES)
+    return f"{os.sep}lib{os.sep}python" not in file
+
+
+class _Builder:
+    """Collects the equations of a program while the nested jaxprs are walked."""
+
+    def __init__(self) -> None:
+        self.equations: list[Equation] = []
+        self.constants: dict[int, Any] = {}
+        self.static: dict[int, float] = {}
+        self.count = 0
+
+    def variable(self, shape: Sequence[int], dtype: Any) -> Variable:
+        self.count += 1
+        return Variable(self.count - 1, tuple(shape), dtype)
+
+    def constant(self, value: Any, dtype: Any = None) -> Variable:
+        array = value if isinstance(value, jax.Array) else jnp.asarray(value, dtype)
+        variable = self.variable(array.shape, array.dtype)
+        self.constants[variable.index] = array
+        if not isinstance(array, jax.core.Tracer) and array.size == 1 and np.dtype(array.dtype).kind in "biuf":
+            self.static[variable.index] = float(np.asarray(array).reshape(()))
+        return variable
+
+    def literal(self, literal: Literal) -> Variable:
+        variable = self.variable(np.shape(literal.val), literal.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        self.constants[variable.index] = np.asarray(literal.val, literal.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        if np.size(literal.val) == 1:
+            self.static[variable.index] = float(np.asarray(literal.val).reshape(()))
+        return variable
+
+    def emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str):
+        outputs = tuple(self.variable(aval.shape, aval.dtype) for aval in avals)
+        self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source))
+        self._propagate_static(self.equations[-1])
+        return outputs
+
+    def _propagate_static(self, equation: Equation) -> None:
+        passes_on = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "stop_gradient")
+        if equation.name in passes_on and equation.inputs[0].index in self.static:
+            value = self.static[equation.inputs[0].index]
+            kind = np.dtype(equation.outputs[0].dtype).kind if hasattr(equation.outputs[0].dtype, "kind") else "f"
+            self.static[equation.outputs[0].index] = float(int(value)) if kind in "iu" else value
+
+    def broadcast(self, variable: Variable, shape: tuple[int, ...], source: str) -> Variable:
+        """An explicit broadcast of `variable` to `shape`, of the same rank or from a scalar."""
+        dimensions = tuple(range(len(shape))) if len(variable.shape) == len(shape) else ()
+        params = dict(shape=shape, broadcast_dimensions=dimensions, sharding=None)
+        aval = jax.ShapeDtypeStruct(shape, variable.dtype)
+        return self.emit(jp.broadcast_in_dim_p, params, [variable], [aval], source)[0]
+
+
+def _inner_jaxpr(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
+    if equation.primitive.name not in _CALLS:
+        return None
+    for key in _INNER:
+        inner = equation.params.get(key)
+        if isinstance(inner, ClosedJaxpr):
+            return inner.jaxpr, inner.consts
+        if isinstance(inner, Jaxpr):
+            return inner, ()
+    return None
+
+
+def _walk(builder: _Builder, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Variable], outer: str | None):
+    env: dict[Any, Variable] = dict(zip(jaxpr.invars, inputs, strict=True))
+    for var, value in zip(jaxpr.constvars, consts, strict=True):
+        env[var] = builder.constant(value)
+
+    def read(atom: Any) -> Variable:
+        return builder.literal(atom) if isinstance(atom, Literal) else env[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        source = source_of(equation.source_info, outer)
+        inner = _inner_jaxpr(equation)
+        if equation.primitive.name in _ALIASES:
+            results = operands
+        elif inner is not None:
+            results = _walk(builder, inner[0], inner[1], operands, source)
+        else:
+            if equation.primitive.name in ELEMENTWISE:
+                shape = equation.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+                operands = [
+                    v if v.shape == shape or v.index in builder.static else builder.broadcast(v, shape, source)
+                    for v in operands
+                ]
+            avals = [v.aval for v in equation.outvars]
+            results = builder.emit(equation.primitive, equation.params, operands, avals, source)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def live(equations: Sequence[Equation], wanted: Sequence[Variable]) -> tuple[Equation, ...]:
+    """The equations that `wanted` depends on, in order."""
+    needed = {v.index for v in wanted}
+    kept: list[Equation] = []
+    for equation in reversed(equations):
+        if any(v.index in needed for v in equation.outputs):
+            kept.append(equation)
+            needed.update(v.index for v in equation.inputs)
+    return tuple(reversed(kept))
+
+
+def normal_form(jaxpr: ClosedJaxpr) -> Program:
+    """Transforms a closed jaxpr into its normal form.
+
+    **Arguments:**
+
+    - `jaxpr`: what `jax.make_jaxpr` returns.
+
+    **Returns:**
+
+    A [`Program`][] that computes the same outputs.
+    """
+    builder = _Builder()
+    inputs = [builder.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    outputs = _walk(builder, jaxpr.jaxpr, jaxpr.consts, inputs, None)
+    equations = live(builder.equations, outputs)
+    return Program(tuple(inputs), equations, tuple(outputs), builder.constants, builder.static)

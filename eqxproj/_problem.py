@@ -1,0 +1,295 @@
+"""The feasibility problem of a loss: its graph, its metric, and the values of the forward pass.
+
+`feasibility_problem` is where a loss, a model and a batch become a problem that any solver of the library can be run
+on. The problem is a pytree: it may be made inside a `jit`, or passed into one.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from ._build import build
+from ._graph import Graph, table, with_identities
+from ._interpreter import forward
+from ._metric import Metric, check_metric, clamped
+from ._names import ONE_TO_ONE
+from ._normal_form import Variable
+from ._state import State, context
+from ._trace import Trace, trace
+from .rules._objective import integer_labels
+from .rules.scalar import identity
+
+Copies = Literal["neuron", "sample", "none"]
+
+
+class FeasibilityProblem(eqx.Module):
+    """Find parameters and states that satisfy the constraints of every operation.
+
+    - `graph`: the constraints. `metric`, `copies`, `tau`: as given to [`feasibility_problem`][].
+    - `known`: values of what depends on no parameter. `initial`: the start of each parameter and datum.
+    - `forward`: the values of the nodes' outputs on the forward pass. `value`: the loss there.
+    """
+
+    trace: Trace
+    known: dict[int, Array]
+    initial: tuple[Array | None, ...]
+    forward: tuple[Array | None, ...]
+    value: Float[Array, ""]
+    auxiliary: PyTree
+    shares: tuple[tuple[float | Array, ...], tuple[float | Array, ...]]
+    graph: Graph = eqx.field(static=True)
+    metric: Metric = eqx.field(static=True)
+    copies: Copies = eqx.field(static=True)
+    tau: float = eqx.field(static=True)
+
+    @property
+    def log_weights(self) -> tuple[float, ...]:
+        """The logarithm of the weight of each edge."""
+        depth = self.graph.depth
+        return tuple(self.metric.log_weight(depth[e.consumer], e.is_parameter) for e in self.graph.edges)
+
+    @property
+    def as_published(self) -> bool:
+        """Whether to follow the software of arXiv 2506.05878 where it departs from the projections."""
+        return self.metric.fan_out == "mean"
+
+    def edge_weight(self, edge: int) -> float:
+        """The weight of an edge, clamped."""
+        return clamped(self.log_weights[edge])
+
+    @property
+    def gradient_scale(self) -> float:
+        """What divides an accumulated dual to give it the size of the gradient of the loss."""
+        return (1.0 if self.graph.hard else self.tau) / self.graph.largest
+
+    def start(self, memory: bool) -> State:
+        """The state of the forward pass: every copy equals the value that it copies."""
+        nothing = (None,) * len(self.initial)
+        return State(self.forward, nothing, (None,) * len(self.graph.edges), (True,) * len(self.graph.nodes), memory)
+
+    def describe(self, node: int) -> str:
+        """A node in one line, for messages."""
+        spec = self.graph.nodes[node]
+        where = f" at {spec.source}" if spec.source else ""
+        return f"{node} ({spec.operation}, {spec.kind}){where}"
+
+    def explain(self) -> str:
+        """The problem as a table: one line a node, from the objective back.
+
+        **Returns:**
+
+        Operation, rule, shapes of the operands and outputs, color, and the source line in the model. After the table
+        stands which nodes go through the generic local solver, and how many parameters the loss does not depend on.
+        """
+        graph = self.graph
+        rows = [["node", "operation", "rule", "shapes", "color", "source"]]
+        for i in sorted(range(len(graph.nodes)), key=lambda i: (graph.depth[i], i)):
+            spec = graph.nodes[i]
+            ins = ", ".join(graph.edges[e].variable.describe() for e in spec.edges)
+            outs = ", ".join(graph.values[v].describe() for v in spec.outputs)
+            shapes = " -> ".join(x for x in (ins, outs) if x)
+            color = "AB"[graph.colors[i]]
+            rows.append([str(i), spec.operation, spec.describe_rule(), shapes, color, spec.source])
+        local = [i for i, n in enumerate(graph.nodes) if n.rule is not None and "local" in n.rule.label]
+        lines = [table(rows), ""]
+        if local:
+            lines.append(f"Through the generic local solver (derivatives of the node alone): nodes {local}.")
+        unused = [n for n, v in zip(self.trace.names, graph.parameters, strict=True) if v is None]
+        if unused:
+            lines.append(f"Parameters that the loss does not depend on: {', '.join(unused)}.")
+        lines.append("Operations without a rule: none.")
+        return "\n".join(lines)
+
+
+def _count(graph: Graph, known, copies, metric, log_weights, edge: int, value: int, memory: bool) -> float | Array:
+    spec = graph.edges[edge]
+    node = graph.nodes[spec.consumer]
+    assert node.rule is not None
+    stub = _Stub(graph, known, copies, metric, log_weights)
+    shape = jax.ShapeDtypeStruct(spec.variable.shape, spec.variable.dtype)
+    with jax.ensure_compile_time_eval():
+        ctx = context(stub, spec.consumer, memory)  # pyright: ignore[reportArgumentType]
+        copies_each = node.rule.count(ctx, node.edges.index(edge), jnp.zeros(shape.shape, shape.dtype))
+    uniform = _uniform(spec.view, value, spec.sources)
+    if uniform is not None and isinstance(copies_each, float):
+        return uniform * copies_each
+    full = jnp.broadcast_to(jnp.asarray(copies_each, shape.dtype), shape.shape)
+    return spec.view.transpose(known, full)[spec.sources.index(value)]
+
+
+class _Stub:
+    """As much of a problem as a context needs while the weights of values are being worked out."""
+
+    def __init__(self, graph, known, copies, metric, log_weights):
+        self.graph, self.known, self.copies, self.metric, self.log_weights = graph, known, copies, metric, log_weights
+        self.tau = 1.0
+        self.as_published = False
+        self.shares = ((1.0,) * len(graph.values),) * 2
+
+
+def _uniform(view, value: int, sources: Sequence[int]) -> float | None:
+    """How often a view shows each element of a value, where that is one number known from the shapes."""
+    if view.is_identity:
+        return 1.0
+    index = view.operands[sources.index(value)].index
+    times = 1.0
+
+    def readers(index: int) -> int:
+        return sum(v.index == index for e in view.equations for v in e.inputs)
+
+    for equation in view.equations:
+        reads = [v for v in equation.inputs if v.index == index]
+        if not reads:
+            continue
+        out = equation.outputs[0]
+        if readers(index) > 1 or len(equation.outputs) > 1:
+            return None
+        if equation.name == "broadcast_in_dim":
+            times *= np.prod(out.shape, dtype=float) / max(np.prod(reads[0].shape, dtype=float), 1.0)
+        elif equation.name not in ONE_TO_ONE:
+            return None
+        index = out.index
+    return float(times)
+
+
+def _shares(graph: Graph, known, copies, metric: Metric, log_weights, memory: bool) -> tuple[float | Array, ...]:
+    shares: list[float | Array] = []
+    for value in range(len(graph.values)):
+        logs = [log_weights[e] for e in graph.readers[value]]
+        top = max(logs, default=0.0)
+        share: float | Array = 0.0
+        for edge, log in zip(graph.readers[value], logs, strict=True):
+            times = _count(graph, known, copies, metric, log_weights, edge, value, memory)
+            share = share + float(np.exp(max(log - top, -80.0))) * times
+        shares.append(float(share) if isinstance(share, (int, float)) else share)
+    return tuple(shares)
+
+
+def check_copies(copies: str) -> None:
+    if copies not in ("neuron", "sample", "none"):
+        raise ValueError(f'`copies` must be "neuron", "sample" or "none", got {copies!r}.')
+
+
+def check_tau(tau: Any) -> None:
+    if isinstance(tau, bool) or not isinstance(tau, numbers.Real) or not 0 < float(tau) < float("inf"):
+        raise ValueError(f"`tau` must be a positive finite number, the factor of one sample's loss; got {tau!r}.")
+
+
+def make_problem(
+    traced: Trace, metric: Metric, copies: Copies, tau: float, data: str, two_colored: bool
+) -> FeasibilityProblem:
+    """The problem of a traced loss. Without `two_colored` it gets no identity nodes, as cyclic sweeps need none."""
+    graph = build(traced, data)
+    if two_colored:
+        graph = with_identities(graph, identity(graph.values[0]))
+    env = forward(traced.program, [*traced.parameters, *traced.arguments])
+    needed = {i for n in graph.nodes if n.function is not None for i in n.function.known}
+    needed |= {i for e in graph.edges for i in e.view.known}
+    needed |= {i for n in graph.nodes if n.equation is not None for i in _known_inputs(n)}
+    needed |= {v.index for n in graph.nodes for v, _ in _factors(n.rule)}
+    known = {i: jnp.asarray(env[i]) for i in sorted(needed)}
+    kinds = [graph.nodes[p].kind for p in graph.producers]
+    at = [env[v.index] for v in graph.values]  # what an identity node puts out is its operand's variable
+    initial = tuple(jnp.asarray(x) if k in ("parameter", "data") else None for x, k in zip(at, kinds, strict=True))
+    states = tuple(None if k in ("parameter", "data") else jnp.asarray(x) for x, k in zip(at, kinds, strict=True))
+    depth = graph.depth
+    logs = tuple(metric.log_weight(depth[e.consumer], e.is_parameter) for e in graph.edges)
+    lean = _shares(graph, known, copies, metric, logs, False)
+    differs = copies == "sample" and any(n.operation == "conv_general_dilated" for n in graph.nodes)
+    full = _shares(graph, known, copies, metric, logs, True) if differs else lean
+    auxiliary = traced.auxiliary(env)
+    value = jnp.asarray(env[traced.loss_variable.index])
+    return FeasibilityProblem(
+        traced, known, initial, states, value, auxiliary, (lean, full), graph, metric, copies, float(tau)
+    )
+
+
+def _known_inputs(node) -> list[int]:
+    return [v.index for v, unknown in zip(node.equation.inputs, node.unknown, strict=True) if not unknown]
+
+
+def _factors(rule) -> list[tuple[Variable, int]]:
+    found: list[tuple[Variable, int]] = list(getattr(rule, "factors", ()))
+    for term in getattr(rule, "terms", ()):
+        found.extend(term.factors)
+    for _, factors in getattr(rule, "parts", ()):
+        found.extend(factors)
+    return found
+
+
+def feasibility_problem(
+    loss: Callable[..., Any],
+    model: PyTree,
+    *args: Any,
+    copies: Copies = "neuron",
+    metric: Metric | None = None,
+    data: Literal["constant", "pinned"] = "constant",
+    tau: float = 0.1,
+    has_aux: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+) -> FeasibilityProblem:
+    """The feasibility problem of `loss(model, *args)`.
+
+    **Arguments:**
+
+    - `loss`: the function that is given to `equinox.filter_value_and_grad` otherwise.
+    - `model`: its inexact arrays are the unknown parameters.
+    - `args`: the further arguments of the loss, such as a batch.
+    - `copies`: how many copies a bilinear operation owns: `"neuron"` (every scalar product its own, as in the paper),
+        `"sample"` (every row one of the weights), `"none"` (one constraint for the whole product).
+    - `metric`: a [`Metric`][]; the unit metric by default.
+    - `data`: `"constant"`, or `"pinned"` for data as variables held in place.
+    - `tau`: factor of one sample's loss in the prox of the objective. Losses that are sets do not use it.
+    - `has_aux`: whether the loss returns `(value, auxiliary)`.
+    - `kwargs`: keyword arguments of the loss.
+
+    **Returns:**
+
+    A [`FeasibilityProblem`][].
+
+    **Raises:** `ValueError` for a loss that is no scalar or does not depend on the model, and for unknown options;
+    `UnsupportedPrimitiveError` for operations without a rule.
+    """
+    check_copies(copies)
+    check_tau(tau)
+    metric = Metric() if metric is None else metric
+    check_metric(metric)
+    traced = trace(loss, model, args, kwargs, has_aux=has_aux)
+    problem = make_problem(traced, metric, copies, tau, data, two_colored=True)
+    check_labels(problem, args)
+    return problem
+
+
+def check_labels(problem: FeasibilityProblem, data: PyTree) -> None:
+    """Raises a `ValueError` where integer labels of a loss of this library are out of range.
+
+    Labels that are an argument of the loss as they stand are looked up in `data`, the whole of it; others are read
+    from the problem's own batch.
+    """
+    leaves = [x for x in jtu.tree_leaves(data) if eqx.is_array_like(x)]
+    arguments = problem.trace.program.inputs[len(problem.trace.parameters) :]
+    for node in problem.graph.nodes:
+        found = integer_labels(node.equation) if node.kind == "objective" and node.equation is not None else None
+        if found is None:
+            continue
+        index, classes = found
+        positions = [i for i, v in enumerate(arguments) if v.index == index]
+        labels = leaves[positions[0]] if positions and positions[0] < len(leaves) else problem.known[index]
+        if isinstance(labels, jax.core.Tracer):
+            continue
+        low, high = int(np.min(labels)), int(np.max(labels))
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"The labels must be integers from 0 to {classes - 1}, since the logits have {classes} "
+                f"classes on their last axis, but they run from {low} to {high}."
+            )

@@ -1,0 +1,144 @@
+"""The projection of a state onto the constraints of some of the nodes.
+
+This is where the nodes' rules, which speak of their own operands and outputs alone, meet the graph: what the consumers
+of a value want of it is gathered, the rule answers, and its answer is written to the edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from . import _published
+from ._metric import clamped
+from ._state import State, collapsed, context, expanded, kappa_of, operand, value_of
+
+if TYPE_CHECKING:
+    from ._problem import FeasibilityProblem
+
+
+def _wishes(problem: FeasibilityProblem, state: State, value: int, cache: dict[int, tuple[Array, ...]]) -> Array | None:
+    r"""What the consumers of a value want of it: $\kappa$ times the wanted change, `None` for nothing.
+
+    That is the sum of their duals, through the transposes of their views.
+    """
+    if problem.as_published:
+        return _published.wish(problem, state, value)
+    total = None
+    for edge in problem.graph.readers[value]:
+        spec = problem.graph.edges[edge]
+        dual = collapsed(problem, state, edge)
+        if dual is None:
+            continue
+        if edge not in cache:
+            cache[edge] = spec.view.transpose(problem.known, dual)
+        part = cache[edge][spec.sources.index(value)]
+        total = part if total is None else total + part
+    return total
+
+
+def project(problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> State:
+    """Projects onto the constraints of `nodes`, no two of which share an edge. The order is of no account."""
+    values, shifts, duals = list(state.values), list(state.shifts), list(state.duals)
+    fresh = list(state.fresh)
+    graph = problem.graph
+    cache: dict[int, tuple[Array, ...]] = {}
+    cleared: set[int] = set()
+    for node in nodes:
+        spec = graph.nodes[node]
+        wishes = [_wishes(problem, state, v, cache) for v in spec.outputs]
+        if spec.kind in ("parameter", "data"):
+            (value,) = spec.outputs
+            if spec.kind == "parameter" and wishes[0] is not None:
+                shift = state.shifts[value]
+                shifts[value] = wishes[0] if shift is None else shift + wishes[0]
+                _outdate(problem, fresh, value)
+            cleared.add(value)
+            continue
+        moved = _move(problem, state, node, wishes)
+        if moved is None:
+            cleared.update(spec.outputs)
+            continue
+        nus, outputs = moved
+        for edge, nu in zip(spec.edges, nus, strict=True):
+            old = state.duals[edge]
+            duals[edge] = nu if old is None else old + nu
+        for value, output in zip(spec.outputs, outputs, strict=True):
+            values[value] = output
+            cleared.add(value)
+            _outdate(problem, fresh, value)
+        fresh[node] = True
+    _clear(problem, state, duals, cleared)
+    if state.memory or not any(state.fresh):
+        fresh = [False] * len(fresh)
+    return State(tuple(values), tuple(shifts), tuple(duals), tuple(fresh), state.memory)
+
+
+def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence[Array | None]):
+    """The duals and outputs of one node's projection; `None` where it has nothing to do."""
+    spec = problem.graph.nodes[node]
+    assert spec.rule is not None
+    if spec.kind != "objective" and state.fresh[node] and all(w is None for w in wishes):
+        return None
+    ctx = context(problem, node, state.memory)
+    inputs = [operand(problem, state, e) for e in spec.edges]
+    duals = []
+    outputs = None if state.fresh[node] or not spec.outputs else spec.rule.evaluate(ctx, inputs)
+    for i, value in enumerate(spec.outputs):
+        wish = wishes[i]
+        dual = jnp.zeros(problem.graph.values[value].shape, problem.graph.values[value].dtype) if wish is None else wish
+        if outputs is not None:
+            scale, share = kappa_of(problem, value, state.memory)
+            gap = value_of(problem, state, value) - outputs[i]
+            if problem.as_published:
+                gap = gap * _published.share_of_readers(problem, value)
+            dual = dual + gap * jnp.asarray(share * clamped(scale), gap.dtype)
+        duals.append(dual)
+    return spec.rule.project(ctx, inputs, duals)
+
+
+def _clear(problem: FeasibilityProblem, state: State, duals: list[Array | None], values: set[int]) -> None:
+    """Producers have written `values`: the copies of their edges equal them, where an edge shows them."""
+    for edge in {e for value in values for e in problem.graph.readers[value]}:
+        sources, dual = problem.graph.edges[edge].sources, duals[edge]
+        if dual is None or all(v in values for v in sources):
+            duals[edge] = None
+            continue
+        for value in sources:
+            if value in values:
+                dual = dual * (1.0 - _mask(problem, state, edge, value)).astype(dual.dtype)
+        duals[edge] = dual
+
+
+def _mask(problem: FeasibilityProblem, state: State, edge: int, value: int) -> Array:
+    """Ones where an edge shows `value`. What shows no value (known constants) belongs to the first source."""
+    spec = problem.graph.edges[edge]
+
+    def copies(*sources):
+        u = spec.view.show(problem.known, sources)
+        return expanded(problem, edge, u) if state.memory else u
+
+    arrays = [problem.graph.values[v] for v in spec.sources]
+    zeros = tuple(jnp.zeros(v.shape, v.dtype) for v in arrays)
+    first = spec.sources[0] == value
+    ones = tuple(
+        jnp.full(v.shape, float((source == value) != first), v.dtype)
+        for source, v in zip(spec.sources, arrays, strict=True)
+    )
+    seen = jax.jvp(copies, zeros, ones)[1]
+    return 1.0 - seen if first else seen
+
+
+def _outdate(problem: FeasibilityProblem, fresh: list[bool], value: int) -> None:
+    for edge in problem.graph.readers[value]:
+        fresh[problem.graph.edges[edge].consumer] = False
+
+
+def project_layer(problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
+    """`project`, for solvers that go through layers one after another."""
+    new = project(problem, state, nodes)
+    return _published.write_back(problem, state, new, nodes) if problem.as_published else new

@@ -1,0 +1,368 @@
+"""`train`: an existing model and loss, trained by projections in one call.
+
+Each step takes a minibatch, builds the feasibility problem of the loss on it (while tracing, once), runs the solver
+from the forward pass, and hands the displacement to an optax optimizer. With `method="gradient"` the same loop,
+batches and evaluation run on gradients, for comparison.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+from tqdm.auto import tqdm
+
+from ._build import check_dependence
+from ._data import batches, check_data, check_model, take
+from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, filter_value_and_displacement, needs_identities, run
+from ._errors import NonFiniteError, TrainingInterrupted
+from ._metric import Metric, check_metric
+from ._problem import Copies, check_copies, check_labels, check_tau, feasibility_problem, make_problem
+from ._solve import check_positive, check_solver, finite_nodes, first_bad
+from ._trace import trace
+from .sets import Constraint, apply_constraints, check_constraints
+from .solvers import AbstractSolver, CyclicProjections
+
+Metrics = Mapping[str, Callable[..., Any]]
+
+
+class TrainResult(eqx.Module):
+    """What [`train`][] returns.
+
+    - `model`: the trained model.
+    - `history`: `"step"`, `"loss"` (of that step's minibatch), `"seconds"` (of training, without compilation and
+        evaluation) and `"eval_<name>"` as arrays with one entry an evaluation, and `"compile_seconds"`.
+    """
+
+    model: PyTree
+    history: dict[str, Any]
+
+
+def train(
+    model: PyTree,
+    data: Sequence[Any],
+    loss: Callable[..., Any],
+    *,
+    steps: int,
+    batch_size: int | None = None,
+    key: Array | None = None,
+    solver: AbstractSolver | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    metric: Metric | None = None,
+    copies: Copies | None = None,
+    tau: float | None = None,
+    solver_steps: int = 1,
+    method: Literal["projection", "gradient"] = "projection",
+    eval_data: Sequence[Any] | None = None,
+    eval_every: int | None = None,
+    evaluate: Metrics | None = None,
+    constraints: Sequence[Constraint] = (),
+    has_aux: bool = False,
+    progress: bool = False,
+) -> TrainResult:
+    """Trains a model by projections.
+
+    **Arguments:**
+
+    - `model`: any pytree; its inexact arrays are trained.
+    - `data`: `(x, y)`, or any tuple of pytrees of arrays with one entry a sample along their first axis.
+    - `loss`: `loss(model, *batch)`, a scalar: what is given to `equinox.filter_value_and_grad` otherwise. A loss with
+        an argument named `key` gets a fresh PRNG key each step.
+    - `steps`: number of minibatches.
+    - `batch_size`: samples a minibatch; 256, or all of them if they are fewer, by default.
+    - `key`: PRNG key of the shuffling and of the loss's `key`; `jax.random.key(0)` by default.
+    - `solver`, `solver_steps`: what runs on each minibatch, from the forward pass; one cyclic sweep by default.
+    - `optimizer`: any optax transformation of the displacements; `optax.adam(1e-3)` by default.
+    - `metric`, `copies`, `tau`: of the feasibility problem, see [`feasibility_problem`][].
+    - `method`: `"projection"`, or `"gradient"` to run the same loop on gradients.
+    - `eval_data`: further data, evaluated before the first step, every `eval_every` steps (a twentieth of `steps` by
+        default) and after the last, in one call of each function of `evaluate`.
+    - `evaluate`: name to `function(model, *eval_data) -> scalar`; the loss by default.
+    - `constraints`: pairs `(where, set)`: `where(model)` picks an array, as in `equinox.tree_at`, and the array is
+        projected onto the set after every step; the returned model satisfies the constraints exactly.
+    - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
+    - `progress`: show a progress bar.
+
+    **Returns:**
+
+    A [`TrainResult`][].
+
+    **Raises:** `ValueError` or `TypeError` for unusable arguments, before any training; `NonFiniteError` where a
+    state becomes NaN or infinite, and `TrainingInterrupted` on Ctrl-C, both with the last good model and the history.
+    """
+    check_positive("steps", steps)
+    if not callable(loss):
+        raise TypeError(f"`loss` must be a function `loss(model, *batch) -> scalar`, got {loss!r}.")
+    if evaluate is not None and not (isinstance(evaluate, Mapping) and all(map(callable, evaluate.values()))):
+        raise TypeError(f"`evaluate` must map names to functions `(model, *eval_data) -> scalar`, got {evaluate!r}.")
+    arrays, count = check_data(data, "data")
+    batch_size = _check_batch_size(batch_size, count)
+    check_model(model)
+    run_ = _Run(loss, solver, optimizer, metric, copies, tau, solver_steps, method, has_aux)
+    check_constraints(model, constraints)
+    held = None if eval_data is None else check_data(eval_data, "eval_data")[0]
+    if eval_every is not None:
+        check_positive("eval_every", eval_every)
+    run_.check(model, arrays, count)
+    key = jax.random.key(0) if key is None else key
+    model = apply_constraints(model, constraints)
+    watch = _Watch(held, {"loss": _plain(loss, has_aux)} if evaluate is None else evaluate, eval_every, steps)
+    rows = batches(count, batch_size, key)
+    return _loop(run_, model, arrays, rows, key, int(steps), tuple(constraints), watch, progress)
+
+
+def _check_batch_size(batch_size: int | None, count: int) -> int:
+    if batch_size is None:
+        return min(256, count)
+    check_positive("batch_size", batch_size)
+    if batch_size > count:
+        raise ValueError(
+            f"`batch_size` is {batch_size}, but `data` has only {count} samples. Use a batch size of at most {count}."
+        )
+    return int(batch_size)
+
+
+def _plain(loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The loss as an evaluation function: its value alone."""
+
+    def value(model, *args):
+        extra = {"key": jax.random.key(0)} if takes_key(loss) else {}
+        out = loss(model, *args, **extra)
+        return out[0] if has_aux else out
+
+    return value
+
+
+def takes_key(loss: Callable[..., Any]) -> bool:
+    """Whether a loss has an argument named `key`."""
+    try:
+        return "key" in inspect.signature(loss).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+class _Run:
+    """The options of one training run, checked, and its step."""
+
+    def __init__(self, loss, solver, optimizer, metric, copies, tau, solver_steps, method, has_aux):
+        self.loss, self.has_aux, self.method = loss, has_aux, method
+        if method not in ("projection", "gradient"):
+            raise ValueError(f'`method` must be "projection" or "gradient", got {method!r}.')
+        self.solver = CyclicProjections() if solver is None else solver
+        check_solver(self.solver)
+        check_positive("solver_steps", solver_steps)
+        self.optimizer = optax.adam(1e-3) if optimizer is None else optimizer
+        if not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
+            raise TypeError(f"`optimizer` must be an optax transformation, got {self.optimizer!r}.")
+        self.metric = DEFAULT_METRIC if metric is None else metric
+        self.copies: Copies = "neuron" if copies is None else copies
+        self.tau = DEFAULT_TAU if tau is None else tau
+        check_metric(self.metric)
+        check_copies(self.copies)
+        check_tau(self.tau)
+        self.solver_steps = solver_steps
+        self.keyed = takes_key(loss)
+        if method == "gradient":
+            self.direction = eqx.filter_value_and_grad(loss, has_aux=has_aux)
+        else:
+            self.direction = filter_value_and_displacement(
+                loss,
+                solver=self.solver,
+                metric=self.metric,
+                copies=self.copies,
+                tau=self.tau,
+                steps=solver_steps,
+                has_aux=has_aux,
+            )
+
+    def extra(self, key: Array) -> dict[str, Array]:
+        return {"key": key} if self.keyed else {}
+
+    def check(self, model: PyTree, data: Sequence[PyTree], count: int) -> None:
+        """Traces the loss on samples that show what can go wrong, before any training."""
+        rows = np.unique(np.array([0, *_extremes(data, count)], int))
+        batch = take(data, rows)
+        extra = self.extra(jax.random.key(0))
+        if self.method == "projection":
+            problem = feasibility_problem(
+                self.loss,
+                model,
+                *batch,
+                copies=self.copies,
+                metric=self.metric,
+                tau=self.tau,
+                has_aux=self.has_aux,
+                kwargs=extra,
+            )
+            check_labels(problem, data)
+            value = problem.value
+        else:
+            traced = trace(self.loss, model, batch, extra, has_aux=self.has_aux)
+            check_dependence(traced)
+            value = _plain(self.loss, self.has_aux)(traced.rebuild(traced.parameters), *batch)
+        if not bool(jnp.isfinite(value)):
+            labels = [f"{x.min()} to {x.max()}" for x in jtu.tree_leaves(data) if x.dtype.kind in "iu"]
+            hint = (
+                f" The integer arrays of `data` run from {', '.join(labels)}: are labels out of range?"
+                if labels
+                else ""
+            )
+            raise ValueError(
+                f"`loss` is {float(value)} at the initial parameters, on samples {rows.tolist()}, though data and "
+                f"parameters are finite.{hint}"
+            )
+
+    def step(self, constraints: Sequence[Constraint]):
+        """The jitted step: `(model arrays, optimizer state, bad step, step, batch, key) -> ...`."""
+
+        def update(static, parameters, opt_state, bad, number, batch, key):
+            model = eqx.combine(parameters, static)
+            value, moved = self.direction(model, *batch, **self.extra(key))
+            value = value[0] if self.has_aux else value
+            updates, new_state = self.optimizer.update(moved, opt_state, parameters)
+            new = eqx.apply_updates(parameters, updates)
+            new = eqx.filter(apply_constraints(eqx.combine(new, static), constraints), eqx.is_inexact_array)
+            finite = [jnp.isfinite(value)] + [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves((moved, new))]
+            ok = jnp.all(jnp.stack(finite)) & (bad < 0)
+            keep = lambda a, b: jnp.where(ok, a, b) if eqx.is_array(a) else a  # noqa: E731
+            new, new_state = jtu.tree_map(keep, new, parameters), jtu.tree_map(keep, new_state, opt_state)
+            return new, new_state, jnp.where(ok | (bad >= 0), bad, number), value
+
+        return update
+
+    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
+        """The node at which the state is not finite, when the step is taken again."""
+        if self.method == "gradient":
+            return "the gradient"
+        traced = trace(self.loss, model, batch, self.extra(key), has_aux=self.has_aux)
+        colored = needs_identities(self.solver)
+        problem = make_problem(traced, self.metric, self.copies, self.tau, "constant", colored)
+        started = jax.device_get(finite_nodes(problem, problem.start(False)))
+        on_the_way = [i for i in problem.graph.forward_order if not started[i]]
+        if on_the_way or not bool(jnp.isfinite(problem.value)):
+            return problem.describe([*on_the_way, problem.graph.objectives[0]][0])
+        state = run(problem, self.solver, self.solver_steps)
+        bad = first_bad(problem, jax.device_get(finite_nodes(problem, state)))
+        return "the optimizer's update" if bad is None else problem.describe(bad)
+
+
+def _extremes(data: Sequence[PyTree], count: int) -> list[int]:
+    """The samples with the least and the largest entry of each integer array of labels."""
+    found = []
+    for leaf in jtu.tree_leaves(data):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu":
+            flat = leaf.reshape(count, -1)
+            found += [int(np.argmin(flat.min(1))), int(np.argmax(flat.max(1)))]
+    return found
+
+
+class _Watch:
+    """Evaluates, and keeps the history."""
+
+    def __init__(self, data, metrics: Metrics, every: int | None, steps: int):
+        self.data, self.metrics = data, dict(metrics)
+        self.every = max(1, steps // 20) if every is None else int(every)
+        self.steps = steps
+        self.records: dict[str, list[float]] = {"step": [], "loss": [], "seconds": []}
+        self.compile_seconds = 0.0
+        self.functions = {name: eqx.filter_jit(f) for name, f in self.metrics.items()}
+        if data is not None:
+            self.data = jtu.tree_map(jnp.asarray, data)
+            self.records.update({f"eval_{name}": [] for name in self.metrics})
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.steps
+
+    def record(self, step: int, loss: float, seconds: float, model: PyTree) -> None:
+        self.records["step"].append(step)
+        self.records["loss"].append(loss)
+        self.records["seconds"].append(seconds)
+        if self.data is not None:
+            for name, function in self.functions.items():
+                self.records[f"eval_{name}"].append(float(function(model, *self.data)))
+
+    def history(self) -> dict[str, Any]:
+        return {**{k: np.asarray(v) for k, v in self.records.items()}, "compile_seconds": self.compile_seconds}
+
+
+def _loop(
+    run_: _Run,
+    model: PyTree,
+    data: Sequence[PyTree],
+    rows: Iterator[np.ndarray],
+    key: Array,
+    steps: int,
+    constraints: Sequence[Constraint],
+    watch: _Watch,
+    progress: bool,
+) -> TrainResult:
+    parameters, static = eqx.partition(model, eqx.is_inexact_array)
+    opt_state = run_.optimizer.init(parameters)
+    state = (parameters, opt_state, jnp.asarray(-1))
+    seconds, value, done = 0.0, float("nan"), 0
+    bar = tqdm(total=steps, desc=run_.method, disable=not progress, leave=True)
+    picked = next(rows)
+    batch, batch_key = take(data, picked), jax.random.fold_in(key, 0)
+    recent: list[tuple[np.ndarray, Array]] = []
+    try:
+        start = time.perf_counter()
+        step = _compiled(run_.step(constraints), static, state, batch, batch_key)
+        watch.compile_seconds = time.perf_counter() - start
+        watch.record(0, value, 0.0, model)
+        start = time.perf_counter()
+        while done < steps:
+            recent.append((picked, batch_key))
+            state, value = step(state, np.int32(done), batch, batch_key)
+            done += 1
+            bar.update()
+            if done < steps:
+                picked = next(rows)
+                batch, batch_key = take(data, picked), jax.random.fold_in(key, done)
+            if watch.due(done):
+                jax.block_until_ready(state)
+                seconds += time.perf_counter() - start
+                _raise_if_bad(run_, state, static, data, recent, done, watch)
+                recent.clear()
+                watch.record(done, float(value), seconds, eqx.combine(state[0], static))
+                bar.set_postfix_str(f"loss {float(value):.4g}")
+                start = time.perf_counter()
+    except KeyboardInterrupt as error:
+        raise TrainingInterrupted(done, eqx.combine(state[0], static), watch.history()) from error
+    finally:
+        bar.close()
+    return TrainResult(eqx.combine(state[0], static), watch.history())
+
+
+def _compiled(update: Callable[..., Any], static: PyTree, state: tuple[Any, ...], batch: Any, key: Array):
+    """The step compiled ahead of time, so that compilation is timed apart."""
+    arrays, fixed = eqx.partition(state, eqx.is_array)
+
+    def pure(arrays, number, batch, key):
+        new = update(static, *eqx.combine(arrays, fixed), number, batch, key)
+        return eqx.partition(new[:3], eqx.is_array)[0], new[3]
+
+    compiled = jax.jit(pure).lower(arrays, np.int32(0), batch, key).compile()
+
+    def step(state, number, batch, key):
+        out, value = compiled(eqx.filter(state, eqx.is_array), number, batch, key)
+        return eqx.combine(out, fixed), value
+
+    return step
+
+
+def _raise_if_bad(run_: _Run, state, static: PyTree, data, recent, done: int, watch: _Watch) -> None:
+    bad = int(state[2])
+    if bad < 0:
+        return
+    model = eqx.combine(state[0], static)
+    picked, key = recent[bad - (done - len(recent))]
+    raise NonFiniteError(run_.failing_node(model, take(data, picked), key), bad, model, watch.history())

@@ -1,0 +1,16 @@
+"""The library's own rules, by the name of the primitive."""
+
+from __future__ import annotations
+
+from .._registry import RULES
+from ._objective import CustomObjective
+from .bilinear import Bilinear
+from .custom import Custom
+from .maximum import Maximum
+
+for _name in ("dot_general", "conv_general_dilated", "mul"):
+    RULES[_name] = Bilinear()
+for _name in ("max", "min", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"):
+    RULES[_name] = Maximum()
+RULES["custom_projection"] = Custom()
+RULES["custom_loss"] = CustomObjective()

@@ -1,0 +1,67 @@
+"""Conjugate gradients on a positive-definite operator, with the residual in the caller's hands.
+
+A thin shell over `jax.lax.while_loop` rather than `jax.scipy.sparse.linalg.cg`: it starts from zero, takes a diagonal
+preconditioner, and stops at a relative residual with the number of products that it was allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+
+def inner(x: PyTree, y: PyTree) -> Array:
+    """The scalar product of two pytrees of arrays."""
+    products = jtu.tree_map(lambda a, b: jnp.vdot(a, b), x, y)
+    return sum(jtu.tree_leaves(products), start=jnp.asarray(0.0))
+
+
+def _plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
+    return jtu.tree_map(lambda a, b: (a + scale * b).astype(a.dtype), x, y)
+
+
+def conjugate_gradients(
+    operator: Callable[[PyTree], PyTree], b: PyTree, inverse_diagonal: PyTree, *, tol: float, max_steps: int
+) -> PyTree:
+    r"""Solves $M x = b$ for symmetric positive-definite $M$.
+
+    **Arguments:**
+
+    - `operator`: $x \mapsto M x$.
+    - `b`: the right side; scaled to unit size inside, so that it may be as small as float32 allows.
+    - `inverse_diagonal`: the preconditioner, elementwise.
+    - `tol`, `max_steps`: relative residual to stop at, products at most.
+
+    **Returns:**
+
+    The solution, or the iterate at which a direction without positive curvature was met.
+    """
+    size = jtu.tree_reduce(jnp.maximum, jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0.0), b), jnp.asarray(0.0))
+    scale = jnp.where(size > 0, size, 1.0)
+    r = jtu.tree_map(lambda x: x / scale.astype(x.dtype), b)
+    z = jtu.tree_map(lambda x, d: x * d, r, inverse_diagonal)
+    x = jtu.tree_map(jnp.zeros_like, r)
+    rz = inner(r, z)
+
+    def body(carry):
+        x, r, p, rz, count, _ = carry
+        mp = operator(p)
+        curvature = inner(p, mp)
+        ok = (curvature > 0) & jnp.isfinite(curvature)
+        alpha = jnp.where(ok, rz / jnp.where(ok, curvature, 1.0), 0.0)
+        x, r = _plus(x, alpha, p), _plus(r, -alpha, mp)
+        z = jtu.tree_map(lambda a, d: a * d, r, inverse_diagonal)
+        new = inner(r, z)
+        p = _plus(z, new / jnp.where(rz > 0, rz, 1.0), p)
+        return x, r, p, new, count + 1, ok
+
+    def more(carry):
+        return (carry[3] > tol**2 * rz) & (carry[4] < max_steps) & carry[5]
+
+    start = (x, r, z, rz, jnp.asarray(0), jnp.asarray(True))
+    x = jax.lax.while_loop(more, body, start)[0]
+    return jtu.tree_map(lambda v: v * scale.astype(v.dtype), x)

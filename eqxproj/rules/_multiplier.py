@@ -1,0 +1,121 @@
+r"""The multiplier of a scalar product whose two operands both move.
+
+For one product $z = a \cdot w$ with weights $\alpha, \omega$ on the operands' copies and $\kappa$ on the output, the
+minimizer of $\alpha|a-a_0|^2 + \omega|w-w_0|^2 + \kappa(a\cdot w-z_0)^2$ has, with a multiplier $\lambda$,
+$\alpha(a-a_0) = \lambda w$, $\omega(w-w_0) = \lambda a$ and $\lambda = \kappa(z_0 - z)$. With $t =
+\lambda/\sqrt{\alpha\omega}$ and $r = \sqrt{\omega/\alpha}$ these solve to
+
+$$a = \frac{a_0 + t r w_0}{1-t^2}, \qquad w = \frac{w_0 + t a_0/r}{1-t^2}, \qquad
+z - p = \frac{p\,t^2(3-t^2) + t Q}{(1-t^2)^2},$$
+
+$p = a_0\cdot w_0$, $Q = r|w_0|^2 + |a_0|^2/r$. In units of $\sqrt{\alpha\omega}$, with $h =
+\kappa/\sqrt{\alpha\omega}$, $q = hQ$ and $\tau = \mu/\sqrt{\alpha\omega}$ for the dual $\mu = \kappa(z_0-p)$, the
+multiplier is the root of
+
+$$G(t) = t + \frac{h p\,t^2(3-t^2) + q t}{(1-t^2)^2} - \tau ,$$
+
+which increases on $(-1, 1)$ (its slope is at least one, as $|hp| \le q/2$). The root has the sign of $\tau$; by
+symmetry it is looked for in $[0, 1)$ with $p$ carrying that sign. It exists unless $a_0 = \mp r w_0$ ($q = 2|hp|$),
+where $G$ stays finite at one: then $t = 1$, and the minimizers are a sphere (see `degenerate`). The derivation
+follows Elser, "Learning without loss" (2021), and section 3 of arXiv 2506.05878, with weights added.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+_STEPS = 60
+
+
+def _g(t: Array, hp: Array, q: Array, tau: Array) -> tuple[Array, Array]:
+    """$G(t)$ and its slope, for $t$ in [0, 1)."""
+    t2 = t * t
+    s = 1.0 / (1.0 - t2)
+    s2 = s * s
+    value = t + (hp * t2 * (3.0 - t2) + q * t) * s2 - tau
+    slope = 1.0 + (hp * t * (6.0 + 2.0 * t2) + q * (1.0 + 3.0 * t2)) * s2 * s
+    return value, slope
+
+
+def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Array]:
+    """The same from $q + 2hp$ in place of $q$: nothing cancels next to $t = 1$."""
+    s = 1.0 / (1.0 + t)
+    pole = s / (1.0 - t)
+    value = t - hp * t * (2.0 + t) * s * s + apart * t * pole * pole - tau
+    slope = 1.0 - 2.0 * hp * s * s * s + apart * (1.0 + 3.0 * t * t) * pole * pole * pole
+    return value, slope
+
+
+def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
+    r"""The root $t \ge 0$ of $G$ for $\tau \ge 0$.
+
+    Where every step is moderate, as in training, the inverted power series of G, $t = t_1 - u t_1^2 + 2(u^2 -
+    q/(1+q)) t_1^3 + \dots$ with $t_1 = \tau/(1+q)$ and $u = 3hp/(1+q)$, and one Newton step reach rounding, without
+    a loop. Where they do not, all roots are found again by Newton steps inside a bracket.
+
+    **Arguments:**
+
+    - `hp`: $h p$, with the sign of the dual.
+    - `q`: $h Q \ge 2|hp|$.
+    - `tau`: $|\mu|/\sqrt{\alpha\omega}$.
+    - `apart`: $q + 2hp$, which is $h|a_0 \pm r w_0|^2/r$: zero in the degenerate case.
+
+    **Returns:**
+
+    `t` in [0, 1), and where there is no root (t is then one half, to keep everything finite).
+    """
+    eps = jnp.finfo(tau.dtype).eps
+    inverse = 1.0 / (1.0 + q)
+    t = jnp.minimum(tau * inverse, 0.25)
+    u = 3.0 * hp * inverse
+    t = jnp.clip(t * (1.0 + t * (2.0 * t * (u * u - q * inverse) - u)), 0.0, 0.5)
+    # Newton on G times (1 - t^2)^2, which has one division.
+    t2 = t * t
+    rest = 1.0 - t2
+    value = (t - tau) * rest * rest + t * (hp * t * (3.0 - t2) + q)
+    slope = rest * rest - 4.0 * t * rest * (t - tau) + hp * t * (6.0 - 4.0 * t2) + q
+    step = value / slope
+    # A Newton step shorter than the square root of what is wanted leaves an error below it.
+    done = jnp.all(jnp.abs(step) <= 0.1 * jnp.sqrt(eps) * t)
+    quick = lambda: (t - step, jnp.zeros(t.shape, bool))  # noqa: E731
+    return jax.lax.cond(done, quick, lambda: _bracketed(hp, q, tau, apart))
+
+
+def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
+    """As `solve_multiplier`, safely: Newton steps inside a bracket that shrinks, halved where a step leaves it."""
+    dtype = tau.dtype
+    eps = jnp.finfo(dtype).eps
+    top = 1.0 - 8.0 * eps
+    hp = jnp.clip(hp, -0.5 * q, 0.5 * q)
+    no_root = _stable_g(jnp.full_like(tau, top), hp, apart, tau)[0] < 0
+    low, high = jnp.zeros_like(tau), jnp.full_like(tau, top)
+    start = jnp.clip(tau / (1.0 + q), 0.0, 0.9)
+
+    def newton(carry):
+        t, low, high, _, count = carry
+        value, slope = _stable_g(t, hp, apart, tau)
+        low, high = jnp.where(value <= 0, t, low), jnp.where(value >= 0, t, high)
+        new = t - value / slope
+        inside = (new > low) & (new < high)
+        new = jnp.where(inside, new, 0.5 * (low + high))
+        new = jnp.where(value == 0, t, new)
+        moving = jnp.any((jnp.abs(new - t) > 4.0 * eps * new) & ~no_root)
+        return new, low, high, moving, count + 1
+
+    carry = (start, low, high, jnp.asarray(True), jnp.asarray(0))
+    t = jax.lax.while_loop(lambda c: c[3] & (c[4] < _STEPS), newton, carry)[0]
+    return jnp.where(no_root, 0.5, t).astype(dtype), no_root
+
+
+def published_multiplier(hp: Array, q: Array, tau: Array) -> Array:
+    """Ten plain Newton steps from zero, as the software of arXiv 2506.05878 takes: they may end outside (-1, 1).
+
+    Kept for parity with that software alone.
+    """
+    t = jnp.zeros_like(tau)
+    for _ in range(10):
+        value, slope = _g(t, hp, q, tau)
+        t = t - value / slope
+    return t

@@ -1,0 +1,497 @@
+"""Piecewise affine functions of one scalar: an algebra to recognize them, and their exact projection.
+
+[`PiecewiseAffine`][] holds a function that is affine on finitely many open intervals, together with its values at the
+breakpoints between them, in float64 and without any JAX. [`apply_primitive`][] interprets one elementwise JAX primitive
+on such functions, so that walking through the equations of `jax.nn.relu6`, of `jnp.sign` or of a user's own
+`jnp.where` yields the function in closed form. [`piecewise_affine_dual`][] then solves the scalar node exactly.
+
+Limits: at most 32 pieces; no function with infinitely many pieces (rounding); values are real numbers, so integer
+division and bitwise operations on anything else than 0 and 1 are not represented. Isolated values at a breakpoint
+(that of the sign function at 0) are evaluated but never chosen as a destination.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+MAX_PIECES = 32
+_SAME_POINT = 1e-13  # relative distance below which two float64 breakpoints are one
+_SAME_VALUE = 1e-14  # relative distance below which two float64 values are one
+_SAME_LIMIT = 1e-7  # relative size of a jump that float32 constants cannot resolve: the function counts as continuous
+_Line = tuple[float, float]  # slope, intercept
+_Operation = Callable[[Sequence["PiecewiseAffine"]], "PiecewiseAffine | None"]
+
+
+@dataclass(frozen=True)
+class PiecewiseAffine:
+    """A function of one scalar, affine on finitely many open intervals.
+
+    Piece $j$ is $m_j s + c_j$ on the open interval $(b_{j-1}, b_j)$, with $b_{-1} = -\\infty$ and $b_k = \\infty$. A
+    boolean function is one with the values 0 and 1. Hashable and comparable, hence usable as a static argument.
+
+    **Arguments:**
+
+    - `breakpoints`: the $k$ breakpoints, increasing.
+    - `slopes`: the $k + 1$ slopes.
+    - `intercepts`: the $k + 1$ intercepts. An infinite one, with slope 0, is an infinite constant.
+    - `values`: the $k$ values at the breakpoints themselves.
+    """
+
+    breakpoints: tuple[float, ...]
+    slopes: tuple[float, ...]
+    intercepts: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def identity(cls) -> "PiecewiseAffine":
+        """The function $s$."""
+        return cls((), (1.0,), (0.0,), ())
+
+    @classmethod
+    def constant(cls, value: float) -> "PiecewiseAffine":
+        """The function that is `value` everywhere."""
+        return cls((), (0.0,), (float(value),), ())
+
+    @property
+    def is_piecewise_constant(self) -> bool:
+        """Whether every slope is zero."""
+        return not any(self.slopes)
+
+    def __call__(self, s: ArrayLike) -> np.ndarray:
+        """Evaluates the function in NumPy and float64.
+
+        **Arguments:**
+
+        - `s`: the points, of any shape.
+
+        **Returns:**
+
+        The values, of the same shape.
+        """
+        s = np.asarray(s, np.float64)
+        piece = np.searchsorted(self.breakpoints, s, side="left")
+        out = np.asarray(self.slopes)[piece] * s + np.asarray(self.intercepts)[piece]
+        for point, value in zip(self.breakpoints, self.values, strict=True):
+            out = np.where(s == point, value, out)
+        return np.asarray(out)
+
+    def jumps(self, i: int) -> tuple[bool, bool]:
+        """Whether the limit from the left, and the one from the right, differ from the value at breakpoint `i`."""
+        point, value = self.breakpoints[i], self.values[i]
+        left, right = self._limits(i)
+        tolerance = _SAME_LIMIT * _scale(point, self._line(i), self._line(i + 1))
+        return not abs(left - value) <= tolerance, not abs(right - value) <= tolerance
+
+    def describe(self) -> str:
+        """A short name for people to read, such as `relu`, `clip` or `piecewise affine (4 pieces)`."""
+        continuous = not any(any(self.jumps(i)) for i in range(len(self.breakpoints)))
+        through_zero = not any(self.intercepts)
+        if not self.breakpoints:
+            return "identity" if self.slopes == (1.0,) and through_zero else "affine"
+        if self.breakpoints == (0.0,) and continuous and through_zero and self.slopes[1] == 1.0:
+            if self.slopes[0] in (0.0, -1.0):
+                return "abs" if self.slopes[0] else "relu"
+            if 0 < self.slopes[0] < 1:
+                return "leaky_relu"
+        if self.slopes == (0.0, 1.0, 0.0) and continuous and self.intercepts[1] == 0.0:
+            return "clip"
+        if self.slopes == (0.0, 0.0) and self.intercepts == (0.0, 1.0):
+            return "step"
+        if self.slopes == (0.0, 0.0) and self.intercepts == (-1.0, 1.0) and self.breakpoints == (0.0,):
+            return "sign"
+        return f"piecewise affine ({len(self.slopes)} pieces)"
+
+    def _line(self, j: int) -> _Line:
+        return self.slopes[j], self.intercepts[j]
+
+    def _limits(self, i: int) -> tuple[float, float]:
+        return _at(self._line(i), self.breakpoints[i]), _at(self._line(i + 1), self.breakpoints[i])
+
+    def _line_at(self, s: float) -> _Line:
+        return self._line(bisect_left(self.breakpoints, s))
+
+    def _value_at(self, s: float) -> float:
+        for point, value in zip(self.breakpoints, self.values, strict=True):
+            if _same_point(point, s):
+                return value
+        return _at(self._line_at(s), s)
+
+
+def _at(line: _Line, s: Any) -> Any:
+    return line[0] * s + line[1] if line[0] else line[1]
+
+
+def _scale(s: float, *lines: _Line) -> float:
+    return max(abs(x) for m, c in lines for x in (m * s, c if math.isfinite(c) else 0.0))
+
+
+def _same_point(a: float, b: float) -> bool:
+    return a == b or abs(a - b) <= _SAME_POINT * max(abs(a), abs(b))
+
+
+def _interior(low: float, high: float) -> float:
+    """A point strictly inside the interval."""
+    if math.isinf(low) and math.isinf(high):
+        return 0.0
+    if math.isinf(low):
+        return high - 1.0 - abs(high)
+    return low + 1.0 + abs(low) if math.isinf(high) else low / 2 + high / 2
+
+
+def _crossings(f: PiecewiseAffine, g: PiecewiseAffine) -> list[float]:
+    """The points strictly inside their common pieces where the two functions cross."""
+    out = []
+    edges = [-math.inf, *sorted({*f.breakpoints, *g.breakpoints}), math.inf]
+    for low, high in zip(edges, edges[1:], strict=False):
+        middle = _interior(low, high)
+        (m1, c1), (m2, c2) = f._line_at(middle), g._line_at(middle)
+        if m1 != m2 and math.isfinite(c1) and math.isfinite(c2):
+            s = (c2 - c1) / (m1 - m2)
+            if low < s < high:
+                out.append(s)
+    return out
+
+
+def _combine(
+    functions: Sequence[PiecewiseAffine],
+    line: Callable[[float, list[_Line]], _Line | None],
+    value: Callable[[float, list[float]], float],
+    cuts: Sequence[float] = (),
+) -> PiecewiseAffine | None:
+    """Combines functions piece by piece on their common refinement, cut at further points; None if some piece is."""
+    points: list[float] = []
+    for point in sorted([p for f in functions for p in f.breakpoints] + list(cuts)):
+        if not points or not _same_point(points[-1], point):
+            points.append(point)
+    edges = [-math.inf, *points, math.inf]
+    middles = [_interior(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    lines = [line(s, [f._line_at(s) for f in functions]) for s in middles]
+    values = [float(value(s, [f._value_at(s) for f in functions])) for s in points]
+    kept_lines = [x for x in lines if x is not None]
+    if len(kept_lines) < len(lines):
+        return None
+    kept_lines = [(0.0, float(c)) if math.isinf(c) else (float(m), float(c)) for m, c in kept_lines]
+    if any(math.isnan(x) for pair in kept_lines for x in pair) or any(map(math.isnan, values)):
+        return None
+    return _simplify(points, kept_lines, values)
+
+
+def _simplify(points: list[float], lines: list[_Line], values: list[float]) -> PiecewiseAffine | None:
+    """Drops the breakpoints at which nothing happens; None where too many pieces remain."""
+    kept, kept_lines, kept_values = [], [lines[0]], []
+    for point, line, value in zip(points, lines[1:], values, strict=True):
+        last = kept_lines[-1]
+        tolerance = _SAME_VALUE * max(_scale(point, last, line), abs(value) if math.isfinite(value) else 0.0)
+        same = abs(last[0] - line[0]) <= _SAME_VALUE * abs(line[0])
+        same = same and (last[1] == line[1] or abs(last[1] - line[1]) <= tolerance)
+        same = same and (value == _at(line, point) or abs(value - _at(line, point)) <= tolerance)
+        if not same:
+            kept.append(point)
+            kept_lines.append(line)
+            kept_values.append(value)
+    if len(kept_lines) > MAX_PIECES:
+        return None
+    slopes, intercepts = zip(*kept_lines, strict=True)
+    return PiecewiseAffine(tuple(kept), slopes, intercepts, tuple(kept_values))
+
+
+def _compare(f: PiecewiseAffine, g: PiecewiseAffine) -> PiecewiseAffine | None:
+    """The sign of `f - g`, with the values at points compared up to float64 rounding."""
+
+    def line(s: float, lines: list[_Line]) -> _Line:
+        a, b = lines
+        difference = 0.0 if a == b else _at(a, s) - _at(b, s)
+        return 0.0, math.copysign(1.0, difference) if difference else 0.0
+
+    def value(s: float, values: list[float]) -> float:
+        a, b = values
+        if a == b:
+            return 0.0
+        if math.isfinite(a) and math.isfinite(b):
+            near = [h._line_at(s * (1 + k)) for h in (f, g) for k in (-2 * _SAME_POINT, 2 * _SAME_POINT)]
+            if abs(a - b) <= _SAME_VALUE * max(_scale(s, *near), abs(a), abs(b)):
+                return 0.0
+        return math.copysign(1.0, a - b)
+
+    return _combine((f, g), line, value, _crossings(f, g))
+
+
+def _sum(*signs: float) -> _Operation:
+    def total(terms: Sequence[float]) -> float:
+        return sum(k * x for k, x in zip(signs, terms, strict=True))
+
+    return lambda args: _combine(
+        args,
+        lambda _, lines: (total([m for m, _ in lines]), total([c for _, c in lines])),
+        lambda _, values: total(values),
+    )
+
+
+def _product(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
+    def line(_: float, lines: list[_Line]) -> _Line | None:
+        (m1, c1), (m2, c2) = lines
+        if m1 and m2:
+            return None
+        return (m1 * c2 if m1 else m2 * c1), c1 * c2
+
+    return _combine(args, line, lambda _, values: values[0] * values[1])
+
+
+def _quotient(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
+    if not args[1].is_piecewise_constant or 0.0 in (*args[1].intercepts, *args[1].values):
+        return None
+    return _combine(args, lambda _, x: (x[0][0] / x[1][1], x[0][1] / x[1][1]), lambda _, x: x[0] / x[1])
+
+
+def _select(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
+    which = args[0]
+    if not which.is_piecewise_constant or not _in_set(which, range(len(args) - 1)):
+        return None
+    return _combine(args, lambda _, x: x[1 + int(x[0][1])], lambda _, x: x[1 + int(x[0])])
+
+
+def _extremum(sign: float) -> _Operation:
+    return lambda args: (
+        None if (order := _compare(*args)) is None else _select((_where(order, lambda x: x * sign < 0), *args))
+    )
+
+
+def _where(f: PiecewiseAffine, test: Callable[[float], bool]) -> PiecewiseAffine:
+    """The boolean function `test(f)` of a piecewise constant `f`."""
+    out = _pointwise((f,), lambda x: float(test(x)))
+    assert out is not None
+    return out
+
+
+def _pointwise(args: Sequence[PiecewiseAffine], fn: Callable[..., float]) -> PiecewiseAffine | None:
+    """Any function of piecewise constant functions."""
+    if not all(f.is_piecewise_constant for f in args):
+        return None
+    return _combine(args, lambda _, lines: (0.0, fn(*(c for _, c in lines))), lambda _, values: fn(*values))
+
+
+def _comparison(test: Callable[[float], bool]) -> _Operation:
+    return lambda args: None if (order := _compare(*args)) is None else _where(order, test)
+
+
+def _logical(fn: Callable[..., float]) -> _Operation:
+    return lambda args: _pointwise(args, fn) if all(_in_set(f, (0, 1)) for f in args) else None
+
+
+def _in_set(f: PiecewiseAffine, allowed: Sequence[int]) -> bool:
+    return f.is_piecewise_constant and all(x in allowed for x in (*f.intercepts, *f.values))
+
+
+def _abs(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
+    sign = _compare(args[0], PiecewiseAffine.constant(0.0))
+    return None if sign is None else _product((sign, args[0]))
+
+
+def _clamp(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
+    low, x, high = args
+    raised = _extremum(1.0)((x, low))
+    return None if raised is None else _extremum(-1.0)((raised, high))
+
+
+def _is_finite(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
+    return _combine(args, lambda _, x: (0.0, float(math.isfinite(x[0][1]))), lambda _, x: float(math.isfinite(x[0])))
+
+
+def _convert(f: PiecewiseAffine, dtype: Any) -> PiecewiseAffine | None:
+    """A conversion keeps the values, unless it would round, wrap around or discard part of them."""
+    dtype = np.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return f
+    if not f.is_piecewise_constant or not all(math.isfinite(x) and x == int(x) for x in (*f.intercepts, *f.values)):
+        return None
+    if dtype == np.bool_:
+        return _where(f, lambda x: x != 0)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return None
+    info = jnp.iinfo(dtype)
+    return f if all(info.min <= x <= info.max for x in (*f.intercepts, *f.values)) else None
+
+
+_OPERATIONS: dict[str, _Operation] = {
+    "add": _sum(1.0, 1.0),
+    "add_any": _sum(1.0, 1.0),
+    "sub": _sum(1.0, -1.0),
+    "neg": _sum(-1.0),
+    "mul": _product,
+    "div": _quotient,
+    "max": _extremum(1.0),
+    "min": _extremum(-1.0),
+    "abs": _abs,
+    "sign": lambda args: _compare(args[0], PiecewiseAffine.constant(0.0)),
+    "clamp": _clamp,
+    "select_n": _select,
+    "eq": _comparison(lambda x: x == 0),
+    "ne": _comparison(lambda x: x != 0),
+    "lt": _comparison(lambda x: x < 0),
+    "le": _comparison(lambda x: x <= 0),
+    "gt": _comparison(lambda x: x > 0),
+    "ge": _comparison(lambda x: x >= 0),
+    "and": _logical(lambda x, y: x * y),
+    "or": _logical(max),
+    "xor": _logical(lambda x, y: float(x != y)),
+    "not": _logical(lambda x: 1.0 - x),
+    "is_finite": _is_finite,
+    "copy": lambda args: args[0],
+}
+
+
+def apply_primitive(
+    name: str, params: Mapping[str, Any], args: Sequence[PiecewiseAffine | float]
+) -> PiecewiseAffine | None:
+    """Interprets one elementwise JAX primitive on piecewise affine functions.
+
+    **Arguments:**
+
+    - `name`: the name of the primitive, such as `"max"`.
+    - `params`: the parameters of its equation.
+    - `args`: its operands: functions of one common scalar, or numbers (infinite ones included).
+
+    **Returns:**
+
+    The resulting function, or None where it is not piecewise affine, not known to be, or has more than 32 pieces.
+    """
+    functions = []
+    for arg in args:
+        function = arg if isinstance(arg, PiecewiseAffine) else PiecewiseAffine.constant(float(arg))
+        if any(math.isnan(c) for c in function.intercepts):
+            return None
+        functions.append(function)
+    if name == "convert_element_type":
+        return _convert(functions[0], params["new_dtype"])
+    return _OPERATIONS[name](functions) if name in _OPERATIONS else None
+
+
+def piecewise_affine_dual(
+    phi: PiecewiseAffine,
+    s0: Float[Array, "*shape"],
+    mu: Float[Array, "*shape"],
+    kappa: Float[ArrayLike, "*#shape"],
+    sigma: Float[ArrayLike, "*#shape"],
+    q: Float[ArrayLike, "*#shape"],
+) -> Float[Array, "*shape"]:
+    r"""Solves $\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$ exactly, for a piecewise affine $\phi$, in duals.
+
+    With $\lambda = (s - s_0)/\sigma$, $\mu = \kappa (y_0 - \phi(s_0))$, $q = \kappa\sigma$ and
+    $d = (\phi(s) - \phi(s_0))/\sigma$, the objective minus its value at $s_0$, over $\sigma$, is
+
+    $$E = \lambda^2 + q d^2 - 2 \mu d,$$
+
+    which holds neither $y_0$ nor a difference of large numbers. On piece $j$, $\phi(s) = m s + c$, hence
+    $d = m \lambda + g/\sigma$ with $g = m s_0 + c - \phi(s_0)$, and $E$ is smallest at
+
+    $$\lambda_j = m (\mu - q g/\sigma)/(1 + m^2 q), \qquad l \le s_0 + \sigma \lambda_j \le h,$$
+
+    clipped to the ends $l$, $h$ of the piece, since $E$ is convex there. Where $s_0$ lies in the piece, $g$ is exactly
+    zero: $\lambda = m \mu/(1 + m^2 q)$ at any magnitude. The answer is the $\lambda_j$ of lowest $E$; they are compared
+    after division by $\mu^2$, so that nothing underflows. At an end where $\phi$ jumps, the bound lies inside the piece
+    by a few units in the last place of $s_0$ and of the end, and by at least 1e-12: rounding does not undo the jump.
+
+    **Arguments:**
+
+    - `phi`: the function.
+    - `s0`: the present points.
+    - `mu`: the duals of the wanted values.
+    - `kappa`, `sigma`: the weights. Only `sigma` is read: it and `q` determine the rest.
+    - `q`: their exact product.
+
+    **Returns:**
+
+    The duals $\lambda$, of the shape and dtype of `s0`.
+    """
+    del kappa
+    dtype = jnp.result_type(s0)
+    work = jnp.promote_types(dtype, jnp.float32)
+    eps = float(jnp.finfo(dtype).eps)
+    s0, mu, sigma, q = (jnp.asarray(x, work) for x in (s0, mu, sigma, q))
+    tiny = float(jnp.finfo(work).tiny)
+    unit = jnp.where(jnp.abs(mu) < tiny, tiny, mu)
+    now = _evaluate(phi, s0)
+    best = None if _covers(phi) else (jnp.zeros_like(now + mu), jnp.zeros_like(now + mu))
+    for j, intercept in enumerate(phi.intercepts):
+        if math.isfinite(intercept):
+            lam, cost = _candidate(phi, j, s0, mu, sigma, q, now, unit, eps)
+            if best is not None:
+                better = (cost < best[1]) | ((cost == best[1]) & (jnp.abs(lam) < jnp.abs(best[0])))
+                lam, cost = jnp.where(better, lam, best[0]), jnp.where(better, cost, best[1])
+            best = lam, cost
+    return finite_cast(best[0] if best else jnp.zeros_like(s0), dtype)
+
+
+def _covers(phi: PiecewiseAffine) -> bool:
+    """Whether every point lies in the closure of a finite piece that is continuous there: one of them can stay put."""
+    finite = all(math.isfinite(x) for x in (*phi.intercepts, *phi.values))
+    return finite and not any(all(phi.jumps(i)) for i in range(len(phi.breakpoints)))
+
+
+def _evaluate(phi: PiecewiseAffine, s: Array) -> Array:
+    out = jnp.zeros_like(s) + _at(phi._line(0), s)
+    for i, point in enumerate(phi.breakpoints):
+        left, right = phi.jumps(i)
+        out = jnp.where(s > point if right else s >= point, _at(phi._line(i + 1), s), out)
+        if left and right:
+            out = jnp.where(s == point, phi.values[i], out)
+    return out
+
+
+def _candidate(
+    phi: PiecewiseAffine, j: int, s0: Array, mu: Array, sigma: Array, q: Array, now: Array, unit: Array, eps: float
+) -> tuple[Array, Array]:
+    """The best dual on piece `j`, and its excess cost over $\\mu^2$."""
+    slope, intercept = phi._line(j)
+    large = float(jnp.finfo(jnp.result_type(s0)).max) / 4
+    ends = [(i, side) for i, side in ((j - 1, 1), (j, 0)) if 0 <= i < len(phi.breakpoints)]
+    # Whether s0 is in the piece, or at an end of it that belongs to it: then the piece passes through phi(s0).
+    own = jnp.asarray(True)
+    for i, side in ends:
+        gap = s0 - phi.breakpoints[i] if side else phi.breakpoints[i] - s0
+        own = own & (gap > 0 if phi.jumps(i)[side] else gap >= 0)
+    offset = jnp.where(own, 0.0, _at((slope, intercept), s0) - now) if ends else jnp.zeros_like(s0)
+    # Saturated before any further division: the compiler turns x/a/b into x/(a b), which is 0/0 where a b underflows.
+    offset = jnp.clip(offset / sigma, -large, large)
+    lam = jnp.zeros_like(s0 + mu)
+    if slope:
+        lam = slope * (mu - jnp.clip(q * offset, -large, large)) / (1 + slope**2 * q)
+    bounds = []
+    for i, side in ends:
+        point = phi.breakpoints[i]
+        bound = point - s0
+        if any(phi.jumps(i)):
+            margin = jnp.maximum(8 * eps * jnp.maximum(jnp.abs(s0), abs(point)), 1e-12)
+            inner = jnp.minimum(bound + margin, 0) if side else jnp.maximum(bound - margin, 0)
+            bound = jnp.where(own, inner, bound + margin if side else bound - margin)
+        bounds.append(bound)
+        lam = jnp.maximum(lam, bound / sigma) if side else jnp.minimum(lam, bound / sigma)
+    step = jnp.clip(lam / unit, -1e18, 1e18)
+    rise = jnp.clip(offset / unit, -1e18, 1e18)
+    rise = slope * step + rise if slope else rise
+    cost = step * step + rise * (q * rise - 2)
+    if len(ends) == 2 and any(any(phi.jumps(i)) for i, _ in ends):
+        cost = jnp.where(bounds[0] <= bounds[1], cost, jnp.inf)  # too narrow to land in
+    return lam, cost
+
+
+def finite_cast(lam: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+    """Casts to a floating dtype, saturating where the value exceeds its range.
+
+    **Arguments:**
+
+    - `lam`: the values, not NaN.
+    - `dtype`: the dtype wanted.
+
+    **Returns:**
+
+    The finite values in that dtype.
+    """
+    large = float(jnp.finfo(dtype).max)
+    return jnp.clip(lam, -large, large).astype(dtype)

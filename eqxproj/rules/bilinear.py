@@ -1,0 +1,337 @@
+"""Bilinear nodes: `dot_general`, `conv_general_dilated`, and `mul` of two unknowns, by one rule.
+
+The rule uses the primitive itself, its two transposes, and its values with one operand replaced by ones (`_forms.py`);
+no copy that equals another is ever stored. How many copies a node owns is the choice `copies=`:
+
+- `"neuron"`: every scalar product owns its two operands: the closed form of `_multiplier.py`, elementwise, and three
+  products;
+- `"sample"`: every row owns a copy of the weights, and its products share the other operand: a linear system in the
+  row's multipliers;
+- `"none"`: one constraint for the whole product, by the local solver.
+
+An operand that is known makes the node affine. With `ctx.memory` the operands hold one entry per copy, as algorithms
+that do not return to consensus need; then the same code runs on the product of copies (`CopyForm`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._normal_form import Equation
+from ._conjugate_gradients import conjugate_gradients
+from ._forms import BilinearForm, ConvForm, CopyForm, DotForm, ElementForm
+from ._multiplier import published_multiplier, solve_multiplier
+from ._rows import Rows
+from ._rule import AbstractRule, Context
+from .local import LocalSolver
+
+_AGAIN = 8
+"""Gauss-Newton steps of `_sample` at most."""
+
+
+class _Swapped(BilinearForm):
+    """A form with the roles of its operands exchanged."""
+
+    def __init__(self, form: BilinearForm):
+        super().__init__(lambda a, w: form.f(w, a), form.shape_w, form.shape_a)
+        self.back_a = lambda g, w: form.back_w(w, g)  # pyright: ignore[reportAttributeAccessIssue]
+        self.back_w = lambda a, g: form.back_a(g, a)  # pyright: ignore[reportAttributeAccessIssue]
+        self.sum_a, self.sum_w = form.sum_w, form.sum_a  # pyright: ignore[reportAttributeAccessIssue]
+        self.spread_a, self.spread_w = form.spread_w, form.spread_a  # pyright: ignore[reportAttributeAccessIssue]
+        self.part_costs = form.part_costs_w  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _form(ctx: Context, a: Array, w: Array) -> BilinearForm:
+    equation = ctx.equation
+    assert equation is not None
+
+    def f(a, w):
+        return equation.bind(a, w)[0]
+
+    if equation.name == "dot_general":
+        return DotForm(f, a, w, ctx.params["dimension_numbers"])
+    if equation.name == "conv_general_dilated":
+        return ConvForm(f, a, w, ctx.params)
+    return ElementForm(f, a, w)
+
+
+class Bilinear(AbstractRule):
+    """The projection onto the graph of a bilinear primitive."""
+
+    label: ClassVar[str] = "bilinear"
+
+    def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
+        return equation.name != "mul" or all(unknown)
+
+    def _rows(self, ctx: Context) -> Rows | None:
+        """How the copies are laid out, `None` where the operands are their own copies."""
+        assert ctx.equation is not None
+        if ctx.equation.name == "mul" or ctx.copies == "none":
+            return None
+        return Rows(ctx.equation, ctx.copies == "neuron", self._copied_first(ctx))
+
+    def _copied_first(self, ctx: Context) -> bool:
+        """Under `copies="sample"`: whether the first operand is the one of which every row owns a copy."""
+        marks = iter(ctx.weight_like)
+        first, second = (next(marks) if is_unknown else False for is_unknown in ctx.unknown)
+        return (first and not second) if any((first, second)) else not ctx.unknown[0]
+
+    def expand(self, ctx: Context, operand: int, value: Array) -> Array:
+        rows = self._rows(ctx)
+        return value if rows is None else rows.expand(_position(ctx, operand), value)
+
+    def count(self, ctx: Context, operand: int, value: Array) -> float | Array:
+        rows = self._rows(ctx)
+        return 1.0 if rows is None else rows.count(_position(ctx, operand), ctx.memory)
+
+    def _operands(self, ctx: Context, inputs: Sequence[Array]) -> tuple[BilinearForm, Rows | None, Array, Array]:
+        values = ctx.operands(inputs)
+        rows = self._rows(ctx) if ctx.memory else None
+        if rows is not None:
+            values = [
+                v if is_unknown else rows.expand(i, v)
+                for i, (v, is_unknown) in enumerate(zip(values, ctx.unknown, strict=True))
+            ]
+            return CopyForm(values[0], values[1]), rows, values[0], values[1]
+        return _form(ctx, values[0], values[1]), None, values[0], values[1]
+
+    def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
+        form, rows, a, w = self._operands(ctx, inputs)
+        out = form.f(a, w)
+        return [out if rows is None else rows.to_output(out)]
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+        if ctx.copies == "none" and ctx.equation is not None and ctx.equation.name != "mul":
+            return LocalSolver().project(ctx, inputs, duals)
+        form, rows, a, w = self._operands(ctx, inputs)
+        dual = duals[0] if rows is None else rows.from_output(duals[0])
+        kappa, ratio_a, ratio_w = _scales(ctx, rows)
+        if not all(ctx.unknown):
+            nus, out = _affine(ctx, form, a, w, dual, ratio_a + ratio_w)
+        elif ctx.copies == "sample" and ctx.equation is not None and ctx.equation.name != "mul":
+            nus, out = _sample(ctx, form, a, w, dual, kappa, ratio_a, ratio_w, self._copied_first(ctx))
+        else:
+            nus, out = _neuron(ctx, form, a, w, dual, kappa, ratio_a, ratio_w)
+        return nus, [out if rows is None else rows.to_output(out)]
+
+
+def _position(ctx: Context, operand: int) -> int:
+    """The position among all operands of the primitive of one of its unknown operands."""
+    return [i for i, is_unknown in enumerate(ctx.unknown) if is_unknown][operand]
+
+
+def _scales(ctx: Context, rows: Rows | None):
+    def lay(x):
+        return x if rows is None or jnp.ndim(x) == 0 else rows.from_output(x)
+
+    ratios = iter(ctx.ratios[0])
+    ratio_a, ratio_w = (lay(next(ratios)) if is_unknown else 0.0 for is_unknown in ctx.unknown)
+    return lay(ctx.kappa[0]), ratio_a, ratio_w
+
+
+def _symmetric(ratio, dtype) -> tuple[float | Array, Array]:
+    r"""A ratio as a number times the square of an array, which makes $1 + \kappa A$ symmetric where $\kappa$ varies."""
+    top = jnp.max(jnp.asarray(ratio, dtype))
+    return top, jnp.sqrt(jnp.where(top > 0, jnp.asarray(ratio, dtype) / jnp.where(top > 0, top, 1.0), 1.0))
+
+
+def _affine(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, ratio):
+    r"""One operand is known: $\lambda = \mu/(1 + \kappa|x|^2/w)$, $x$ the known one, with a copy a product.
+
+    Under `copies="sample"` the products of a row share the unknown operand where it is not the copied one; that is the
+    system $(I + \kappa/\alpha\, W^T W)\lambda = \mu$.
+    """
+    p = form.f(a, w)
+    moves_a = ctx.unknown[0]
+    square = form.sum_w(w * w) if moves_a else form.sum_a(a * a)
+    shares = ctx.copies == "sample" and not ctx.weight_like[0] and ctx.equation is not None
+    if shares and ctx.equation.name != "mul":  # pyright: ignore[reportOptionalMemberAccess]
+        number, root = _symmetric(ratio, dual.dtype)
+
+        def operator(x):
+            back = form.back_a(root * x, w) if moves_a else form.back_w(a, root * x)
+            return x + root * number * (form.f(back, w) if moves_a else form.f(a, back))
+
+        diagonal = jnp.broadcast_to(1.0 / (1.0 + ratio * square), dual.shape).astype(dual.dtype)
+        multiplier = root * conjugate_gradients(operator, dual / root, diagonal, tol=1e-6, max_steps=100)
+        back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
+        change = (form.f(back, w) if moves_a else form.f(a, back)) / ctx.weights[0]
+        return [back], p + change.astype(p.dtype)
+    multiplier = dual / (1.0 + ratio * square).astype(dual.dtype)
+    back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
+    return [back], p + (multiplier * (square / ctx.weights[0])).astype(p.dtype)
+
+
+def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, kappa, ratio_a, ratio_w):
+    """Every scalar product owns copies of both operands (`_multiplier.py`); returns the sums of the copies' duals."""
+    alpha, omega = ctx.weights
+    dtype = dual.dtype
+    p, square_a, square_w = form.f(a, w), form.sum_a(a * a), form.sum_w(w * w)
+    q = jnp.broadcast_to((ratio_a * square_w + ratio_w * square_a).astype(dtype), dual.shape)
+    unit, tilt = math.sqrt(alpha) * math.sqrt(omega), ctx.relative(0, 1) ** 0.5
+    both = (jnp.sqrt(jnp.asarray(r, dtype)) for r in (ratio_a, ratio_w))
+    hp = math.prod(both, start=jnp.where(dual < 0, -p, p))
+    if ctx.as_published:
+        return _published(ctx, form, a, w, p, hp, q, dual, (unit, tilt))
+
+    steep = unit * min(tilt, 1.0 / tilt)
+    if steep >= _STEEP:
+        multiplier = dual / (1.0 + q)
+        nu_a, nu_w = form.back_a(multiplier, w), form.back_w(a, multiplier)
+        return [nu_a, nu_w], p + ((dual - multiplier) / kappa).astype(p.dtype)
+    # Only elementwise work stands inside the branches: XLA runs convolutions inside them far slower on a CPU.
+    sizes = jnp.sqrt(jnp.stack([jnp.max(square_a, initial=0.0), jnp.max(square_w, initial=0.0)]))
+    small = jnp.max(jnp.abs(dual), initial=0.0) * jnp.max(sizes) < _SMALL * steep * jnp.min(sizes)
+    opposed = jnp.where(dual < 0, -1.0, 1.0).astype(dtype) / tilt
+    multiplier = jax.lax.cond(
+        small,
+        lambda: dual / (1.0 + q),
+        lambda: _multiplier(hp, q, dual, unit, ratio_w * form.square_of_sum(a, w, opposed, (p, square_a, square_w))),
+    )
+    part = multiplier / unit
+    rest = 1.0 - part * part
+    stuck = rest <= 0
+    scaled = jnp.where(stuck, 0.0, multiplier / jnp.where(stuck, 1.0, rest))
+    out = p + ((dual - multiplier) / kappa).astype(p.dtype)
+    zero = (jnp.zeros_like(form.spread_a(dual)),) * 2 + (jnp.zeros_like(form.spread_w(dual)),) * 2
+    along_a, apart_a, along_w, apart_w = jax.lax.cond(
+        jnp.any(stuck), lambda: _degenerate(form, a, square_a, out, dual, stuck, tilt), lambda: zero
+    )
+    second = scaled * part
+    nu_a = form.back_a(scaled, w) + a * (form.spread_a(second * tilt) + alpha * along_a) + alpha * apart_a
+    nu_w = form.back_w(a, scaled) + w * (form.spread_w(second / tilt) + omega * along_w) + omega * apart_w
+    return [nu_a.astype(a.dtype), nu_w.astype(w.dtype)], out
+
+
+_STEEP, _SMALL = 1e6, 1e-4
+"""Weights from which on, for duals of order one, and dual times weight up to which, what an operand moves by is too
+little to change the other operand's dual: the first-order formula then holds to rounding."""
+
+
+_EQUAL = 1e-6
+"""Operands whose squared distance is less than this part of their squares count as equal."""
+
+
+def _multiplier(hp: Array, q: Array, dual: Array, unit: float, apart: Array) -> Array:
+    """The multiplier of every product; plus or minus `unit` where the operands must part."""
+    t, no_root = solve_multiplier(hp, q, jnp.abs(dual) / unit, jnp.where(apart < _EQUAL * q, 0.0, apart))
+    return jnp.where(dual < 0, -unit, unit).astype(dual.dtype) * jnp.where(no_root, 1.0, t)
+
+
+def _published(ctx: Context, form: BilinearForm, a: Array, w: Array, p, hp, q, dual, scales):
+    """As `_neuron`, with the multiplier as the software of arXiv 2506.05878 finds it."""
+    unit, tilt = scales
+    sign, tau = jnp.where(dual < 0, -1.0, 1.0).astype(dual.dtype), jnp.abs(dual) / unit
+    h = jnp.sqrt(jnp.asarray(ctx.ratio(0))) * jnp.sqrt(jnp.asarray(ctx.ratio(1)))
+    t = published_multiplier(hp, q, tau)
+    s = 1.0 / (1.0 - t * t)
+    first, second = sign * unit * t * s, unit * t * t * s
+    nu_a = form.back_a(first, w) + a * form.spread_a(second * tilt)
+    nu_w = form.back_w(a, first) + w * form.spread_w(second / tilt)
+    return [nu_a, nu_w], ((1.0 + t * t) * p + sign * t * q / h) * s * s
+
+
+def _degenerate(form: BilinearForm, a: Array, square_a: Array, out: Array, dual: Array, stuck: Array, tilt: float):
+    r"""Moves of the products whose operands are equal or opposite, $a_0 = \mp r w_0$, and must part.
+
+    With $t = \pm 1$ every point of the sphere $|a - a_0/2|^2 = rz + |a_0|^2/4$, $w = \pm(a - a_0)/r$, costs the same;
+    the point along $a_0$ is taken, or along the vector of ones where $a_0 = 0$.
+
+    **Returns:**
+
+    What multiplies $a_0$, what is added to it, and the same for $w_0$.
+    """
+    sign = jnp.where(dual < 0, -1.0, 1.0).astype(dual.dtype)
+    radius = jnp.sqrt(jnp.maximum(sign * out / tilt + square_a / 4.0, 0.0))
+    length = jnp.sqrt(jnp.broadcast_to(square_a, stuck.shape))
+    along = stuck & (length > 0)
+    beta = jnp.where(along, 0.5 + radius / jnp.where(length > 0, length, 1.0), 0.0)
+    terms = jnp.broadcast_to(form.sum_a(jnp.ones_like(a)), stuck.shape)
+    apart = jnp.where(stuck & (length == 0), radius / jnp.sqrt(terms), 0.0)
+    moves_a = form.spread_a(jnp.where(along, beta - 1.0, 0.0)), form.spread_a(apart)
+    return *moves_a, form.spread_w(-beta), form.spread_w(sign * apart * tilt)
+
+
+def _sample(ctx: Context, form: BilinearForm, a, w, dual, kappa, ratio_a, ratio_w, copied_first: bool):
+    r"""Every row owns a copy of the weights and its products share `a`.
+
+    Stationarity in the weights gives $w_m = w_{0m} + \lambda_m a/\omega$ and in the shared operand
+    $a = s\,(a_0 + W_0\lambda/\alpha)$ with $s = 1/(1 - |\lambda|^2/(\alpha\omega))$, so that the multipliers solve
+
+    $$\lambda(1 + \kappa|a|^2/\omega) + (\kappa/\alpha) s W_0^T W_0 \lambda = \mu - \kappa (s - 1)\, a_0 \cdot W_0 .$$
+
+    A small step solves it with $s = 1$, $a = a_0$. A large one takes Gauss-Newton steps of $a$ with the copies of the
+    weights that are best for it; every part of `a` that shares no product with another goes only as far as its cost
+    falls. So the step is never worse than none, though where it is large the minimum may be a local one.
+    """
+    if copied_first:
+        (nu_w, nu_a), out = _sample(
+            ctx.swapped(), _Swapped(form), w, a, dual, kappa, ratio_w, ratio_a, copied_first=False
+        )
+        return [nu_a, nu_w], out
+    alpha, omega = ctx.weights
+    dtype = dual.dtype
+    square_w = form.sum_w(w * w)
+
+    def solve(right, square_a, back, forward):
+        """The multipliers of the constraint linearized at given weights and a shared operand of given squares."""
+
+        number, root = _symmetric(ratio_a, dtype)
+
+        def operator(x):
+            return (x * (1.0 + ratio_w * square_a) + root * number * forward(back(root * x))).astype(dtype)
+
+        diagonal = 1.0 / (1.0 + ratio_w * square_a + ratio_a * square_w)
+        diagonal = jnp.broadcast_to(diagonal, dual.shape).astype(dtype)
+        return root * conjugate_gradients(operator, (right / root).astype(dtype), diagonal, tol=1e-5, max_steps=60)
+
+    def best(d):
+        """The multipliers with the best weights where the shared operand has moved by d, and the cost of every part."""
+        gap = (dual - kappa * form.f(d, w)).astype(dtype)
+        multiplier = (gap / (1.0 + ratio_w * form.sum_a(jnp.square(a + d)))).astype(dtype)
+        return multiplier, form.part_costs(alpha * d * d, multiplier * gap / kappa)
+
+    def goal(d):
+        """Where the shared operand goes by the constraint linearized where it has moved by d, with the best weights."""
+        at, multiplier = a + d, best(d)[0]
+        turn = multiplier / omega
+
+        def back(x):
+            return form.back_a(x, w) + at * form.spread_a(x * turn)
+
+        def forward(v):
+            return form.f(v, w) + turn * form.sum_a(at * v)
+
+        right = dual + kappa * turn * form.sum_a(at * d)
+        return back(solve(right, form.sum_a(at * at), back, forward)) / alpha
+
+    def again(nu, _):
+        def body(carry):
+            start, end, count = carry
+            d, cost = start, best(start)[1]
+            for scale in (1.0, 0.5, 0.2, 0.05):
+                trial = start + scale * (end - start)
+                found = best(trial)[1]
+                d, cost = jnp.where(found < cost, trial, d), jnp.minimum(cost, found)
+            return d, goal(d), count + 1
+
+        def more(carry):
+            start, end, count = carry
+            return (count < _AGAIN) & jnp.any(jnp.abs(end - start) > 1e-4 * jnp.max(jnp.abs(a + start)))
+
+        d = jax.lax.while_loop(more, body, (jnp.zeros_like(a), nu / alpha, 0))[0]
+        return d * alpha, best(d)[0]
+
+    multiplier = solve(dual, form.sum_a(a * a), lambda x: form.back_a(x, w), lambda v: form.f(v, w))
+    nu_a = form.back_a(multiplier, w) + a * form.spread_a(multiplier * multiplier / omega)
+    large = jnp.any(jnp.abs(nu_a / alpha) > 1e-4 * jnp.max(jnp.abs(a)))
+    nu_a, multiplier = jax.lax.cond(large, again, lambda *x: x, nu_a.astype(dtype), multiplier)
+    new_a = a + nu_a / alpha
+    out = form.f(new_a, w) + (multiplier / omega).astype(dtype) * form.sum_a(new_a * new_a)
+    return [nu_a, form.back_w(new_a, multiplier)], out

@@ -1,0 +1,160 @@
+r"""The generic local solver: the projection onto the graph of any differentiable operation.
+
+A few damped Gauss-Newton steps in dual form. With $J$ the Jacobian at the current inputs $x_0 + d$,
+$d_i = J_i^T\lambda/w_i$, the multiplier of the linearized constraint solves
+
+$$\Big(I + \sum_i \tfrac{\kappa}{w_i} J_i J_i^T\Big)\lambda = \mu - \kappa\,(f(x_0+d) - f(x_0) - J d)$$
+
+by conjugate gradients; $J$ and $J^T$ are the jvp and vjp *of this one node*, never of the model. A step that
+does not lower the cost is halved. The first step from $x_0$ is $J^T\mu$ in the limit of a steep metric, and where it
+is small, it is the answer. Its limits: one damping factor a node, and the minimum found is a local one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+from .._interpreter import Fragment
+from .._normal_form import Program
+from ._conjugate_gradients import conjugate_gradients
+from ._rule import AbstractRule, Context, Scale
+
+_OUTER, _HALVINGS, _SMALL = 6, 5, 1e-3
+
+
+def is_differentiable(fragment: Fragment, program: Program) -> bool:
+    """Whether the fragment has a jvp and a vjp, with floats on both sides."""
+    if not all(v.is_float for v in (*fragment.operands, *fragment.outputs)):
+        return False
+    known = {i: v for i, v in _shapes(program).items() if i in fragment.known}
+    operands = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in fragment.operands]
+
+    def transposed(known, values):
+        outputs, back = jax.vjp(lambda *values: fragment(known, values), *values)
+        return back(outputs)
+
+    try:
+        jax.eval_shape(transposed, known, operands)
+    except Exception:  # what a primitive without a derivative raises is its own choice
+        return False
+    return all(e.name not in FLAT for e in fragment.equations)
+
+
+FLAT = ("argmax", "argmin", "sign", "round", "floor", "ceil", "sort", "top_k")
+"""Operations whose derivative JAX defines but which is zero or blind almost everywhere: no rule to solve with."""
+
+
+def _shapes(program: Program):
+    variables = {v.index: v for e in program.equations for v in (*e.inputs, *e.outputs)}
+    variables.update((v.index, v) for v in program.inputs)
+    return {i: jax.ShapeDtypeStruct(v.shape, v.dtype) for i, v in variables.items()}
+
+
+class LocalSolver(AbstractRule):
+    """Damped Gauss-Newton on one node."""
+
+    label: ClassVar[str] = "local solver"
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+        inputs, duals = list(inputs), list(duals)
+        multiplier = _linearized(ctx, inputs, duals)
+        nus = _pull(ctx, inputs, multiplier)
+        steps = _divide(nus, ctx.weights)
+        large = [
+            jnp.max(jnp.abs(d)) > _SMALL * (jnp.max(jnp.abs(x)) + _SMALL) for d, x in zip(steps, inputs, strict=True)
+        ]
+        nus = jax.lax.cond(jnp.any(jnp.stack(large)), lambda n: _refine(ctx, inputs, duals, n), lambda n: n, nus)
+        return nus, ctx.function(*_moved(inputs, nus, ctx.weights))
+
+
+def _divide(nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
+    return [nu / jnp.asarray(w, nu.dtype) for nu, w in zip(nus, weights, strict=True)]
+
+
+def _moved(inputs: Sequence[Array], nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
+    return [x + d for x, d in zip(inputs, _divide(nus, weights), strict=True)]
+
+
+def _pull(ctx: Context, at: Sequence[Array], multiplier: Sequence[Array]) -> list[Array]:
+    back = jax.vjp(ctx.function, *at)[1]
+    return list(back(list(multiplier)))
+
+
+def _linearized(ctx: Context, at: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+    r"""The multiplier of the constraint linearized at `at`, as $\lambda = \sqrt\kappa m$: that makes it symmetric."""
+    forward = jax.linearize(ctx.function, *at)[1]
+    back = jax.vjp(ctx.function, *at)[1]
+    top = _largest(ctx.kappa)
+    ratios = [_largest([r[i] for r in ctx.ratios]) for i in range(len(at))]
+    roots = [jnp.sqrt(jnp.asarray(k / top, r.dtype)) for k, r in zip(ctx.kappa, right, strict=True)]
+
+    def operator(m):
+        pulled = back([x * root for x, root in zip(m, roots, strict=True)])
+        images = forward(*(p * jnp.asarray(ratio, p.dtype) for p, ratio in zip(pulled, ratios, strict=True)))
+        return [x + root * image for x, root, image in zip(m, roots, images, strict=True)]
+
+    scaled = [r / root for r, root in zip(right, roots, strict=True)]
+    found = conjugate_gradients(operator, scaled, [jnp.ones_like(x) for x in scaled], tol=1e-5, max_steps=30)
+    return [x * root for x, root in zip(found, roots, strict=True)]
+
+
+def _largest(values: Sequence[Scale]) -> Scale:
+    """The largest of numbers, or of the elements of arrays."""
+    if all(isinstance(x, (int, float)) for x in values):
+        return max(values)
+    return jnp.max(jnp.stack([jnp.max(jnp.asarray(x)) for x in values]))
+
+
+def _cost(ctx: Context, inputs, duals, nus) -> Array:
+    r"""The cost, times one over kappa of the first output: $\sum w|d|^2 + \kappa|f(x_0+d) - f(x_0) - r|^2$."""
+    steps = _divide(nus, ctx.weights)
+    total = sum(jnp.vdot(nu, d) for nu, d in zip(nus, steps, strict=True))
+    before, after = ctx.function(*inputs), ctx.function(*[x + d for x, d in zip(inputs, steps, strict=True)])
+    for y, new, dual, kappa in zip(before, after, duals, ctx.kappa, strict=True):
+        gap = (new - y) - dual / kappa
+        total = total + jnp.sum(kappa * gap * gap)
+    return jnp.where(jnp.isfinite(total), total, jnp.inf)
+
+
+def _refine(ctx: Context, inputs, duals, first) -> list[Array]:
+    """Gauss-Newton steps from the linearized answer, each taken only as far as it lowers the cost."""
+
+    def next_nus(nus):
+        steps = _divide(nus, ctx.weights)
+        at = [x + d for x, d in zip(inputs, steps, strict=True)]
+        before = ctx.function(*inputs)
+        after, slope = jax.jvp(ctx.function, tuple(at), tuple(steps))
+        right = [
+            mu - kappa * ((new - y) - jd)
+            for mu, kappa, new, y, jd in zip(duals, ctx.kappa, after, before, slope, strict=True)
+        ]
+        return _pull(ctx, at, _linearized(ctx, at, [r.astype(d.dtype) for r, d in zip(right, duals, strict=True)]))
+
+    def towards(nus, new, cost):
+        def shorter(carry):
+            scale, _, _, count = carry
+            mixed = jtu.tree_map(lambda a, b: a + scale * (b - a), nus, new)
+            return scale * 0.5, mixed, _cost(ctx, inputs, duals, mixed), count + 1
+
+        start = (jnp.asarray(1.0, cost.dtype), nus, jnp.asarray(jnp.inf, cost.dtype), 0)
+        _, mixed, found, _ = jax.lax.while_loop(lambda c: ~(c[2] < cost) & (c[3] <= _HALVINGS), shorter, start)
+        better = found < cost
+        return jtu.tree_map(lambda a, b: jnp.where(better, a, b), mixed, nus), jnp.where(better, found, cost), better
+
+    zero = [jnp.zeros_like(x) for x in first]
+    cost = _cost(ctx, inputs, duals, zero)
+    nus, cost, _ = towards(zero, first, cost)
+
+    def body(carry):
+        nus, cost, _, count = carry
+        nus, cost, better = towards(nus, next_nus(nus), cost)
+        return nus, cost, better, count + 1
+
+    carry = (nus, cost, jnp.asarray(True), jnp.asarray(0))
+    return jax.lax.while_loop(lambda c: c[2] & (c[3] < _OUTER), body, carry)[0]

@@ -1,0 +1,109 @@
+"""Maxima: `max` and `min` of two unknowns, `reduce_max`, `reduce_min`, `reduce_window_max`, `reduce_window_min`.
+
+All are the water level of `_water_level.py` over a last axis. A minimum is the maximum of the negatives. Windows that
+overlap own copies of the elements that they share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._normal_form import Equation
+from ._rule import AbstractRule, Context
+from ._water_level import max_dual
+
+
+def _windows(x: Array, params, fill: float) -> Array:
+    """The elements of every window on a last axis: strided slices, one an offset in the window."""
+    padded = jax.lax.pad(
+        x,
+        jnp.asarray(fill, x.dtype),
+        [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["base_dilation"], strict=True)],
+    )
+    sizes, strides, dilations = params["window_dimensions"], params["window_strides"], params["window_dilation"]
+    spans = [(size - 1) * d + 1 for size, d in zip(sizes, dilations, strict=True)]
+    steps = [(n - span) // s for n, span, s in zip(padded.shape, spans, strides, strict=True)]
+    slices = []
+    for offset in itertools.product(*(range(size) for size in sizes)):
+        start = [o * d for o, d in zip(offset, dilations, strict=True)]
+        limit = [a + n * s + 1 for a, n, s in zip(start, steps, strides, strict=True)]
+        slices.append(jax.lax.slice(padded, start, limit, strides))
+    return jnp.stack(slices, -1)
+
+
+class Maximum(AbstractRule):
+    """The projection onto the graph of a maximum or minimum."""
+
+    label: ClassVar[str] = "maximum"
+
+    def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
+        return all(unknown)
+
+    def _sign(self, ctx: Context) -> float:
+        assert ctx.equation is not None
+        return -1.0 if "min" in ctx.equation.name else 1.0
+
+    def _is_window(self, ctx: Context) -> bool:
+        assert ctx.equation is not None
+        return ctx.equation.name.startswith("reduce_window")
+
+    def _fill(self, ctx: Context, dtype) -> float:
+        return -self._sign(ctx) * float(jnp.finfo(dtype).max)
+
+    def _last(self, ctx: Context, inputs: Sequence[Array]) -> Array:
+        """The candidates on a last axis."""
+        assert ctx.equation is not None
+        if self._is_window(ctx):
+            return inputs[0] if ctx.memory else _windows(inputs[0], ctx.params, self._fill(ctx, inputs[0].dtype))
+        if len(inputs) == 2:
+            return jnp.stack(inputs, -1)
+        axes = tuple(ctx.params["axes"])
+        moved = jnp.moveaxis(inputs[0], axes, tuple(range(-len(axes), 0)))
+        return moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)
+
+    def _back(self, ctx: Context, nu: Array, inputs: Sequence[Array]) -> list[Array]:
+        """The inverse of `_last` for duals: copies of one element add up."""
+        if self._is_window(ctx):
+            if ctx.memory:
+                return [nu]
+            shape = jax.ShapeDtypeStruct(inputs[0].shape, nu.dtype)
+            return list(jax.linear_transpose(lambda x: _windows(x, ctx.params, 0.0), shape)(nu))
+        if len(inputs) == 2:
+            return [nu[..., 0], nu[..., 1]]
+        axes = tuple(ctx.params["axes"])
+        kept = [n for i, n in enumerate(inputs[0].shape) if i not in axes]
+        split = nu.reshape(*kept, *(inputs[0].shape[a] for a in axes))
+        return [jnp.moveaxis(split, tuple(range(-len(axes), 0)), axes)]
+
+    def expand(self, ctx: Context, operand: int, value: Array) -> Array:
+        return _windows(value, ctx.params, self._fill(ctx, value.dtype)) if self._is_window(ctx) else value
+
+    def count(self, ctx: Context, operand: int, value: Array) -> float | Array:
+        if not self._is_window(ctx):
+            return 1.0
+        windows, back = jax.vjp(lambda x: _windows(x, ctx.params, 0.0), value)
+        return back(jnp.ones_like(windows))[0]
+
+    def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
+        if self._is_window(ctx) and ctx.memory:
+            return [self._sign(ctx) * jnp.max(self._sign(ctx) * inputs[0], -1)]
+        return ctx.function(*inputs)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+        sign = self._sign(ctx)
+        x = sign * self._last(ctx, inputs)
+        kappa = ctx.kappa[0]
+        two = len(inputs) == 2
+        weights = tuple(ctx.weights) if two else ctx.weights[0]
+        ratio = tuple(ctx.ratios[0]) if two else ctx.ratios[0][0]
+        # Of tied maxima the first rises; in the software of arXiv 2506.05878 the last.
+        order = slice(None, None, -1 if ctx.as_published and not two else 1)
+        nu = max_dual(x[..., order], sign * duals[0], weights, kappa, ratio)[..., order]
+        scale = jnp.asarray(ctx.weights, x.dtype) if two else ctx.weights[0]
+        return self._back(ctx, sign * nu, inputs), [sign * jnp.max(x + nu / scale, -1)]

@@ -1,0 +1,357 @@
+"""Displacements: a drop-in for gradients in shape and size, and the gradient itself in the limit of a steep metric."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eqxproj
+from eqxproj.losses import cross_entropy, squared_error
+
+STEEP = eqxproj.Metric(grade=1e6, parameter=1e6)
+COPIES = ("neuron", "sample", "none")
+
+
+def random(seed, *shape, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+X, Y = random(0, 6, 4), jnp.array([0, 1, 2, 0, 1, 2])
+MODEL = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
+
+
+def loss(model, x, y):
+    return cross_entropy(jax.vmap(model)(x), y).mean()
+
+
+def cosine(a, b):
+    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+    return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+
+
+def leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def assert_like_gradient(f, *args, least=0.999, ratio=None, **options):
+    """The displacement of each parameter has the direction of the gradient, and, with `ratio`, its size."""
+    moved = eqxproj.filter_displacement(f, metric=STEEP, tau=0.1, **options)(*args)
+    gradient = eqx.filter_grad(f)(*args)
+    assert jax.tree_util.tree_structure(moved) == jax.tree_util.tree_structure(gradient)
+    for (path, d), (_, g) in zip(leaves(moved), leaves(gradient), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert cosine(d, g) >= least, name
+        if ratio is not None:
+            size = float(jnp.linalg.norm(d) / jnp.linalg.norm(g))
+            assert 1 / ratio <= size <= ratio, (name, size)
+
+
+# The same structure as a gradient.
+
+
+def assert_drop_in(f, model, *args, has_aux=False, rtol=1e-5, **kwargs):
+    want = eqx.filter_value_and_grad(f, has_aux=has_aux)(model, *args, **kwargs)
+    got = eqxproj.filter_value_and_displacement(f, has_aux=has_aux)(model, *args, **kwargs)
+    assert jax.tree_util.tree_structure(got) == jax.tree_util.tree_structure(want)
+    for (_, a), (_, b) in zip(leaves(got), leaves(want), strict=True):
+        assert eqx.is_array(a) == eqx.is_array(b)
+        if eqx.is_array(a):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert eqx.tree_equal(*(eqx.filter(x[0], eqx.is_array) for x in (got, want)), rtol=rtol, atol=1e-6)
+    return got
+
+
+def test_value_and_structure():
+    assert_drop_in(loss, MODEL, X, Y)
+
+
+def test_displacement_alone():
+    _, want = eqxproj.filter_value_and_displacement(loss)(MODEL, X, Y)
+    assert eqx.tree_equal(eqxproj.filter_displacement(loss)(MODEL, X, Y), want)
+
+
+def test_auxiliary_output():
+    def with_aux(model, x, y):
+        logits = jax.vmap(model)(x)
+        return cross_entropy(logits, y).mean(), {
+            "logits": logits,
+            "name": "aux",
+            "n": 3,
+            "data": x,
+            "sorted": jnp.sort(logits),
+        }
+
+    (value, aux), _ = assert_drop_in(with_aux, MODEL, X, Y, has_aux=True)
+    assert aux["name"] == "aux" and aux["n"] == 3
+    moved, again = eqxproj.filter_displacement(with_aux, has_aux=True)(MODEL, X, Y)
+    np.testing.assert_allclose(again["logits"], aux["logits"])
+    assert jax.tree_util.tree_structure(moved) == jax.tree_util.tree_structure(eqx.filter(MODEL, eqx.is_inexact_array))
+
+
+def test_keyword_arguments_and_static_ones():
+    def f(model, x, y, *, scale, kind, key=None):
+        noise = 0.0 if key is None else 0.1 * jax.random.normal(key, x.shape)
+        values = {"ce": cross_entropy, "other": None}[kind](jax.vmap(model)(x + noise), y)
+        return scale * values.mean()
+
+    assert_drop_in(f, MODEL, X, Y, scale=2.0, kind="ce")
+    assert_drop_in(f, MODEL, X, y=Y, scale=jnp.asarray(0.5), kind="ce", key=jax.random.key(1))
+
+
+def test_dropout_key():
+    """The mask is that of the key: what it drops does not move the layer below."""
+    dropout = eqx.nn.Dropout(0.5)
+
+    def f(p, x, y, key):
+        return cross_entropy(dropout(jnp.tanh(x @ p["a"]), key=key) @ p["d"], y).mean()
+
+    model = {"a": random(1, 4, 8), "d": random(2, 8, 3)}
+    keys = jax.random.split(jax.random.key(0), 2)
+    displacement = eqxproj.filter_displacement(f)
+    first, again, other = (displacement(model, X, Y, k) for k in (keys[0], keys[0], keys[1]))
+    assert eqx.tree_equal(first, again) and not eqx.tree_equal(first, other)
+    assert_drop_in(f, model, X, Y, keys[0])
+
+
+def test_frozen_leaves():
+    """Frozen as `None` through a partition, and by `stop_gradient`."""
+    trained, frozen = eqx.partition(MODEL, eqx.is_inexact_array)
+    trained = eqx.tree_at(lambda m: m.layers[0].weight, trained, None)
+    frozen = eqx.tree_at(lambda m: m.layers[0].weight, frozen, MODEL.layers[0].weight, is_leaf=lambda x: x is None)
+
+    def split(trained, frozen, x, y):
+        return loss(eqx.combine(trained, frozen), x, y)
+
+    _, moved = assert_drop_in(split, trained, frozen, X, Y)
+    assert moved.layers[0].weight is None and moved.layers[0].bias is not None
+
+    def stopped(model, x, y):
+        return loss(eqx.tree_at(lambda m: m.layers[0].weight, model, replace_fn=jax.lax.stop_gradient), x, y)
+
+    _, moved = assert_drop_in(stopped, MODEL, X, Y)
+    assert not moved.layers[0].weight.any() and moved.layers[0].bias.any()
+
+
+def test_other_leaves_of_the_model():
+    """Integer arrays, Booleans, functions and strings of a model get `None`, and are used as they are."""
+    model = {
+        "w": random(0, 4, 3),
+        "order": jnp.array([2, 0, 1, 3]),
+        "on": jnp.array(True),
+        "f": jnp.tanh,
+        "name": "x",
+        "n": 2,
+    }
+
+    def f(p, x, y):
+        h = p["f"](x[:, p["order"]]) * p["n"]
+        return cross_entropy(jnp.where(p["on"], h, 0.0) @ p["w"], y).mean()
+
+    _, moved = assert_drop_in(f, model, X, Y)
+    assert {k for k, v in moved.items() if v is None} == set(model) - {"w"}
+
+
+def test_unused_parameters_get_zeros():
+    model = {"w": random(0, 4, 3), "spare": random(1, 5)}
+    _, moved = assert_drop_in(lambda p, x, y: cross_entropy(x @ p["w"], y).mean(), model, X, Y)
+    assert not moved["spare"].any() and moved["w"].any()
+
+
+def test_under_jit_and_with_optax():
+    optimizer = optax.adam(1e-2)
+
+    @eqx.filter_jit
+    def step(model, state):
+        value, moved = eqxproj.filter_value_and_displacement(loss)(model, X, Y)
+        updates, state = optimizer.update(moved, state, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, updates), state, value
+
+    model, state, values = MODEL, optimizer.init(eqx.filter(MODEL, eqx.is_inexact_array)), []
+    for _ in range(100):
+        model, state, value = step(model, state)
+        values.append(float(value))
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_name_of_the_loss_is_kept():
+    assert eqxproj.filter_value_and_displacement(loss).__name__ == "loss"
+    assert eqxproj.filter_displacement(loss).__name__ == "loss"
+
+
+def test_bfloat16_parameters():
+    model = jax.tree_util.tree_map(lambda w: w.astype(jnp.bfloat16) if eqx.is_inexact_array(w) else w, MODEL)
+
+    def f(model, x, y):
+        return cross_entropy(jax.vmap(model)(x.astype(jnp.bfloat16)).astype(jnp.float32), y).mean()
+
+    _, moved = assert_drop_in(f, model, X, Y, rtol=1e-2)
+    assert all(bool(jnp.isfinite(m).all()) and bool((m != 0).any()) for _, m in leaves(moved))
+
+
+# The raw displacement is what `solve` does.
+
+
+@pytest.mark.parametrize("copies", COPIES)
+def test_raw_displacement_is_one_step_of_solve(copies):
+    solver = eqxproj.CyclicProjections()
+    metric = eqxproj.Metric(grade=2.0, parameter=10.0)
+    moved = eqxproj.filter_displacement(loss, solver=solver, metric=metric, copies=copies, tau=1.0, raw=True)(
+        MODEL, X, Y
+    )
+    parameters = eqx.filter(MODEL, eqx.is_inexact_array)
+    optimizer = optax.sgd(1.0)
+    updates, _ = optimizer.update(moved, optimizer.init(parameters), parameters)
+    got = eqx.apply_updates(MODEL, updates)
+    problem = eqxproj.feasibility_problem(loss, MODEL, X, Y, metric=metric, copies=copies, tau=1.0)
+    want = eqxproj.solve(problem, solver, steps=1).model
+    assert eqx.tree_equal(got, want, rtol=1e-5, atol=1e-6)
+    assert not eqx.tree_equal(got, MODEL, rtol=1e-5, atol=1e-5)
+
+
+def test_raw_defaults_to_the_unit_metric():
+    raw = eqxproj.filter_displacement(loss, raw=True)(MODEL, X, Y)
+    unit = eqxproj.filter_displacement(loss, raw=True, metric=eqxproj.Metric())(MODEL, X, Y)
+    assert eqx.tree_equal(raw, unit)
+
+
+def test_several_steps():
+    metric = eqxproj.Metric(parameter=10.0)
+    moved = eqxproj.filter_displacement(loss, metric=metric, steps=5, raw=True, solver=eqxproj.AlternatingProjections())
+    problem = eqxproj.feasibility_problem(loss, MODEL, X, Y, metric=metric)
+    want = eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=5).model
+    got = eqx.apply_updates(MODEL, jax.tree_util.tree_map(jnp.negative, moved(MODEL, X, Y)))
+    assert eqx.tree_equal(got, want, rtol=1e-4, atol=1e-5)
+
+
+# The limit of a steep metric is the gradient.
+
+
+def chain(depth, activation):
+    def f(ws, x, y):
+        for w in ws[:-1]:
+            x = activation(x @ w)
+        return cross_entropy(x @ ws[-1], y).mean()
+
+    sizes = [4, *[8] * depth, 3]
+    ws = [random(i, n, m, scale=(2 / n) ** 0.5) for i, (n, m) in enumerate(zip(sizes, sizes[1:], strict=False))]
+    return f, ws, X, Y
+
+
+def mlp_with_biases(depth, activation):
+    model = eqx.nn.MLP(4, 3, 8, depth, activation, key=jax.random.key(1))
+    return loss, model, X, Y
+
+
+class Convolutional(eqx.Module):
+    first: eqx.nn.Conv2d
+    second: eqx.nn.Conv2d
+    pool: eqx.nn.MaxPool2d
+    last: eqx.nn.Linear
+
+    def __init__(self, key):
+        k1, k2, k3 = jax.random.split(key, 3)
+        self.first, self.second = eqx.nn.Conv2d(1, 3, 3, key=k1), eqx.nn.Conv2d(3, 4, 2, stride=2, key=k2)
+        self.pool, self.last = eqx.nn.MaxPool2d(2, 2), eqx.nn.Linear(4, 3, key=k3)
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.first(x))
+        x = jax.nn.relu(self.second(self.pool(x)))
+        return self.last(x.reshape(-1))
+
+
+def convolutional():
+    return loss, Convolutional(jax.random.key(2)), random(5, 4, 1, 6, 6), Y[:4]
+
+
+def residual():
+    def f(p, x, y):
+        h = x @ p["in"]
+        for a, b in zip(p["a"], p["b"], strict=True):
+            h = h + jax.nn.relu(h @ a) @ b
+        return cross_entropy(h @ p["out"], y).mean()
+
+    p = {"in": random(0, 4, 6), "out": random(1, 6, 3)}
+    p |= {"a": [random(i, 6, 6, scale=0.5) for i in (2, 3)], "b": [random(i, 6, 6, scale=0.5) for i in (4, 5)]}
+    return f, p, X, Y
+
+
+def attention():
+    """A bare attention product: every factor of every product is unknown."""
+
+    def f(p, x, y):
+        q, k, v = x @ p["q"], x @ p["k"], x @ p["v"]
+        scores = jnp.einsum("btd,bsd->bts", q, k)
+        return jnp.mean((jnp.einsum("bts,bsd->btd", scores, v) - y) ** 2)
+
+    return f, {n: random(i, 4, 5, scale=0.5) for i, n in enumerate("qkv")}, random(7, 2, 3, 4), random(8, 2, 3, 5)
+
+
+LIMITS = {
+    "two layers": lambda: chain(2, jax.nn.relu),
+    "eight layers": lambda: chain(8, jax.nn.relu),
+    "tanh": lambda: mlp_with_biases(2, jnp.tanh),
+    "biases": lambda: mlp_with_biases(2, jax.nn.relu),
+    "convolution": convolutional,
+    "residual": residual,
+    "attention": attention,
+}
+
+
+CHECKED = [("two layers", c) for c in COPIES] + [("attention", c) for c in COPIES]
+CHECKED += [("residual", "neuron"), ("residual", "none"), ("eight layers", "neuron"), ("tanh", "sample")]
+CHECKED += [("biases", "none"), ("convolution", "sample")]
+
+
+@pytest.mark.parametrize("name, copies", CHECKED, ids=["-".join(c) for c in CHECKED])
+def test_gradient_in_the_limit(name, copies):
+    assert_like_gradient(*LIMITS[name](), copies=copies, ratio=2.0)
+
+
+SIZES = [
+    (cross_entropy, jnp.sum),
+    (squared_error, jnp.mean),
+    (optax.softmax_cross_entropy, jnp.mean),
+    (optax.l2_loss, jnp.sum),
+]
+
+
+@pytest.mark.parametrize("make, reduce", SIZES, ids=lambda f: f.__name__)
+def test_size_of_a_gradient(make, reduce):
+    """Whatever the loss and whether it is a mean or a sum."""
+
+    def f(p, x, y):
+        return reduce(make(jnp.tanh(x @ p["a"]) @ p["d"], y))
+
+    y = jax.nn.one_hot(Y, 3)
+    assert_like_gradient(f, {"a": random(1, 4, 8), "d": random(2, 8, 3)}, X, y, least=0.99, ratio=2.0)
+
+
+def test_penalty_and_mask():
+    """Several terms: each has its own size."""
+
+    def f(p, x, y):
+        mask = (y > 0).astype(jnp.float32)
+        data = (cross_entropy(jnp.tanh(x @ p["a"]) @ p["d"], y) * mask).sum() / mask.sum()
+        return data + 0.05 * sum(jnp.sum(w**2) for w in p.values())
+
+    assert_like_gradient(f, {"a": random(1, 4, 8), "d": random(2, 8, 3)}, X, Y, least=0.99, ratio=2.0)
+
+
+def test_shared_weights():
+    """A weight that is used twice gets the sum of what both uses want."""
+
+    def f(p, x, y):
+        return squared_error(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["w"].T, y).mean()
+
+    assert_like_gradient(f, {"w": random(1, 4, 4)}, X, random(2, 6, 4), ratio=2.0)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 10.0])
+def test_size_does_not_depend_on_tau_to_first_order(tau):
+    moved = eqxproj.filter_displacement(loss, metric=STEEP, tau=tau)(MODEL, X, Y)
+    gradient = eqx.filter_grad(loss)(MODEL, X, Y)
+    for (_, d), (_, g) in zip(leaves(moved), leaves(gradient), strict=True):
+        assert cosine(d, g) > (0.999 if tau < 1 else 0.8)
+        assert 0.02 < float(jnp.linalg.norm(d) / jnp.linalg.norm(g)) < 1.1

@@ -1,0 +1,124 @@
+"""The metric: weights by depth and kind, exact as ratios at any depth, clamped as values."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import eqxproj
+from eqxproj._metric import Metric, clamped, ratio
+from eqxproj._state import kappa_of
+from eqxproj.losses import squared_error
+
+
+def test_default_is_the_unit_metric():
+    metric = Metric()
+    assert (metric.grade, metric.parameter, metric.fan_out) == (1.0, 1.0, "sum")
+    assert all(metric.log_weight(d, p) == 0.0 for d in range(5) for p in (False, True))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_weights(depth):
+    metric = Metric(grade=10.0, parameter=1e3)
+    assert math.exp(metric.log_weight(depth, False)) == pytest.approx(10.0**depth)
+    assert math.exp(metric.log_weight(depth, True)) == pytest.approx(10.0**depth * 1e3)
+
+
+def test_grade_below_one():
+    assert math.exp(Metric(grade=0.1, parameter=0.5).log_weight(2, True)) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("log", [-1e4, -69.0, 0.0, 5.0, 69.0, 1e4])
+def test_clamped(log):
+    weight = clamped(log)
+    assert 1e-30 < weight < 1e30
+    assert jnp.isfinite(jnp.float32(weight)) and jnp.float32(1 / weight) > 0
+    if abs(log) <= 69.0:
+        assert weight == pytest.approx(math.exp(log))
+
+
+def test_ratios_are_exact_where_values_are_clamped():
+    metric = Metric(grade=1e6, parameter=1e6)
+    deep, deeper = metric.log_weight(100, False), metric.log_weight(101, False)
+    assert clamped(deep) == clamped(deeper)
+    assert ratio(deep, deeper) == pytest.approx(1e-6)
+    assert ratio(deeper, deep) == pytest.approx(1e6)
+    assert ratio(0.0, 1e5) >= 0.0 and ratio(1e5, 0.0) == pytest.approx(clamped(1e5))
+
+
+def test_is_static_and_hashable():
+    assert hash(Metric(2.0, 3.0)) == hash(Metric(2.0, 3.0))
+    assert Metric(2.0) == Metric(2.0) and Metric(2.0) != Metric(3.0)
+    assert jax.tree_util.tree_leaves(Metric()) == []
+    assert isinstance(Metric(), eqx.Module)
+
+
+def tied(p, x, y):
+    """A chain in which one weight is used at two depths."""
+    return squared_error(jnp.tanh(x @ p["w"]) @ p["w"] @ p["v"], y).mean()
+
+
+MODEL = {"w": jnp.eye(4), "v": jnp.ones((4, 2))}
+
+
+def test_weights_of_edges():
+    metric = Metric(grade=10.0, parameter=1e3)
+    problem = eqxproj.feasibility_problem(
+        tied, MODEL, jnp.ones((3, 4)), jnp.zeros((3, 2)), metric=metric, copies="none"
+    )
+    graph = problem.graph
+    for i, edge in enumerate(graph.edges):
+        want = 10.0 ** graph.depth[edge.consumer] * (1e3 if edge.is_parameter else 1.0)
+        assert problem.edge_weight(i) == pytest.approx(want)
+    assert any(graph.edges[e].is_parameter for e in range(len(graph.edges)))
+
+
+@pytest.mark.parametrize("fan_out", ["sum", "mean"])
+def test_weight_of_a_value_with_several_consumers(fan_out):
+    """The weight of the output is the sum of its consumers' weights, or with the mean the heaviest alone."""
+    metric = Metric(grade=10.0, parameter=1.0, fan_out=fan_out)
+
+    def loss(p, x, y):
+        h = x @ p["w"]
+        return squared_error(jnp.concatenate([h, h[:, :1]], -1) @ p["u"] + jnp.tanh(h)[:, :2], y).mean()
+
+    model = {"w": jnp.eye(4), "u": jnp.ones((5, 2))}
+    problem = eqxproj.feasibility_problem(
+        loss, model, jnp.ones((3, 4)), jnp.zeros((3, 2)), metric=metric, copies="none"
+    )
+    graph = problem.graph
+    (value,) = [v for v in range(len(graph.values)) if len(graph.readers[v]) == 2 and graph.values[v].shape == (3, 4)]
+    log, share = kappa_of(problem, value, False)
+    weights = [10.0 ** graph.depth[graph.edges[e].consumer] for e in graph.readers[value]]
+    assert math.exp(log) == pytest.approx(max(weights))
+    if fan_out == "mean":
+        assert share == 1.0
+        return
+    counts = [
+        graph.edges[e].view.transpose(problem.known, jnp.ones(graph.edges[e].variable.shape))
+        for e in graph.readers[value]
+    ]
+    want = sum(c[0] * w for c, w in zip(counts, weights, strict=True)) / max(weights)
+    assert jnp.allclose(jnp.broadcast_to(jnp.asarray(share), (3, 4)), jnp.broadcast_to(want, (3, 4)))
+    assert len(set(map(float, jnp.broadcast_to(want, (3, 4))[0]))) == 2
+
+
+@pytest.mark.parametrize("grade", [1e-6, 1e6])
+def test_no_depth_overflows(grade):
+    """Twenty layers: weights far beyond what float32 holds, and yet displacements are finite, at all layers."""
+    keys = jax.random.split(jax.random.key(0), 20)
+    weights = [jnp.eye(3) + 0.1 * jax.random.normal(k, (3, 3)) for k in keys]
+
+    def loss(ws, x, y):
+        for w in ws:
+            x = jax.nn.relu(x @ w)
+        return squared_error(x, y).mean()
+
+    moved = eqxproj.filter_displacement(loss, metric=Metric(grade, 1e6), copies="none")(
+        weights, jnp.ones((2, 3)), jnp.zeros((2, 3))
+    )
+    assert all(bool(jnp.all(jnp.isfinite(m))) for m in moved)
+    if grade > 1:
+        assert all(float(jnp.abs(m).max()) > 0 for m in moved)

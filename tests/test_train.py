@@ -1,0 +1,261 @@
+"""Training: what is seeded, what each sample is seen for, what the history holds, and what is passed on."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eqxproj
+from eqxproj._data import batches, check_data, take
+from eqxproj._train import takes_key
+from eqxproj.losses import cross_entropy, squared_error
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, 4)).astype(np.float32)
+Y = (X[:, 0] > 0).astype(np.int32)
+MODEL = {"w": jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32), "b": jnp.zeros(2)}
+
+
+def loss(p, x, y):
+    return cross_entropy(x @ p["w"] + p["b"], y).mean()
+
+
+def train(loss=loss, model=MODEL, data=(X, Y), steps=5, batch_size=8, **options):
+    return eqxproj.train(model, data, loss, steps=steps, batch_size=batch_size, **options)
+
+
+# Batches.
+
+
+@pytest.mark.parametrize("count, size", [(12, 4), (12, 5), (7, 7), (5, 1), (10, 3)])
+def test_every_sample_is_seen_once_an_epoch(count, size):
+    """Also where a batch crosses from one epoch to the next."""
+    stream = batches(count, size, jax.random.key(0))
+    rows = np.concatenate([next(stream) for _ in range(3 * count)])
+    for start in range(0, 3 * count * size - count + 1, count):
+        assert sorted(rows[start : start + count]) == list(range(count))
+    assert len({tuple(rows[i * count : (i + 1) * count]) for i in range(5)}) > 1
+
+
+def test_batches_are_seeded():
+    def first(key):
+        stream = batches(20, 6, key)
+        return [next(stream).tolist() for _ in range(5)]
+
+    assert first(jax.random.key(1)) == first(jax.random.key(1)) == first(jax.random.PRNGKey(1))
+    assert first(jax.random.key(1)) != first(jax.random.key(2))
+
+
+def test_check_data_and_take():
+    data, count = check_data(({"image": X, "label": [1, 2] * 20}, (Y, None)), "data")
+    assert count == 40
+    rows = np.array([3, 0])
+    first, second = take(data, rows)
+    np.testing.assert_array_equal(first["image"], X[rows])
+    np.testing.assert_array_equal(first["label"], [2, 1])
+    np.testing.assert_array_equal(second[0], Y[rows])
+
+
+@pytest.mark.parametrize(
+    "given, dtype",
+    [
+        (X.astype(np.float64), np.float32),
+        (Y.astype(np.int64), np.int32),
+        (X > 0, np.bool_),
+        (jnp.asarray(X), np.float32),
+    ],
+)
+def test_data_has_the_precision_of_jax(given, dtype):
+    (found,), _ = check_data((given,), "data")
+    assert isinstance(found, np.ndarray) and found.dtype == dtype
+
+
+# Seeds.
+
+
+def test_same_key_same_result_and_other_key_other_batches():
+    first, again, other = (train(key=jax.random.key(k)) for k in (0, 0, 1))
+    assert eqx.tree_equal(first.model, again.model)
+    np.testing.assert_array_equal(first.history["loss"], again.history["loss"])
+    assert not eqx.tree_equal(first.model, other.model)
+    assert eqx.tree_equal(train().model, first.model)
+
+
+def test_batches_do_not_depend_on_the_method():
+    """A loss that sums its batch, with an optimizer that does nothing, shows which samples each step has."""
+
+    def probe(p, x, y):
+        return squared_error(p["s"], jnp.sum(x, (0, 1))) + 0 * jnp.sum(y)
+
+    still = optax.GradientTransformation(
+        lambda p: (), lambda u, s, p=None: (jax.tree_util.tree_map(jnp.zeros_like, u), s)
+    )
+    histories = [
+        train(probe, {"s": jnp.zeros(())}, optimizer=still, method=m, eval_every=1, key=jax.random.key(4)).history[
+            "loss"
+        ]
+        for m in ("projection", "gradient")
+    ]
+    np.testing.assert_allclose(histories[0][1:], histories[1][1:], rtol=1e-6)
+    stream = batches(40, 8, jax.random.key(4))
+    want = [float(X[next(stream)].sum()) ** 2 for _ in range(5)]
+    np.testing.assert_allclose(histories[0][1:], want, rtol=1e-3, atol=1e-4)
+
+
+# History.
+
+
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+@pytest.mark.parametrize(
+    "steps, every, want", [(7, 3, [0, 3, 6, 7]), (6, 3, [0, 3, 6]), (3, None, [0, 1, 2, 3]), (2, 10, [0, 2])]
+)
+def test_history(steps, every, want, method):
+    evaluate = {"loss": loss, "accuracy": lambda p, x, y: (jnp.argmax(x @ p["w"] + p["b"], -1) == y).mean()}
+    result = train(steps=steps, eval_every=every, eval_data=(X, Y), evaluate=evaluate, method=method)
+    history = result.history
+    assert set(history) == {"step", "loss", "seconds", "eval_loss", "eval_accuracy", "compile_seconds"}
+    assert history["step"].tolist() == want
+    assert all(len(history[k]) == len(want) for k in history if k != "compile_seconds")
+    assert np.isnan(history["loss"][0]) and np.isfinite(history["loss"][1:]).all()
+    assert (np.diff(history["seconds"]) >= 0).all() and history["seconds"][0] == 0.0
+    assert history["compile_seconds"] > 0
+    np.testing.assert_allclose(history["eval_loss"][0], loss(MODEL, X, Y), rtol=1e-5)
+    np.testing.assert_allclose(history["eval_loss"][-1], loss(result.model, X, Y), rtol=1e-5)
+    assert history["eval_accuracy"].min() >= 0 and history["eval_accuracy"].max() <= 1
+
+
+def test_history_without_evaluation():
+    assert set(train().history) == {"step", "loss", "seconds", "compile_seconds"}
+
+
+def test_evaluation_is_of_the_loss_by_default():
+    np.testing.assert_allclose(train(eval_data=(X, Y)).history["eval_loss"][0], loss(MODEL, X, Y), rtol=1e-5)
+
+
+def test_about_twenty_evaluations_by_default():
+    assert train(steps=40).history["step"].tolist() == list(range(0, 41, 2))
+
+
+# What is passed on.
+
+
+def test_learns():
+    result = train(steps=200, optimizer=optax.adam(3e-2), eval_data=(X, Y))
+    assert result.history["eval_loss"][-1] < 0.3 * result.history["eval_loss"][0]
+
+
+def test_optimizer_and_displacement():
+    """One step of `sgd` is the displacement of the batch itself, with the same options."""
+    options = dict(copies="none", tau=0.5, metric=eqxproj.Metric(10.0, 100.0))
+    result = train(steps=1, batch_size=40, optimizer=optax.sgd(0.5), **options)
+    moved = eqxproj.filter_displacement(loss, **options)(MODEL, X, Y)
+    want = jax.tree_util.tree_map(lambda w, d: w - 0.5 * d, MODEL, moved)
+    assert eqx.tree_equal(result.model, want, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_method_is_the_gradient():
+    result = train(steps=1, batch_size=40, optimizer=optax.sgd(0.5), method="gradient")
+    want = jax.tree_util.tree_map(lambda w, g: w - 0.5 * g, MODEL, jax.grad(loss)(MODEL, X, Y))
+    assert eqx.tree_equal(result.model, want, rtol=1e-4, atol=1e-6)
+
+
+def test_other_solver_and_several_steps_of_it():
+    options = dict(solver=eqxproj.AlternatingProjections(), solver_steps=3, metric=eqxproj.Metric())
+    result = train(steps=20, optimizer=optax.adam(1e-2), eval_data=(X, Y), **options)
+    assert result.history["eval_loss"][-1] < result.history["eval_loss"][0]
+
+
+def test_fresh_key_each_step():
+    """A loss with an argument named `key` gets another key each step, the same for both methods."""
+
+    def noisy(p, x, y, key):
+        return squared_error(p["s"], jax.random.normal(key)) + 0 * jnp.sum(x)
+
+    still = optax.GradientTransformation(
+        lambda p: (), lambda u, s, p=None: (jax.tree_util.tree_map(jnp.zeros_like, u), s)
+    )
+    found = []
+    for method in ("projection", "gradient"):
+        result = train(noisy, {"s": jnp.zeros(())}, optimizer=still, method=method, eval_every=1, eval_data=(X, Y))
+        found.append(result.history["loss"][1:])
+    assert len(set(found[0].tolist())) == 5
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
+def test_takes_key():
+    assert takes_key(lambda m, x, *, key: 0) and takes_key(lambda m, x, key=None: 0)
+    assert not takes_key(lambda m, x: 0) and not takes_key(print)
+
+
+def test_pytrees_as_data():
+    def f(p, batch, y):
+        return cross_entropy(batch["x"] @ p["w"] + p["b"] + batch["more"][0], y).mean()
+
+    data = ({"x": X, "more": [np.zeros((40, 2), np.float32)]}, Y)
+    assert eqx.tree_equal(train(f, data=data).model, train().model, rtol=1e-6)
+
+
+def test_regression():
+    """Data without integer arrays."""
+
+    def f(p, x, y):
+        return squared_error(x @ p["w"] + p["b"], y).mean()
+
+    y = X @ np.ones((4, 2), np.float32)
+    result = train(f, data=(X, y), steps=200, optimizer=optax.adam(3e-2), eval_data=(X, y))
+    assert result.history["eval_loss"][-1] < 0.2 * result.history["eval_loss"][0]
+
+
+def test_unlabeled_data():
+    def f(p, x):
+        return squared_error(x @ p["w"] @ p["w"].T, x).mean()
+
+    assert np.isfinite(train(f, data=(X,)).history["loss"][-1])
+
+
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+def test_auxiliary_output_is_dropped(method):
+    def f(p, x, y):
+        return loss(p, x, y), {"x": x}
+
+    assert eqx.tree_equal(train(f, has_aux=True, method=method, eval_data=(X, Y)).model, train(method=method).model)
+
+
+def test_numpy_parameters():
+    model = jax.tree_util.tree_map(np.asarray, MODEL)
+    assert eqx.tree_equal(train(model=model).model, train().model)
+
+
+def test_what_is_no_parameter_stays():
+    model = {**MODEL, "order": jnp.array([1, 0, 2, 3]), "f": jax.nn.relu, "name": "x"}
+    result = train(lambda p, x, y: loss(p, p["f"](x[:, p["order"]]), y), model)
+    assert result.model["f"] is jax.nn.relu and result.model["name"] == "x"
+    np.testing.assert_array_equal(result.model["order"], model["order"])
+    assert not eqx.tree_equal(result.model["w"], MODEL["w"])
+
+
+def test_the_given_model_is_not_changed():
+    before = jax.tree_util.tree_map(np.array, MODEL)
+    train()
+    assert eqx.tree_equal(MODEL, jax.tree_util.tree_map(jnp.asarray, before))
+
+
+def test_batch_size_by_default():
+    assert eqx.tree_equal(train(batch_size=None).model, train(batch_size=40).model)
+
+
+# The progress bar.
+
+
+@pytest.mark.parametrize("options", [{}, {"progress": False}])
+def test_prints_nothing(options, capsys):
+    train(eval_data=(X, Y), **options)
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_progress_bar(capsys):
+    train(steps=3, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "projection" in shown.err and "3/3" in shown.err and "loss" in shown.err
