@@ -21,6 +21,7 @@ from ._interpreter import Fragment, View
 from ._normal_form import Equation, Variable, live
 from ._objective import Term, terms
 from ._registry import RULES, RegisteredRule
+from ._time import lay_out
 from ._trace import Trace
 from .rules import _builtin as _builtin
 from .rules._objective import CustomObjective, GenericObjective
@@ -33,8 +34,8 @@ from .rules.scalar import AffineTerm, Scalar
 def check_dependence(trace: Trace) -> None:
     """Raises a `ValueError` where the value of the loss depends on no parameter."""
     program = trace.program
-    found = dependents(live(program.equations, [trace.loss_variable]), program.inputs[: len(trace.parameters)])
-    if trace.loss_variable.index not in found:
+    found = dependents(live(program.equations, program.outputs[:1]), program.inputs[: len(trace.parameters)])
+    if program.outputs[0].index not in found:
         raise ValueError(
             "`loss` does not depend on any floating-point array of `model`, so that there is nothing to train. "
             "Check that the loss uses the model that it is given, and that nothing stops the gradient on the way."
@@ -44,14 +45,17 @@ def check_dependence(trace: Trace) -> None:
 class GraphBuilder:
     """Builds a graph, value by value, from the terms of the objective back."""
 
-    def __init__(self, trace: Trace, data: str):
-        self.trace, self.program = trace, trace.program
-        count = len(trace.parameters)
-        self.parameters, self.arguments = self.program.inputs[:count], self.program.inputs[count:]
-        self.equations = live(self.program.equations, [trace.loss_variable])
-        seeds = list(self.parameters)
-        self.unknown = dependents(self.equations, seeds)
+    def __init__(self, trace: Trace, data: str, in_order: bool):
         check_dependence(trace)
+        self.trace = trace
+        count = len(trace.parameters)
+        self.parameters, self.arguments = trace.program.inputs[:count], trace.program.inputs[count:]
+        seeds = [*self.parameters, *(v for v in self.arguments if v.is_float and data == "pinned")]
+        layout = lay_out(trace.program, seeds, in_order)
+        self.program, self.delayed = layout.program, layout.delayed
+        self.loss = self.program.outputs[0]
+        self.equations, self.fed = self._live()
+        self.unknown = self._dependents(self.parameters)
         self._split_objective()
         if data == "pinned":
             self._pin()
@@ -62,11 +66,32 @@ class GraphBuilder:
         self.position: dict[int, int] = {}
         self.missing: list[Unsupported] = []
 
+    def _live(self) -> tuple[tuple[Equation, ...], list[Variable]]:
+        """The equations that the loss depends on, and the variables that delayed ones show.
+
+        What shows a delayed variable comes later than its readers, so that it is no equation of the list.
+        """
+        plain = [e for e in self.program.equations if not any(v.index in self.delayed for v in e.outputs)]
+        fed: list[Variable] = []
+        while True:
+            kept = live(plain, [self.loss, *fed])
+            reads = {v.index for e in kept for v in e.inputs}
+            made = {v.index for late in self.delayed.values() for e in late.equations for v in e.outputs}
+            sources = [v for i in self.delayed if i in reads for e in self.delayed[i].equations for v in e.inputs]
+            found = list({v.index: v for v in sources if v.index not in made}.values())
+            if len(found) == len(fed):
+                return kept, fed
+            fed = found
+
+    def _dependents(self, seeds: Sequence[Variable]) -> frozenset[int]:
+        """What depends on the seeds; delayed variables do."""
+        return dependents(self.equations, [*seeds, *(Variable(i, (), None) for i in self.delayed)])
+
     # The objective.
 
     def _split_objective(self) -> None:
         names = [name for name, rule in RULES.items() if isinstance(rule, CustomObjective)]
-        found = terms(self.program, self.trace.loss_variable, self.unknown, names)
+        found = terms(self.program, self.loss, self.unknown, names)
         found = [t for t in found if t.variable.index in self.unknown]
         self.custom = [t for t in found if t.custom is not None and self._accepts(t)]
         self.generic = [Term(t.variable, t.coefficient, t.factors) for t in found if t not in self.custom]
@@ -87,9 +112,10 @@ class GraphBuilder:
         data += [
             Variable(i, np.shape(c), None) for i, c in self.program.constants.items() if i in used and np.size(c) > 1
         ]
-        of_data = dependents(self.equations, data)
+        of_data = self._dependents(data)
         inside: set[int] = set()
         final = {v.index for v in ends}
+        fed = {v.index for v in self.fed}
         pure = {v.index for v in ends if v.index not in of_data}
         readers: dict[int, list[Equation]] = {}
         for equation in self.equations:
@@ -103,7 +129,7 @@ class GraphBuilder:
             after = [r for r in after if any(v.index in self.unknown for v in r.outputs)]  # not what is stopped
             ok = all(r.outputs[0].index in inside for r in after) or all(i in final for i in outs)
             holds = any(v.index in self.unknown and v.index not in of_data for v in equation.inputs)
-            holds = holds or self._ends_objective(equation)
+            holds = holds or self._ends_objective(equation) or any(i in fed for i in outs)
             is_pure = all(i in pure for i in outs)
             if outs and ok and (not holds or is_pure):
                 inside.add(equation.outputs[0].index)
@@ -135,12 +161,13 @@ class GraphBuilder:
         outside = live(outside, [v for e in outside for v in e.outputs if v.index in self.unknown])
         read = {v.index for e in outside for v in e.inputs}
         self.pinned = [v for v in self.arguments if v.is_float and v.index in read]
-        self.unknown = dependents(self.equations, [*self.parameters, *self.pinned])
+        self.unknown = self._dependents([*self.parameters, *self.pinned])
 
     pinned: Sequence[Variable] = ()
 
     def _fuse(self) -> Fusion:
         ends = self._boundary() + [v for t in self.custom for v in self._custom_operands(t)]
+        ends += [v for v in self.fed if v.index in self.unknown]
         objective = {id(t.custom) for t in self.custom}
         inner = [e for e in self.equations if e.outputs[0].index not in self.region and id(e) not in objective]
         self.inner = live(inner, ends)
@@ -162,21 +189,42 @@ class GraphBuilder:
 
     def edge(self, variable: Variable) -> int:
         """The edge that shows a variable: the views that lead to it from values."""
-        is_value = variable.index not in self.fusion.views
-        stops = self.fusion.kept - self.fusion.views
-        equations = (
-            ()
-            if is_value
-            else live([e for e in self.fusion.equations if not any(v.index in stops for v in e.outputs)], [variable])
-        )
-        made = {v.index for e in equations for v in e.outputs}
-        reads = [variable] if is_value else [v for e in equations for v in e.inputs]
-        sources = list({v.index: v for v in reads if v.index in self.unknown and v.index not in made}.values())
+        equations, sources, late = self._shown(variable)
         view = View(equations, tuple(sources), (variable,))
-        parameters = {p.index for p in self.parameters}
+        parameters = {p.index for p, stiff in zip(self.parameters, self.trace.stiff, strict=True) if stiff}
         only = all(v.index in parameters for v in sources)
-        self.edges.append(Edge(variable, view, tuple(self.value(v) for v in sources), len(self.nodes), only))
+        delayed = frozenset(self.value(v) for v in sources if v.index in late)
+        self.edges.append(Edge(variable, view, tuple(self.value(v) for v in sources), len(self.nodes), only, delayed))
         return len(self.edges) - 1
+
+    def _shown(self, variable: Variable) -> tuple[tuple[Equation, ...], list[Variable], set[int]]:
+        """The views that lead to a variable, the values that they show, and which of these in a delayed way alone."""
+        views = {v.index: e for e in self.fusion.equations for v in e.outputs if v.index in self.fusion.views}
+        stops = self.fusion.kept - self.fusion.views
+        before: list[Equation] = []
+        sources: dict[int, Variable] = {}
+        seen: set[tuple[int, bool]] = set()
+        prompt: set[int] = set()
+        stack = [(variable, False)]
+        while stack:
+            v, late = stack.pop()
+            if (v.index, late) in seen or v.index not in self.unknown:
+                continue
+            seen.add((v.index, late))
+            if v.index in self.delayed:
+                found = self.delayed[v.index]
+                made = {w.index for e in found.equations for w in e.outputs}
+                before.extend(found.equations)
+                reads = [w for e in found.equations for w in e.inputs if w.index not in made]
+                stack.extend((w, late or w.index == found.leaving) for w in reads)
+            elif v.index in views and v.index not in stops:
+                before.append(views[v.index])
+                stack.extend((w, late) for w in views[v.index].inputs)
+            else:
+                sources[v.index] = v
+                if not late:
+                    prompt.add(v.index)
+        return _ordered(before), list(sources.values()), set(sources) - prompt
 
     def add(
         self,
@@ -287,6 +335,9 @@ class GraphBuilder:
     def _add_operation(self, equation: Equation) -> None:
         unknown = tuple(v.index in self.unknown for v in equation.inputs)
         operands = [v for v, is_unknown in zip(equation.inputs, unknown, strict=True) if is_unknown]
+        if equation.name in ("cond", "scan"):  # integers and predicates stay as the forward pass has them
+            unknown = tuple(u and v.is_float for u, v in zip(unknown, equation.inputs, strict=True))
+            operands = [v for v, is_unknown in zip(equation.inputs, unknown, strict=True) if is_unknown]
         rule: AbstractRule | None = RULES.get(equation.name)
         fragment_equations: tuple[Equation, ...] = (equation,)
         if rule is None or not rule.accepts(equation, unknown):
@@ -295,6 +346,8 @@ class GraphBuilder:
             fragment = Fragment(fragment_equations, tuple(operands), equation.outputs)
             if not all(v.is_float for v in operands) or not is_differentiable(fragment, self.program):
                 self.missing.append(Unsupported(equation.name, equation.source))
+        else:
+            self.missing.extend(rule.missing(equation, unknown))
         occurrences = isinstance(rule, LocalSolver) and len(_distinct(operands)) != len(operands)
         operands = _distinct(operands) if occurrences else operands
         fragment = _with_separate_operands(fragment_equations, operands, equation)
@@ -326,6 +379,21 @@ class GraphBuilder:
         return start, self.fusion.between(start, equation.outputs[0])
 
 
+def _ordered(equations: Sequence[Equation]) -> tuple[Equation, ...]:
+    """Equations after those that they read from, each once."""
+    makers = {v.index: e for e in equations for v in e.outputs}
+    done: dict[int, Equation] = {}
+    stack = [(e, False) for e in equations]
+    while stack:
+        equation, ready = stack.pop()
+        if ready:
+            done.setdefault(id(equation), equation)
+        elif id(equation) not in done:
+            stack.append((equation, True))
+            stack.extend((makers[v.index], False) for v in equation.inputs if v.index in makers)
+    return tuple(done.values())
+
+
 def _distinct(variables: Sequence[Variable]) -> list[Variable]:
     return list({v.index: v for v in variables}.values())
 
@@ -342,13 +410,14 @@ def _with_separate_operands(equations, operands: Sequence[Variable], equation: E
     return Fragment((renamed,), tuple(fresh), equation.outputs)
 
 
-def build(trace: Trace, data: str = "constant") -> Graph:
+def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph:
     """Builds the factor graph of a traced loss.
 
     **Arguments:**
 
     - `trace`: the traced loss.
     - `data`: `"constant"` (data is known) or `"pinned"` (data is a variable that is held in place).
+    - `in_order`: whether a recurrence is one node, which goes through time in order, or its steps are nodes.
 
     **Returns:**
 
@@ -359,4 +428,4 @@ def build(trace: Trace, data: str = "constant") -> Graph:
     """
     if data not in ("constant", "pinned"):
         raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
-    return GraphBuilder(trace, data).build()
+    return GraphBuilder(trace, data, in_order).build()

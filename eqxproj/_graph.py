@@ -30,6 +30,8 @@ class Edge:
     sources: tuple[int, ...]
     consumer: int
     is_parameter: bool
+    delayed: frozenset[int] = frozenset()
+    """The sources that are shown one time step late: they close the cycles of a recurrence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +97,18 @@ class Graph:
         )
 
     @cached_property
+    def _prompt(self) -> tuple[tuple[int, ...], ...]:
+        """For each node, the nodes whose values it reads without delay. These relations have no cycle."""
+        return tuple(
+            tuple(
+                dict.fromkeys(
+                    self.producers[v] for e in node.edges for v in self.edges[e].sources if v not in self.edges[e].delayed
+                )
+            )
+            for node in self.nodes
+        )
+
+    @cached_property
     def objectives(self) -> tuple[int, ...]:
         return tuple(i for i, node in enumerate(self.nodes) if node.kind == "objective")
 
@@ -109,15 +123,15 @@ class Graph:
                 done[node] = None
             elif node not in done:
                 stack.append((node, True))
-                stack.extend((p, False) for p in self.predecessors[node] if p not in done)
+                stack.extend((p, False) for p in self._prompt[node] if p not in done)
         return tuple(done)
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
-        """The longest way from the objective to each node; an edge always leads to a strictly smaller depth."""
+        """The longest way from the objective to each node; an edge leads to a strictly smaller depth, if not delayed."""
         depth = [0] * len(self.nodes)
         for node in reversed(self.forward_order):
-            for p in self.predecessors[node]:
+            for p in self._prompt[node]:
                 depth[p] = max(depth[p], depth[node] + 1)
         return tuple(depth)
 
@@ -146,7 +160,7 @@ class Graph:
         layer = tuple(self.objectives)
         while layer:
             found.append(layer)
-            layer = tuple(dict.fromkeys(p for n in layer for p in self.predecessors[n]))
+            layer = tuple(dict.fromkeys(p for n in layer for p in self._prompt[n]))
         return tuple(found)
 
     def layers(self, order: str) -> tuple[tuple[int, ...], ...]:
@@ -156,7 +170,9 @@ class Graph:
         layers: list[list[int]] = [[] for _ in range(max(self.depth) + 1)]
         for node, d in enumerate(self.depth):
             layers[d].append(node)
-        return tuple(tuple(layer) for layer in layers)
+        if any(edge.delayed for edge in self.edges):  # which may join nodes of one layer, but never of one color
+            layers = [[n for n in layer if self.colors[n] == color] for layer in layers for color in (0, 1)]
+        return tuple(tuple(layer) for layer in layers if layer)
 
     def color(self, color: int) -> tuple[int, ...]:
         return tuple(i for i, c in enumerate(self.colors) if c == color)
@@ -195,12 +211,13 @@ def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
         variable = graph.values[value]
         fragment = Fragment((), (variable,), (variable,))
         values.append(variable)
-        edges.append(Edge(variable, View((), (variable,), (variable,)), (value,), len(nodes), edge.is_parameter))
+        late = edge.delayed & {value}
+        edges.append(Edge(variable, View((), (variable,), (variable,)), (value,), len(nodes), edge.is_parameter, late))
         source = nodes[edge.consumer].source
         outputs = (len(values) - 1,)
         nodes.append(Node("identity", "identity", source, identity, fragment, (len(edges) - 1,), outputs))
         sources[position] = len(values) - 1
-    edges[index] = replace(edge, sources=tuple(sources))
+    edges[index] = replace(edge, sources=tuple(sources), delayed=edge.delayed & set(sources))
     return replace(graph, values=tuple(values), edges=tuple(edges), nodes=tuple(nodes))
 
 

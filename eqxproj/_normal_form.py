@@ -30,7 +30,7 @@ from jax.extend.core import primitives as jp
 from ._names import ELEMENTWISE
 
 _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat2", "checkpoint", "remat")
-_CALLS += ("closed_call", "core_call")
+_CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
 _ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _LIBRARIES = tuple(
@@ -71,7 +71,10 @@ class Equation:
 
     def bind(self, *operands: Any) -> list[Any]:
         """Applies the primitive to values; always returns a list."""
-        out = self.primitive.bind(*operands, **self.primitive.get_bind_params(dict(self.params)))
+        params = self.primitive.get_bind_params(dict(self.params))
+        if isinstance(params, tuple):  # up to JAX 0.9.1: the functions of a call apart from the other parameters
+            operands, params = (*params[0], *operands), params[1]
+        out = self.primitive.bind(*operands, **params)
         return list(out) if self.primitive.multiple_results else [out]
 
 

@@ -51,12 +51,13 @@ class FeasibilityProblem(eqx.Module):
     metric: Metric = eqx.field(static=True)
     copies: Copies = eqx.field(static=True)
     tau: float = eqx.field(static=True)
+    offset: float = eqx.field(static=True, default=0.0)
+    """The logarithm of the weight of the objective's own edges."""
 
     @property
     def log_weights(self) -> tuple[float, ...]:
         """The logarithm of the weight of each edge."""
-        depth = self.graph.depth
-        return tuple(self.metric.log_weight(depth[e.consumer], e.is_parameter) for e in self.graph.edges)
+        return _log_weights(self.graph, self.metric, self.offset)
 
     @property
     def as_published(self) -> bool:
@@ -109,6 +110,10 @@ class FeasibilityProblem(eqx.Module):
             lines.append(f"Parameters that the loss does not depend on: {', '.join(unused)}.")
         lines.append("Operations without a rule: none.")
         return "\n".join(lines)
+
+
+def _log_weights(graph: Graph, metric: Metric, offset: float) -> tuple[float, ...]:
+    return tuple(offset + metric.log_weight(graph.depth[e.consumer], e.is_parameter) for e in graph.edges)
 
 
 def _count(graph: Graph, known, copies, metric, log_weights, edge: int, value: int, memory: bool) -> float | Array:
@@ -186,13 +191,23 @@ def check_tau(tau: Any) -> None:
 
 
 def make_problem(
-    traced: Trace, metric: Metric, copies: Copies, tau: float, data: str, two_colored: bool
+    traced: Trace,
+    metric: Metric,
+    copies: Copies,
+    tau: float,
+    data: str,
+    two_colored: bool,
+    offset: float = 0.0,
 ) -> FeasibilityProblem:
-    """The problem of a traced loss. Without `two_colored` it gets no identity nodes, as cyclic sweeps need none."""
-    graph = build(traced, data)
+    """The problem of a traced loss.
+
+    Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each,
+    which goes through time in order.
+    """
+    graph = build(traced, data, in_order=not two_colored)
     if two_colored:
         graph = with_identities(graph, identity(graph.values[0]))
-    env = forward(traced.program, [*traced.parameters, *traced.arguments])
+    env = forward(graph.program, [*traced.parameters, *traced.arguments])
     needed = {i for n in graph.nodes if n.function is not None for i in n.function.known}
     needed |= {i for e in graph.edges for i in e.view.known}
     needed |= {i for n in graph.nodes if n.equation is not None for i in _known_inputs(n)}
@@ -202,15 +217,15 @@ def make_problem(
     at = [env[v.index] for v in graph.values]  # what an identity node puts out is its operand's variable
     initial = tuple(jnp.asarray(x) if k in ("parameter", "data") else None for x, k in zip(at, kinds, strict=True))
     states = tuple(None if k in ("parameter", "data") else jnp.asarray(x) for x, k in zip(at, kinds, strict=True))
-    depth = graph.depth
-    logs = tuple(metric.log_weight(depth[e.consumer], e.is_parameter) for e in graph.edges)
+    logs = _log_weights(graph, metric, offset)
     lean = _shares(graph, known, copies, metric, logs, False)
     differs = copies == "sample" and any(n.operation == "conv_general_dilated" for n in graph.nodes)
     full = _shares(graph, known, copies, metric, logs, True) if differs else lean
-    auxiliary = traced.auxiliary(env)
-    value = jnp.asarray(env[traced.loss_variable.index])
+    value, *rest = (env[v.index] for v in graph.program.outputs)
+    auxiliary = traced.auxiliary(rest)
+    value = jnp.asarray(value)
     return FeasibilityProblem(
-        traced, known, initial, states, value, auxiliary, (lean, full), graph, metric, copies, float(tau)
+        traced, known, initial, states, value, auxiliary, (lean, full), graph, metric, copies, float(tau), offset
     )
 
 

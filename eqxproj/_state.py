@@ -120,6 +120,7 @@ def context(problem: FeasibilityProblem, node: int, memory: bool) -> Context:
         memory=memory,
         weight_like=tuple(graph.edges[e].is_parameter for e in spec.edges),
         scale=spec.scale * problem.tau,
+        metric=problem.metric,
         as_published=problem.as_published,
     )
 

@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._normal_form import Program, Variable, normal_form
+from ._normal_form import Program, normal_form
 
 
 class Trace(eqx.Module):
@@ -31,10 +31,8 @@ class Trace(eqx.Module):
     program: Program = eqx.field(static=True)
     aux_treedef: Any = eqx.field(static=True)
     aux_static: Any = eqx.field(static=True)
-
-    @property
-    def loss_variable(self) -> Variable:
-        return self.program.outputs[0]
+    stiff: tuple[bool, ...] = eqx.field(static=True)
+    """For each unknown whether it is a parameter; the operands of an inner program may be states."""
 
     def rebuild(self, parameters: Sequence[Array]) -> PyTree:
         """The model with these parameters in place of its inexact arrays."""
@@ -44,10 +42,9 @@ class Trace(eqx.Module):
         """A pytree of the shape that `equinox.filter_grad` returns."""
         return jtu.tree_unflatten(self.treedef, list(leaves))
 
-    def auxiliary(self, env: Mapping[int, Any]) -> PyTree:
-        """The auxiliary output of the loss, from the values of the program's variables."""
-        dynamic = jtu.tree_unflatten(self.aux_treedef, [env[v.index] for v in self.program.outputs[1:]])
-        return eqx.combine(dynamic, self.aux_static)
+    def auxiliary(self, leaves: Sequence[Any]) -> PyTree:
+        """The auxiliary output of the loss, from the values of the program's outputs after the first."""
+        return eqx.combine(jtu.tree_unflatten(self.aux_treedef, list(leaves)), self.aux_static)
 
 
 def _as_arrays(tree: PyTree) -> PyTree:
@@ -78,6 +75,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     has_aux: bool = False,
+    stiff: Sequence[bool] | None = None,
 ) -> Trace:
     """Traces `loss(model, *args, **kwargs)`.
 
@@ -87,6 +85,7 @@ def trace(
     - `model`: any pytree; its inexact arrays are the unknowns.
     - `args`, `kwargs`: the further arguments of the loss.
     - `has_aux`: as in `equinox.filter_value_and_grad`.
+    - `stiff`: for each unknown whether it is a parameter; all are, by default.
 
     **Returns:**
 
@@ -129,4 +128,5 @@ def trace(
 
     jaxpr = jax.make_jaxpr(flat)(list(parameters), leaves)
     program = normal_form(jaxpr)
-    return Trace(parameters, tuple(leaves), static_model, treedef, names, program, box["treedef"], box["static"])
+    stiff = (True,) * len(parameters) if stiff is None else tuple(stiff)
+    return Trace(parameters, tuple(leaves), static_model, treedef, names, program, box["treedef"], box["static"], stiff)

@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._errors import Unsupported
+from .._metric import Metric
 from .._normal_form import Equation
 
 Scale = float | Array
@@ -40,6 +42,7 @@ class Context:
     - `copies`: `"neuron"`, `"sample"` or `"none"`. `memory`: the operands hold one entry per copy.
     - `weight_like`: for each unknown operand, whether it shows a parameter and nothing else.
     - `scale`: for an objective, the factor of the loss in its prox.
+    - `metric`: of the problem, for rules that hold a problem of their own.
     - `as_published`: whether to follow the software of arXiv 2506.05878 where it departs from the projection.
     """
 
@@ -55,7 +58,13 @@ class Context:
     memory: bool = False
     weight_like: tuple[bool, ...] = ()
     scale: float = 1.0
+    metric: Metric = Metric()
     as_published: bool = False
+
+    @classmethod
+    def plain(cls, unknown: Sequence[bool] = ()) -> Context:
+        """A context that says nothing, to find out what a rule needs without projecting anything."""
+        return cls(lambda *values: list(values), {}, None, tuple(unknown), (), (), (), ())
 
     def ratio(self, operand: int, output: int = 0) -> Scale:
         r"""$\kappa / w_i$."""
@@ -116,6 +125,10 @@ class AbstractRule(abc.ABC):
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
         """Whether the rule can project onto this equation with these operands unknown."""
         return True
+
+    def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
+        """What has no rule inside of an operation that is a program of its own."""
+        return ()
 
     def describe(self, equation: Equation | None) -> str:
         """What `explain()` prints in the column of the rule."""

@@ -179,6 +179,7 @@ def generic_dual(
     kappa: Float[ArrayLike, "*#shape"],
     sigma: Float[ArrayLike, "*#shape"],
     q: Float[ArrayLike, "*#shape"],
+    search: bool = True,
 ) -> Float[Array, "*shape"]:
     r"""The dual for any elementwise function, from about 45 evaluations of it and no derivative.
 
@@ -201,6 +202,7 @@ def generic_dual(
     - `mu`: the duals of the wanted values.
     - `kappa`, `sigma`: the weights; only `sigma` is read.
     - `q`: their exact product.
+    - `search`: whether to look for points beyond the linear step, which pays where `q` is not small.
 
     **Returns:**
 
@@ -216,6 +218,8 @@ def generic_dual(
     # What the slope predicts, unless the measurement contradicts it: below the rounding error only the slope knows.
     predicted = -slope * slope / (1 + slope * slope * q)
     cost = jnp.where(jnp.isfinite(measured), jnp.clip(predicted, measured - error, measured + error), jnp.inf)
+    if not search:
+        return finite_cast(jnp.where(jnp.isfinite(p.now) & (cost < 0) & jnp.isfinite(lam), lam, 0), dtype)
     radius = jnp.minimum(jnp.abs(mu) * (sigma / jnp.sqrt(jnp.maximum(q, 1e-30))), _FAR)
     resolvable = jnp.any(radius > 4 * p.eps * jnp.maximum(jnp.abs(s0), 1e-6))
     point = lam, cost, value

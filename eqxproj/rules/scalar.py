@@ -71,6 +71,15 @@ def _special(phi: Fragment) -> Special | None:
     return "floor" if equation.name == "floor" else "ceil" if equation.name == "ceil" else None
 
 
+_STEEP = 2e-3
+
+
+def is_steep(ctx: Context) -> bool:
+    r"""Whether $\kappa/w$ is known to be so small that a node's answer is its linear one."""
+    ratios = [r for row in ctx.ratios for r in row]
+    return all(isinstance(r, float) and r <= _STEEP for r in ratios)
+
+
 class Scalar(AbstractRule):
     """The projection onto the graph of $\\phi(\\sum_i c_i x_i + d)$, elementwise."""
 
@@ -142,7 +151,7 @@ class Scalar(AbstractRule):
             return square_dual(s0, dual, kappa, sigma, q)
         if self.special is not None:
             return round_dual(s0, dual, kappa, sigma, q, self.special)
-        return generic_dual(lambda s: self.phi(ctx.known, [s])[0], s0, dual, kappa, sigma, q)
+        return generic_dual(lambda s: self.phi(ctx.known, [s])[0], s0, dual, kappa, sigma, q, search=not is_steep(ctx))
 
 
 def relu_dual(s0: Array, dual: Array, kappa: Array, sigma: Array, q: Array) -> Array:

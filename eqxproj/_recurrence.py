@@ -1,0 +1,75 @@
+"""Reads a `scan` equation: its parts, and which of its carries depend on unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jaxtyping import Array
+
+from ._fusion import dependents
+from ._normal_form import Equation, Program, normal_form
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """The parts of a `scan`: `body(*constants, *carries, *slices)` returns the next carries and what is stacked."""
+
+    jaxpr: ClosedJaxpr
+    constants: int
+    carries: int
+    length: int
+    reverse: bool
+
+    @classmethod
+    def of(cls, equation: Equation) -> Recurrence:
+        params = equation.params
+        if "num_consts" in params:
+            constants, carries = params["num_consts"], params["num_carry"]
+        else:  # from JAX 0.11 on the operands are a tree of three branches
+            constants, carries = (len(part) for part in params["ft_in"].unpack()[:2])
+        return cls(params["jaxpr"], constants, carries, params["length"], params["reverse"])
+
+    def body(self, *operands: Any) -> tuple[list[Array], list[Array]]:
+        """The next carries and the outputs to be stacked."""
+        out = jaxpr_as_fun(self.jaxpr)(*operands)
+        return list(out[: self.carries]), list(out[self.carries :])
+
+    def split(self, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Items, one an operand, by kind: constants, carries, slices."""
+        first, second = self.constants, self.constants + self.carries
+        return list(items[:first]), list(items[first:second]), list(items[second:])
+
+    def program(self) -> Program:
+        return normal_form(self.jaxpr)
+
+    def unknown_carries(self, unknown: Sequence[bool]) -> list[bool]:
+        """Which carries depend on unknown operands; carries that are no floats count as known."""
+        program = self.program()
+        constants, carries, slices = self.split(unknown)
+        while True:
+            flags = [*constants, *carries, *slices]
+            seeds = [v for v, is_unknown in zip(program.inputs, flags, strict=True) if is_unknown]
+            found = dependents(program.equations, seeds)
+            reached = [v.index in found and v.is_float for v in program.outputs[: self.carries]]
+            more = [a or b for a, b in zip(carries, reached, strict=True)]
+            if more == carries:
+                return more
+            carries = more
+
+    def scan(self, body: Any, init: Any, xs: Any, backward: bool = False) -> tuple[Any, Any]:
+        """Runs a body over time in this recurrence's order, or against it."""
+        return jax.lax.scan(body, init, xs, self.length, reverse=self.reverse != backward)
+
+    def entering(self, constants: Sequence[Array], carries: Sequence[Array], slices: Sequence[Array]) -> list[Array]:
+        """The carries that enter each step, stacked."""
+
+        def step(carry, x):
+            new, _ = self.body(*constants, *carry, *x)
+            return new, carry
+
+        return list(self.scan(step, [jnp.asarray(c) for c in carries], list(slices))[1])

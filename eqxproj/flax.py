@@ -1,0 +1,390 @@
+"""Flax models, of linen and of nnx, as callable Equinox modules: what [`train`][] and the rest of the library take.
+
+`from_linen(module, variables)` and `from_nnx(module)` transform a Flax model into a pytree whose only inexact arrays
+are its parameters: the collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the
+module. `LinenModel.variables`, `NNXModel.to_nnx` and `NNXModel.update` lead back.
+
+All other arrays (running statistics, caches, PRNG states) are held as the bits of their numbers, in arrays of unsigned
+integers of the same shape. So they are no parameter for anything that asks `equinox.is_inexact_array`: not for the
+trace, not for an optimizer with weight decay, not for `equinox.filter_grad`; and unlike numpy arrays or static fields
+they remain so when they pass through `jit` and `vmap`, and may change without a new compilation.
+
+Limits: the operations of the layers need projection rules or derivatives, as those of Equinox layers do. Flax layers
+take whole batches, so that a loss calls the model without `jax.vmap`. `train` drops the auxiliary output of a loss and
+with it new running statistics; see `LinenModel` for how to carry them.
+
+This module imports Flax and is therefore not imported by `import eqxproj`: write `import eqxproj.flax`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array
+
+try:
+    from flax import linen, nnx
+    from flax.core import DenyList, FrozenDict
+except ImportError as error:
+    raise ImportError(
+        f"`eqxproj.flax` needs Flax, which could not be imported ({error}). Install it: `pip install 'eqxproj[flax]'`."
+    ) from error
+
+
+# --- arrays that are no parameters ---
+
+
+class _Frozen(eqx.Module):
+    """An inexact array, held as its bits."""
+
+    bits: Any
+    dtype: Any = eqx.field(static=True)
+
+    @property
+    def value(self) -> Any:
+        if not jnp.issubdtype(self.dtype, jnp.complexfloating):
+            return jax.lax.bitcast_convert_type(self.bits, self.dtype)
+        part = jnp.finfo(self.dtype).dtype
+        real, imaginary = (jax.lax.bitcast_convert_type(self.bits[..., i], part) for i in (0, 1))
+        return jax.lax.complex(real, imaginary)
+
+
+def _freeze(tree: Any) -> Any:
+    """The same pytree without inexact arrays."""
+
+    def freeze(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf) if isinstance(leaf, (np.ndarray, np.generic)) else leaf
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        parts = jnp.stack([leaf.real, leaf.imag], axis=-1) if jnp.iscomplexobj(leaf) else leaf
+        unsigned = f"uint{jnp.finfo(leaf.dtype).bits}"
+        return _Frozen(jax.lax.bitcast_convert_type(parts, unsigned), leaf.dtype)
+
+    return jtu.tree_map(freeze, tree)
+
+
+def _thaw(tree: Any) -> Any:
+    """The inverse of `_freeze`."""
+
+    def is_frozen(leaf: Any) -> bool:
+        return isinstance(leaf, _Frozen)
+
+    return jtu.tree_map(lambda leaf: leaf.value if is_frozen(leaf) else leaf, tree, is_leaf=is_frozen)
+
+
+def _trainable(tree: Any) -> Any:
+    """The same pytree with its numbers as JAX arrays: those that were restored from a file are often numpy's."""
+    return jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic, float)) else x, tree)
+
+
+def _check_updates(updates: Any, wanted: str) -> None:
+    if not isinstance(updates, Mapping):
+        raise TypeError(
+            f"`updates` must be {wanted}, as a call with `mutable` returns it beside the output; got "
+            f"{type(updates).__name__}."
+        )
+
+
+# --- linen ---
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """What a linen model computes. Compared by value, where the fields of the module allow it, and always hashable."""
+
+    module: Any
+    method: Any
+    mutable: Any
+    container: type
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Program):
+            return NotImplemented
+        pairs = [(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__]
+        try:
+            return all(a is b or bool(a == b) for a, b in pairs)
+        except (TypeError, ValueError):  # the comparison of arrays among the module's fields
+            return False
+
+    def __hash__(self) -> int:
+        return hash((type(self.module), self.container))
+
+
+class LinenModel(eqx.Module):
+    """A linen module with its variables; made by [`from_linen`][].
+
+    - `params`: the collection `"params"`, the only arrays that are trained. Constraints and `equinox.tree_at` reach
+        them as, for instance, `lambda model: model.params["Dense_0"]["kernel"]`.
+    - `variables`: all collections, of the types that `from_linen` was given.
+
+    Running statistics are carried by the auxiliary output of the loss:
+
+        def loss(model, x, y):
+            out, updates = model(x, train=True, mutable=["batch_stats"])
+            return jnp.mean((out - y) ** 2), updates
+
+        (value, updates), moved = eqxproj.filter_value_and_displacement(loss, has_aux=True)(model, x, y)
+        model = model.with_updates(updates)
+
+    `train` drops the auxiliary output; after it, call the model in the same way on some batches, for their statistics.
+    A loss with an argument `key` gets a fresh key each step, for dropout: `model(x, rngs={"dropout": key})`.
+    """
+
+    params: Any
+    _collections: Any
+    _program: _Program = eqx.field(static=True)
+
+    def __call__(self, *args: Any, rngs: Any = None, mutable: Any = None, method: Any = None, **kwargs: Any) -> Any:
+        """Applies the module to its variables.
+
+        **Arguments:**
+
+        - `args`, `kwargs`: of the module's method.
+        - `rngs`: as in `Module.apply`, for instance `{"dropout": key}`.
+        - `mutable`, `method`: as in `Module.apply`; those of `from_linen` by default.
+
+        **Returns:**
+
+        What `Module.apply` returns: the output, or `(output, updates)` with `mutable`.
+        """
+        program = self._program
+        mutable = program.mutable if mutable is None else _checked_mutable(mutable)
+        method = program.method if method is None else method
+        return program.module.apply(self.variables, *args, rngs=rngs, mutable=mutable, method=method, **kwargs)
+
+    @property
+    def variables(self) -> Any:
+        """The variables, as `Module.init` returns them, with the present parameters."""
+        return self._program.container({"params": self.params, **_thaw(self._collections)})
+
+    def with_updates(self, updates: Any) -> LinenModel:
+        """The model with new collections.
+
+        **Arguments:**
+
+        - `updates`: collection name to collection, as a call with `mutable` returns it. Collections that are not named
+            stay.
+
+        **Returns:**
+
+        A new `LinenModel`.
+
+        **Raises:** `TypeError` where `updates` is no mapping, `ValueError` where it holds parameters.
+        """
+        _check_updates(updates, "a mapping from collection names to collections")
+        if "params" in updates:
+            raise ValueError(
+                f"`updates` must hold no parameters, which are the model's own, but got the collections "
+                f"{list(updates)}. Name the others in the call that returns them: `mutable=['batch_stats']`."
+            )
+        collections = {**self._collections, **{name: _freeze(updates[name]) for name in updates}}
+        return LinenModel(self.params, collections, self._program)
+
+
+def from_linen(
+    module: Any, variables: Any, *, method: str | Callable[..., Any] | None = None, mutable: Any = False
+) -> LinenModel:
+    """Transforms a linen module and its variables into a callable pytree that trains like an Equinox model.
+
+    **Arguments:**
+
+    - `module`: a `flax.linen.Module`.
+    - `variables`: what `module.init` returns, a dictionary or `FrozenDict`. The collection `"params"` is trained; the
+        others are held fixed. Numpy arrays are taken as JAX arrays.
+    - `method`: what a call applies, as in `Module.apply`; `__call__` by default.
+    - `mutable`: the collections that a call may change and returns beside its output, as in `Module.apply`. Each call
+        may choose otherwise, with its own `mutable`.
+
+    **Returns:**
+
+    A [`LinenModel`][]: `model(x, rngs=..., **kwargs)` is `module.apply(variables, x, rngs=..., **kwargs)`.
+
+    **Raises:** `TypeError` and `ValueError` for arguments that are not as above.
+    """
+    if not isinstance(module, linen.Module):
+        raise TypeError(f"`module` must be a `flax.linen.Module`, got {_described(module)}.")
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"`variables` must be the dictionary that `module.init(key, x)` returns, got {type(variables).__name__}."
+        )
+    if "params" not in variables:
+        raise ValueError(
+            f"`variables` must hold the collection 'params', as `module.init(key, x)` returns it, but got the keys "
+            f"{list(variables)}. If these name the parameters themselves, pass `{{'params': variables}}`."
+        )
+    if method is not None and not (isinstance(method, str) or callable(method)):
+        raise TypeError(f"`method` must be a method of the module or its name, got {method!r}.")
+    container = FrozenDict if isinstance(variables, FrozenDict) else dict
+    collections = {name: _freeze(variables[name]) for name in variables if name != "params"}
+    program = _Program(module, method, _checked_mutable(mutable), container)
+    return LinenModel(_trainable(variables["params"]), collections, program)
+
+
+def _checked_mutable(mutable: Any) -> Any:
+    """A filter of collections, for `Module.apply`."""
+    if isinstance(mutable, (bool, str, DenyList)):
+        return mutable
+    if isinstance(mutable, Collection) and all(isinstance(name, str) for name in mutable):
+        return tuple(mutable)
+    raise TypeError(
+        f"`mutable` must be True, False, or the names of collections such as ['batch_stats'], got {mutable!r}."
+    )
+
+
+def _described(module: Any) -> str:
+    """What was given in the place of a module, and what to do about it."""
+    if isinstance(module, type):
+        return f"the class {module.__name__}: make an instance of it"
+    if isinstance(module, nnx.Module):
+        return f"{type(module).__name__}, a `flax.nnx.Module`: use `eqxproj.flax.from_nnx(module)`"
+    if isinstance(module, linen.Module):
+        return f"{type(module).__name__}, a `flax.linen.Module`: use `eqxproj.flax.from_linen(module, variables)`"
+    if isinstance(module, eqx.Module):
+        return f"{type(module).__name__}, an Equinox module, which needs no conversion"
+    return type(module).__name__
+
+
+# --- nnx ---
+
+
+class NNXModel(eqx.Module):
+    """An nnx module, split into its parameters and the rest; made by [`from_nnx`][].
+
+    - `params`: the values of the `nnx.Param` variables, as nested dictionaries; the only arrays that are trained.
+        Constraints and `equinox.tree_at` reach them as, for instance, `lambda model: model.params["linear"]["kernel"]`.
+
+    A call that needs more than the module's `__call__` builds the module: with a loss's `key`, for dropout,
+
+        module = model.to_nnx()
+        nnx.reseed(module, dropout=key)
+        return jnp.mean((module(x) - y) ** 2)
+
+    and likewise `module.train()` or `module.eval()` before the call, or another method in its place.
+    """
+
+    params: Any
+    _rest: Any
+    _graphdef: Any = eqx.field(static=True)
+
+    def __call__(self, *args: Any, mutable: bool = False, **kwargs: Any) -> Any:
+        """Applies the module.
+
+        **Arguments:**
+
+        - `args`, `kwargs`: of the module.
+        - `mutable`: also return the variables that are no parameters as they are after the call: running statistics,
+            counts of random numbers.
+
+        **Returns:**
+
+        The output, or `(output, updates)` with `mutable`; `model.with_updates(updates)` is the model with them. The
+        model itself does not change.
+        """
+        if not isinstance(mutable, bool):
+            raise TypeError(f"`mutable` must be True or False for a model of nnx, got {mutable!r}.")
+        module = self.to_nnx()
+        out = module(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        return (out, _parts(module)[2]) if mutable else out
+
+    def to_nnx(self) -> nnx.Module:
+        """The module, built anew at each call from the present parameters, with the modes that `from_nnx` has found.
+
+        **Returns:**
+
+        An `nnx.Module`.
+        """
+        return nnx.merge(self._graphdef, self.params, _thaw(self._rest))
+
+    def update(self, module: Any) -> None:
+        """Writes the parameters, and all other variables except those of random numbers, into an nnx module, in place.
+
+        **Arguments:**
+
+        - `module`: the module that `from_nnx` was given, or one with the same variables.
+
+        **Raises:** `TypeError` where it is no `nnx.Module`, `ValueError` where its variables are others.
+        """
+        _check_nnx(module)
+        own = self.to_nnx()
+        difference = _difference(nnx.to_pure_dict(nnx.state(module)), nnx.to_pure_dict(nnx.state(own)))
+        if difference:
+            raise ValueError(
+                f"`module` must have the variables of the module that `from_nnx` was given, but {difference}."
+            )
+        nnx.update(module, nnx.state(own, nnx.Not(nnx.RngState)))
+
+    def with_updates(self, updates: Any) -> NNXModel:
+        """The model with new values of the variables that are no parameters.
+
+        **Arguments:**
+
+        - `updates`: what a call with `mutable=True` returns beside the output.
+
+        **Returns:**
+
+        A new `NNXModel`.
+
+        **Raises:** `TypeError` where `updates` is no mapping, `ValueError` where it is one of other variables.
+        """
+        _check_updates(updates, "a nested dictionary of variables")
+        difference = _difference(updates, _thaw(self._rest))
+        if difference:
+            raise ValueError(f"`updates` must hold the model's variables that are no parameters, but {difference}.")
+        return NNXModel(self.params, _freeze(updates), self._graphdef)
+
+
+def from_nnx(module: Any) -> NNXModel:
+    """Transforms an nnx module into a callable pytree that trains like an Equinox model.
+
+    The module is copied, not changed; see `NNXModel.to_nnx` and `NNXModel.update` for the way back.
+
+    **Arguments:**
+
+    - `module`: an `nnx.Module`. Its `nnx.Param` variables are trained; all others are held fixed.
+
+    **Returns:**
+
+    An [`NNXModel`][]: `model(x)` is `module(x)`.
+
+    **Raises:** `TypeError` where it is no `nnx.Module`, `ValueError` where it has no `nnx.Param`.
+    """
+    _check_nnx(module)
+    graphdef, params, rest = _parts(module)
+    if not jtu.tree_leaves(params):
+        raise ValueError(
+            f"`module` must have variables of type `nnx.Param` to train, but {type(module).__name__} has none."
+        )
+    return NNXModel(_trainable(params), _freeze(rest), graphdef)
+
+
+def _check_nnx(module: Any) -> None:
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"`module` must be a `flax.nnx.Module`, got {_described(module)}.")
+
+
+def _parts(module: nnx.Module) -> tuple[Any, Any, Any]:
+    """The graph of a module, its parameters, and its other variables, these two as nested dictionaries of arrays."""
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def _difference(got: Any, wanted: Any) -> str:
+    """In what the arrays of two pytrees differ, values aside; empty where they agree."""
+    found, sought = (
+        {jtu.keystr(path): _signature(leaf) for path, leaf in jtu.tree_leaves_with_path(tree)} for tree in (got, wanted)
+    )
+    for name in sorted({*found, *sought}):
+        if found.get(name) != sought.get(name):
+            return f"got {found.get(name, 'nothing')} at {name}, where {sought.get(name, 'nothing')} is wanted"
+    return ""
+
+
+def _signature(leaf: Array | Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__

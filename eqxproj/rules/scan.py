@@ -1,0 +1,107 @@
+r"""Recurrences: the projection of a whole `scan` as one node, going back through time in order.
+
+The body is a program of its own. With the carries of the forward pass in hand, time is walked backward: at each step
+one sweep through the body's own constraints ([`sweep`][]) turns the duals of the next carry and of the stacked output
+into duals of the carry, of the step's slices and of the constants, whose duals add up over time. Nothing is unrolled;
+in a steep metric the result is that of backpropagation through time.
+
+This is what cyclic projections use. The two-color solvers project all time steps at once (see `_time.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._errors import Unsupported
+from .._normal_form import Equation
+from .._recurrence import Recurrence
+from .._sweep import inner_offset, missing_in, sweep
+from ._rule import AbstractRule, Context, step
+
+
+class Scan(AbstractRule):
+    """The projection onto the graph of a recurrence."""
+
+    label: ClassVar[str] = "scan, in order"
+
+    def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
+        return all(v.is_float for v, u in zip(equation.inputs, unknown, strict=True) if u)
+
+    def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
+        recurrence = Recurrence.of(equation)
+        constants, carries, slices = recurrence.split(range(len(equation.inputs)))
+        walk = _Walk(recurrence, unknown)
+
+        def once(*operands):
+            x = [operands[i][0] for i in slices]
+            _, ys = recurrence.body(*(operands[i] for i in (*constants, *carries)), *x)
+            entering = [operands[i] for i in carries]
+            return walk.step([operands[i] for i in constants], entering, x, entering, ys, Context.plain(unknown))
+
+        return missing_in(once, equation)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+        assert ctx.equation is not None
+        recurrence = Recurrence.of(ctx.equation)
+        walk = _Walk(recurrence, ctx.unknown)
+        constants, carries, slices = recurrence.split(ctx.operands(inputs))
+        entering = recurrence.entering(constants, carries, slices)
+        last = [d for d, u in zip(duals[: recurrence.carries], walk.unknown[1], strict=True) if u]
+
+        def back(state, now):
+            of_constants, of_carries = state
+            carry, x, of_ys = now
+            full = walk.fill(1, of_carries, [jnp.zeros_like(c) for c in carry])
+            new_constants, new_carries, of_x = walk.step(constants, carry, x, full, of_ys, ctx)
+            added = [a + b for a, b in zip(of_constants, new_constants, strict=True)]
+            return (added, new_carries), of_x
+
+        zeros = [jnp.zeros_like(c) for c, u in zip(constants, walk.unknown[0], strict=True) if u]
+        xs = (entering, slices, list(duals[recurrence.carries :]))
+        (of_constants, of_carries), of_slices = recurrence.scan(back, (zeros, last), xs, backward=True)
+        given = recurrence.split(ctx.unknown)[1]
+        kept = [u for u in walk.unknown[1]]
+        of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(kept)), given, strict=True) if u]
+        nus = [*of_constants, *of_init, *of_slices]
+        moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
+        return nus, ctx.function(*moved)
+
+
+class _Walk:
+    """One step back in time. `unknown` says of the constants, carries and slices of the body which are unknown."""
+
+    def __init__(self, recurrence: Recurrence, unknown: Sequence[bool]):
+        self.recurrence = recurrence
+        constants, _, slices = recurrence.split(list(unknown))
+        self.unknown = (constants, recurrence.unknown_carries(unknown), slices)
+
+    def fill(self, kind: int, values: Sequence, known: Sequence) -> list:
+        """All operands of one kind: the unknown ones from `values`, the others from `known`."""
+        rest = iter(values)
+        return [next(rest) if u else k for u, k in zip(self.unknown[kind], known, strict=True)]
+
+    def step(self, constants, carry, x, of_carries, of_ys, ctx: Context) -> tuple[list, list, list]:
+        """The duals of the unknown constants, carries and slices of one time step."""
+        known = (constants, carry, x)
+        start = [v for kind in range(3) for v, u in zip(known[kind], self.unknown[kind], strict=True) if u]
+        counts = [sum(flags) for flags in self.unknown]
+        carried = [i for i, u in enumerate(self.unknown[1]) if u]
+        shown = [i for i, mu in enumerate(of_ys) if jnp.issubdtype(mu.dtype, jnp.inexact)]
+
+        def function(*values):
+            parts = [values[: counts[0]], values[counts[0] : counts[0] + counts[1]], values[counts[0] + counts[1] :]]
+            full = [v for kind in range(3) for v in self.fill(kind, parts[kind], known[kind])]
+            new, ys = self.recurrence.body(*full)
+            return [new[i] for i in carried] + [ys[i] for i in shown]
+
+        duals = [of_carries[i] for i in carried] + [of_ys[i] for i in shown]
+        parameter = iter(ctx.weight_like)
+        given = self.recurrence.split(ctx.unknown)
+        likes = [[next(parameter, False) if u else False for u in flags] for flags in given]
+        stiff = [likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u]
+        nus = sweep(function, start, duals, stiff, ctx.metric, ctx.copies, inner_offset(ctx))
+        return nus[: counts[0]], nus[counts[0] : counts[0] + counts[1]], nus[counts[0] + counts[1] :]
