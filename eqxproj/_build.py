@@ -18,6 +18,7 @@ from ._errors import Unsupported, UnsupportedPrimitiveError
 from ._fusion import Fusion, dependents, is_elementwise, is_view
 from ._graph import Edge, Graph, Node
 from ._interpreter import Fragment, View
+from ._names import VIEWS
 from ._normal_form import Equation, Variable, live
 from ._objective import Term, terms
 from ._registry import RULES, RegisteredRule
@@ -27,6 +28,7 @@ from .rules import _builtin as _builtin
 from .rules._objective import CustomObjective, GenericObjective
 from .rules._rule import AbstractRule
 from .rules.custom import Custom
+from .rules.selection import POSITIONS, Selection
 from .rules.local import FLAT, LocalSolver, is_differentiable
 from .rules.scalar import AffineTerm, Scalar
 
@@ -91,7 +93,7 @@ class GraphBuilder:
 
     def _split_objective(self) -> None:
         names = [name for name, rule in RULES.items() if isinstance(rule, CustomObjective)]
-        found = terms(self.program, self.loss, self.unknown, names)
+        found = terms(self.program, self.loss, self.unknown, self._of_data(), names)
         found = [t for t in found if t.variable.index in self.unknown]
         self.custom = [t for t in found if t.custom is not None and self._accepts(t)]
         self.generic = [Term(t.variable, t.coefficient, t.factors) for t in found if t not in self.custom]
@@ -105,14 +107,17 @@ class GraphBuilder:
         unknown = [v.index in self.unknown for v in term.custom.inputs]
         return term.coefficient > 0 and CustomObjective.has_prox(term.custom, unknown)
 
-    def _region(self, ends: Sequence[Variable]) -> frozenset[int]:
-        """The equations, by the number of their first output, downstream of the last that holds a parameter."""
+    def _of_data(self) -> frozenset[int]:
+        """The variables that depend on data: arguments of the loss that are no keys, and arrays that it holds."""
         data = [v for v in self.arguments if not jnp.issubdtype(v.dtype, jax.dtypes.prng_key)]
         used = {v.index for e in self.equations for v in e.inputs}
-        data += [
-            Variable(i, np.shape(c), None) for i, c in self.program.constants.items() if i in used and np.size(c) > 1
-        ]
-        of_data = self._dependents(data)
+        constants = self.program.constants.items()
+        data += [Variable(i, np.shape(c), None) for i, c in constants if i in used and np.size(c) > 1]
+        return self._dependents(data)
+
+    def _region(self, ends: Sequence[Variable]) -> frozenset[int]:
+        """The equations, by the number of their first output, downstream of the last that holds a parameter."""
+        of_data = self._of_data()
         inside: set[int] = set()
         final = {v.index for v in ends}
         fed = {v.index for v in self.fed}
@@ -142,7 +147,7 @@ class GraphBuilder:
         if equation.name in ("dot_general", "conv_general_dilated"):
             return all(v.index in self.unknown for v in equation.inputs)
         rule = RULES.get(equation.name)
-        return equation.name in FLAT or isinstance(rule, (Custom, RegisteredRule))
+        return equation.name in (*FLAT, *POSITIONS) or isinstance(rule, (Custom, RegisteredRule))
 
     def _boundary(self) -> list[Variable]:
         """What the generic terms read from outside their region."""
@@ -169,7 +174,7 @@ class GraphBuilder:
         ends = self._boundary() + [v for t in self.custom for v in self._custom_operands(t)]
         ends += [v for v in self.fed if v.index in self.unknown]
         objective = {id(t.custom) for t in self.custom}
-        inner = [e for e in self.equations if e.outputs[0].index not in self.region and id(e) not in objective]
+        inner = [e for e in self.equations if id(e) not in objective]
         self.inner = live(inner, ends)
         views = {v.index for e in self.inner if is_view(e, self.unknown) for v in e.outputs}
         kept = {v.index for v in ends} | {v.index for v in (*self.parameters, *self.pinned)}
@@ -323,6 +328,9 @@ class GraphBuilder:
             affine = self.fusion.affine(root) if not self.fusion.is_leaf(root) else [AffineTerm(root, 1.0, (), ())]
             assert affine is not None
         operands = [t.variable for t in affine]
+        if not all(v.is_float for v in operands):
+            self._add_opened(equation)
+            return
         distinct = _distinct(operands)
         before = self.fusion.between(operands, root) if root not in operands else ()
         after = self.fusion.between([root], variable) if root != variable else ()
@@ -339,18 +347,11 @@ class GraphBuilder:
             unknown = tuple(u and v.is_float for u, v in zip(unknown, equation.inputs, strict=True))
             operands = [v for v, is_unknown in zip(equation.inputs, unknown, strict=True) if is_unknown]
         rule: AbstractRule | None = RULES.get(equation.name)
-        fragment_equations: tuple[Equation, ...] = (equation,)
-        if rule is None or not rule.accepts(equation, unknown):
-            operands, fragment_equations = self._opened(equation, operands)
-            rule = LocalSolver()
-            fragment = Fragment(fragment_equations, tuple(operands), equation.outputs)
-            if not all(v.is_float for v in operands) or not is_differentiable(fragment, self.program):
-                self.missing.append(Unsupported(equation.name, equation.source))
-        else:
-            self.missing.extend(rule.missing(equation, unknown))
-        occurrences = isinstance(rule, LocalSolver) and len(_distinct(operands)) != len(operands)
-        operands = _distinct(operands) if occurrences else operands
-        fragment = _with_separate_operands(fragment_equations, operands, equation)
+        if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
+            self._add_opened(equation)
+            return
+        self.missing.extend(rule.missing(equation, unknown))
+        fragment = _with_separate_operands(operands, equation)
         self.add(
             "operation",
             equation.name,
@@ -363,20 +364,30 @@ class GraphBuilder:
             unknown=unknown,
         )
 
-    def _opened(self, equation: Equation, operands: list[Variable]) -> tuple[list[Variable], tuple[Equation, ...]]:
-        """An elementwise equation with operands that are no values (predicates): read through to their own operands."""
-        if all(self.fusion.is_leaf(v) and v.is_float for v in operands):
-            return operands, (equation,)
+    def _add_opened(self, equation: Equation) -> None:
+        """A node for an equation without a rule of its own, and for what leads to it from floating-point values.
+
+        Predicates and positions are no values of the graph: they are read through to what they are made of.
+        """
         leaves: dict[int, Variable] = {}
-        stack = list(operands)
+        stack = self.fusion.inputs(equation)[::-1]
         while stack:
             v = stack.pop()
-            if v.is_float and self.fusion.is_leaf(v) or self.fusion.fused(v) is None:
+            if v.is_float and self.fusion.is_leaf(v) or v.index not in self.fusion.makers:
                 leaves[v.index] = v
             else:
-                stack.extend(self.fusion.inputs(self.fusion.makers[v.index]))
-        start = list(leaves.values())
-        return start, self.fusion.between(start, equation.outputs[0])
+                stack.extend(self.fusion.inputs(self.fusion.makers[v.index])[::-1])
+        operands = tuple(leaves.values())
+        outputs = tuple(v for v in equation.outputs if v.is_float)
+        equations = self.fusion.between(operands, *outputs)
+        fragment = Fragment(equations, operands, outputs)
+        rule: AbstractRule = LocalSolver()
+        if any(e.name in POSITIONS for e in equations if e is not equation):
+            rule = Selection(fragment)
+        if not outputs or not all(v.is_float for v in operands) or not is_differentiable(fragment, self.program):
+            self.missing.append(Unsupported(equation.name, equation.source))
+        name = "+".join(dict.fromkeys(e.name for e in equations if e.name not in VIEWS or e is equation))
+        self.add("operation", name, equation.source, rule, operands, fragment, outputs)
 
 
 def _ordered(equations: Sequence[Equation]) -> tuple[Equation, ...]:
@@ -398,10 +409,10 @@ def _distinct(variables: Sequence[Variable]) -> list[Variable]:
     return list({v.index: v for v in variables}.values())
 
 
-def _with_separate_operands(equations, operands: Sequence[Variable], equation: Equation) -> Fragment:
+def _with_separate_operands(operands: Sequence[Variable], equation: Equation) -> Fragment:
     """A fragment whose operands are separate slots even where one variable fills two of them (`w * w`)."""
     if len(_distinct(operands)) == len(operands):
-        return Fragment(tuple(equations), tuple(operands), equation.outputs)
+        return Fragment((equation,), tuple(operands), equation.outputs)
     fresh = [Variable(-1 - i, v.shape, v.dtype) for i, v in enumerate(operands)]
     slots: Callable = iter(fresh).__next__
     unknown = {v.index for v in operands}

@@ -78,7 +78,7 @@ class Fusion:
 
     def _keep_operands(self) -> None:
         for equation in self.equations:
-            if not is_elementwise(equation):
+            if not is_elementwise(equation) or is_view(equation, self.unknown):
                 self.kept.update(v.index for v in self.inputs(equation) if v.index not in self.views)
                 if not is_view(equation, self.unknown):
                     self.kept.update(v.index for v in equation.outputs)
@@ -168,10 +168,10 @@ class Fusion:
                     sinks.setdefault(root, set()).add(out)
         self.kept.update(r for r, found in sinks.items() if len(found) > 1 and r in self.roots and r not in self.views)
 
-    def between(self, start: Sequence[Variable], stop: Variable) -> tuple[Equation, ...]:
+    def between(self, start: Sequence[Variable], *stop: Variable) -> tuple[Equation, ...]:
         """The equations that lead from the operands `start` to `stop`."""
         wall = {v.index for v in start}
-        return live([e for e in self.equations if not any(v.index in wall for v in e.outputs)], [stop])
+        return live([e for e in self.equations if not any(v.index in wall for v in e.outputs)], stop)
 
 
 def _merged(found: list[AffineTerm]) -> list[AffineTerm]:

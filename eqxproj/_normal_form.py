@@ -135,7 +135,8 @@ class _Builder:
         array = value if isinstance(value, jax.Array) else jnp.asarray(value, dtype)
         variable = self.variable(array.shape, array.dtype)
         self.constants[variable.index] = array
-        if not isinstance(array, jax.core.Tracer) and array.size == 1 and np.dtype(array.dtype).kind in "biuf":
+        is_number = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
+        if not isinstance(array, jax.core.Tracer) and array.size == 1 and is_number:
             self.static[variable.index] = float(np.asarray(array).reshape(()))
         return variable
 

@@ -40,7 +40,9 @@ def _scaled(term: Term, variable: Variable, other: Variable, power: int, static:
     return Term(variable, term.coefficient, (*term.factors, (other, power)))
 
 
-def _step(term: Term, equation: Equation, program: Program, unknown: frozenset[int]) -> list[Term] | None:
+def _step(
+    term: Term, equation: Equation, program: Program, unknown: frozenset[int], of_data: frozenset[int]
+) -> list[Term] | None:
     """One step back from a term through the equation that made its variable; `None` where it ends there."""
     ins = equation.inputs
     name = equation.name
@@ -48,6 +50,8 @@ def _step(term: Term, equation: Equation, program: Program, unknown: frozenset[i
     if any(factor.shape != () for factor, _ in term.factors) and name not in ("add", "sub", "add_any", "neg", "mul"):
         return None
     if name in ("add", "add_any", "sub"):
+        if term.variable.shape and any(u and v.index not in of_data for v, u in zip(ins, has, strict=True)):
+            return None  # a parameter that is added to the states is part of the model
         signs = (1.0, -1.0 if name == "sub" else 1.0)
         return [Term(v, term.coefficient * s, term.factors) for v, s, u in zip(ins, signs, has, strict=True) if u]
     if name == "neg":
@@ -69,13 +73,15 @@ def _step(term: Term, equation: Equation, program: Program, unknown: frozenset[i
     return None
 
 
-def terms(program: Program, loss: Variable, unknown: frozenset[int], custom: Sequence[str]) -> list[Term]:
+def terms(
+    program: Program, loss: Variable, unknown: frozenset[int], of_data: frozenset[int], custom: Sequence[str]
+) -> list[Term]:
     """The terms of a loss.
 
     **Arguments:**
 
     - `program`, `loss`: the program and the variable of its scalar value.
-    - `unknown`: the variables that depend on a parameter.
+    - `unknown`: the variables that depend on a parameter. `of_data`: those that depend on data.
     - `custom`: names of primitives that have a prox of their own.
 
     **Returns:**
@@ -95,7 +101,7 @@ def terms(program: Program, loss: Variable, unknown: frozenset[int], custom: Seq
         if maker is not None and maker.name in custom:
             done.append(Term(term.variable, term.coefficient, term.factors, maker))
             continue
-        stepped = None if maker is None else _step(term, maker, program, unknown)
+        stepped = None if maker is None else _step(term, maker, program, unknown, of_data)
         if stepped is None:
             done.append(term)
         else:

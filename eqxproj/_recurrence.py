@@ -47,19 +47,23 @@ class Recurrence:
     def program(self) -> Program:
         return normal_form(self.jaxpr)
 
-    def unknown_carries(self, unknown: Sequence[bool]) -> list[bool]:
-        """Which carries depend on unknown operands; carries that are no floats count as known."""
+    def unknown_outputs(self, unknown: Sequence[bool]) -> list[bool]:
+        """Which carries and stacked outputs depend on unknown operands; those that are no floats count as known."""
         program = self.program()
         constants, carries, slices = self.split(unknown)
         while True:
             flags = [*constants, *carries, *slices]
             seeds = [v for v, is_unknown in zip(program.inputs, flags, strict=True) if is_unknown]
             found = dependents(program.equations, seeds)
-            reached = [v.index in found and v.is_float for v in program.outputs[: self.carries]]
-            more = [a or b for a, b in zip(carries, reached, strict=True)]
+            reached = [v.index in found and v.is_float for v in program.outputs]
+            more = [a or b for a, b in zip(carries, reached[: self.carries], strict=True)]
             if more == carries:
-                return more
+                return [*more, *reached[self.carries :]]
             carries = more
+
+    def unknown_carries(self, unknown: Sequence[bool]) -> list[bool]:
+        """Which carries depend on unknown operands."""
+        return self.unknown_outputs(unknown)[: self.carries]
 
     def scan(self, body: Any, init: Any, xs: Any, backward: bool = False) -> tuple[Any, Any]:
         """Runs a body over time in this recurrence's order, or against it."""

@@ -127,12 +127,27 @@ def lay_out(program: Program, seeds: Sequence[Variable], in_order: bool) -> Layo
                 queue[:0] = _Steps(fresh, equation, recurrence, carries, delayed, replaced).equations
                 continue
         done.append(equation)
+        if any(flags) and equation.name in ("scan", "cond"):
+            done.extend(_stopped(equation, flags, fresh, replaced))
         unknown |= dependents([equation], [v for v in equation.inputs if v.index in unknown])
     outputs = tuple(_resolved(v, replaced) for v in program.outputs)
     laid_out = Program(program.inputs, tuple(done), outputs, fresh.constants, fresh.static)
     for i, found in delayed.items():
         delayed[i] = Delayed(tuple(_renamed(e, replaced) for e in found.equations), found.leaving)
     return Layout(laid_out, delayed)
+
+
+def _stopped(equation: Equation, flags: Sequence[bool], fresh: _Fresh, replaced: dict[int, Variable]) -> list[Equation]:
+    """Stops the outputs that depend on no unknown, or are no floats: counters, predicates, positions."""
+    unknown = [v.is_float for v in equation.outputs]
+    if equation.name == "scan":
+        unknown = Recurrence.of(equation).unknown_outputs(flags)
+    stops = []
+    for v, is_unknown in zip(equation.outputs, unknown, strict=True):
+        if not is_unknown:
+            replaced[v.index] = fresh.like(v)
+            stops.append(Equation(jp.stop_gradient_p, {}, (v,), (replaced[v.index],), equation.source))
+    return stops
 
 
 def _resolved(variable: Variable, replaced: dict[int, Variable]) -> Variable:

@@ -18,7 +18,7 @@ This module imports Flax and is therefore not imported by `import eqxproj`: writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,9 +188,7 @@ class LinenModel(eqx.Module):
         return LinenModel(self.params, collections, self._program)
 
 
-def from_linen(
-    module: Any, variables: Any, *, method: str | Callable[..., Any] | None = None, mutable: Any = False
-) -> LinenModel:
+def from_linen(module: Any, variables: Any, *, method: Any = None, mutable: Any = False) -> LinenModel:
     """Transforms a linen module and its variables into a callable pytree that trains like an Equinox model.
 
     **Arguments:**
@@ -273,7 +271,7 @@ class NNXModel(eqx.Module):
     _rest: Any
     _graphdef: Any = eqx.field(static=True)
 
-    def __call__(self, *args: Any, mutable: bool = False, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """Applies the module.
 
         **Arguments:**

@@ -1,0 +1,104 @@
+"""Every row of the coverage table: it has rules, they follow the gradient, and the model learns."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import numpy as np
+import optax
+import pytest
+
+import eqxproj
+from tests.coverage import table
+from tests.coverage._row import Case, Row, extra
+from tests.coverage.all_rows import ROWS
+
+STEEP = eqxproj.Metric(grade=1e6, parameter=1e6)
+TAU = 1e-3
+SMOOTH = [row for row in ROWS if row.kind == "smooth"]
+DISCRETE = [row for row in ROWS if row.kind == "discrete"]
+
+
+def names(row: Row) -> str:
+    return f"{row.group}/{row.name}"
+
+
+def arrays(tree):
+    return {jax.tree_util.keystr(p): np.asarray(x, np.float64) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def cosines(moved, gradient) -> dict[str, float]:
+    """The cosine of each parameter's displacement with its gradient; 1 where both are next to zero, 0 where one is."""
+    moved, gradient = arrays(moved), arrays(gradient)
+    largest = max(np.linalg.norm(g) for g in gradient.values())
+    assert largest > 0
+    found = {}
+    for name, g in gradient.items():
+        d = moved[name]
+        size, other = np.linalg.norm(g), np.linalg.norm(d)
+        if size <= 1e-6 * largest:
+            found[name] = float(other <= 1e-4 * largest)
+        else:
+            found[name] = float((d * g).sum() / (size * other)) if other > 0 else 0.0
+    return found
+
+
+def learned(case: Case, row: Row, method: str, loss=None):
+    """The first and the last loss over the whole training set."""
+    loss = case.loss if loss is None else loss
+    result = eqxproj.train(
+        case.model,
+        case.data,
+        loss,
+        steps=row.steps,
+        method=method,  # pyright: ignore[reportArgumentType]
+        optimizer=optax.adam(row.rate),
+        eval_data=case.data,
+        eval_every=row.steps,
+        has_aux=case.has_aux,
+    )
+    values = result.history["eval_loss"]
+    return float(values[0]), float(values[-1])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=names)
+def test_rules(row):
+    """Every operation has a rule, and that of a smooth row leads to the gradient as the metric becomes steep."""
+    case = row.make(jax.random.key(0))
+    kwargs = extra(case)
+    assert table.problem(case).explain().endswith("Operations without a rule: none.")
+    if row.kind == "smooth":
+        displacement = eqxproj.filter_displacement(case.loss, metric=STEEP, tau=TAU, has_aux=case.has_aux)
+        gradient = eqx.filter_jit(eqx.filter_grad(case.loss, has_aux=case.has_aux))
+        moved, wanted = (f(case.model, *case.data, **kwargs) for f in (displacement, gradient))
+        if case.has_aux:
+            moved, wanted = moved[0], wanted[0]
+        found = cosines(moved, wanted)
+        worst = min(found, key=found.__getitem__)
+        assert found[worst] >= row.cosine, (worst, found[worst])
+
+
+@pytest.mark.parametrize("row", SMOOTH, ids=names)
+def test_learns(row):
+    """By the defaults, down to a tenth of the first loss, or as low as with gradients."""
+    case = row.make(jax.random.key(0))
+    first, last = learned(case, row, "projection")
+    if not (first > 0 and last <= first / 10):
+        _, other = learned(case, row, "gradient")
+        least = min(0.0, other)  # a loss may be negative: what counts is how far it is from its least value known
+        assert last < first and last - least <= 1.2 * (other - least) + (0.2 * abs(least)), (first, last, other)
+
+
+@pytest.mark.parametrize("row", DISCRETE, ids=names)
+def test_learns_through_steps(row):
+    """At most half of the loss that is left where nothing passes through the step."""
+    case = row.make(jax.random.key(0))
+    assert case.frozen is not None
+    _, frozen = learned(case, row, "gradient", case.frozen)
+    first, last = learned(case, row, "projection")
+    assert last <= frozen / 2, (first, last, frozen)
+
+
+def test_table():
+    """The table that is written from the rows is up to date."""
+    assert table.PATH.read_text() == table.text(), "write it again: python -m tests.coverage.table"
