@@ -88,6 +88,15 @@ class PiecewiseAffine:
         tolerance = _SAME_LIMIT * _scale(point, self._line(i), self._line(i + 1))
         return not abs(left - value) <= tolerance, not abs(right - value) <= tolerance
 
+    @property
+    def has_jumps(self) -> bool:
+        """Whether the limits from the left and from the right differ at some breakpoint."""
+        return any(
+            abs(right - left) > _SAME_LIMIT * _scale(point, self._line(i), self._line(i + 1))
+            for i, point in enumerate(self.breakpoints)
+            for left, right in [self._limits(i)]
+        )
+
     def describe(self) -> str:
         """A short name for people to read, such as `relu`, `clip` or `piecewise affine (4 pieces)`."""
         continuous = not any(any(self.jumps(i)) for i in range(len(self.breakpoints)))

@@ -147,6 +147,14 @@ class AbstractRule(abc.ABC):
         return 1.0
 
 
+_STEEP = 100.0
+
+
+def is_steep(ctx: Context) -> bool:
+    """Whether the metric is so steep that no node moves farther than its function is straight, or across a jump."""
+    return ctx.metric.grade >= _STEEP
+
+
 def step(weight: float, dual: Array) -> Array:
     """The displacement that belongs to a dual."""
     return dual / jnp.asarray(weight, dual.dtype)

@@ -21,7 +21,8 @@ from jaxtyping import Array
 from .._interpreter import Fragment
 from .._normal_form import Equation, Variable
 from ._piecewise import PiecewiseAffine, apply_primitive, piecewise_affine_dual
-from ._rule import AbstractRule, Context
+from ._rule import AbstractRule, Context, is_steep
+from ._noise import expected_slope, expected_slope_of_pieces, has_jump
 from ._scalar_solver import generic_dual, round_dual, square_dual
 
 Special = Literal["square", "round", "floor", "ceil"]
@@ -69,15 +70,6 @@ def _special(phi: Fragment) -> Special | None:
     if equation.name == "round":
         return "round" if int(equation.params["rounding_method"]) == 1 else None
     return "floor" if equation.name == "floor" else "ceil" if equation.name == "ceil" else None
-
-
-_STEEP = 2e-3
-
-
-def is_steep(ctx: Context) -> bool:
-    r"""Whether $\kappa/w$ is known to be so small that a node's answer is its linear one."""
-    ratios = [r for row in ctx.ratios for r in row]
-    return all(isinstance(r, float) and r <= _STEEP for r in ratios)
 
 
 class Scalar(AbstractRule):
@@ -143,6 +135,10 @@ class Scalar(AbstractRule):
         kappa = jnp.asarray(ctx.kappa[0], s0.dtype)
         if ctx.as_published and self.pieces is not None and self.pieces.describe() == "relu":
             return _published_relu(s0, dual, kappa, sigma)
+        if not ctx.as_published and is_steep(ctx):
+            slope = self._expected_slope(ctx, s0)
+            if slope is not None:
+                return slope * dual / (1.0 + slope * slope * q)
         if self.pieces is not None and self.pieces.describe() == "relu":
             return relu_dual(s0, dual, kappa, sigma, q)
         if self.pieces is not None:
@@ -152,6 +148,28 @@ class Scalar(AbstractRule):
         if self.special is not None:
             return round_dual(s0, dual, kappa, sigma, q, self.special)
         return generic_dual(lambda s: self.phi(ctx.known, [s])[0], s0, dual, kappa, sigma, q, search=not is_steep(ctx))
+
+
+    def _expected_slope(self, ctx: Context, s0: Array) -> Array | None:
+        """The slope of the expectation under noise, of functions with jumps; `None` for all others."""
+        if self.special in ("round", "floor", "ceil"):
+            return jnp.ones_like(s0)
+        if self.pieces is not None:
+            return expected_slope_of_pieces(self.pieces, s0) if self.pieces.has_jumps else None
+        if self.special is None and self._jumps(ctx):
+            return expected_slope(lambda s: self.phi(ctx.known, [s])[0], s0)
+        return None
+
+    def _jumps(self, ctx: Context) -> bool:
+        """Whether a function of known numbers has a jump. Of one that reads known arrays that is not found out."""
+        if not any(e.name in _MAY_JUMP for e in self.phi.equations) or any(
+            v.shape for e in self.phi.equations for v in e.inputs if v.index in self.phi.known
+        ):
+            return False
+        return has_jump(self.phi, ctx.known)
+
+
+_MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
 
 
 def relu_dual(s0: Array, dual: Array, kappa: Array, sigma: Array, q: Array) -> Array:

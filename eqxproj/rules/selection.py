@@ -27,9 +27,8 @@ from jaxtyping import Array
 
 from .._interpreter import Fragment
 from .._normal_form import Equation
-from ._rule import AbstractRule, Context, step
+from ._rule import AbstractRule, Context, is_steep, step
 from .local import LocalSolver
-from .scalar import is_steep
 
 POSITIONS = ("argmax", "argmin", "top_k")
 """Operations whose outputs are positions."""
