@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._composites import with_composites
 from ._errors import Unsupported, UnsupportedPrimitiveError
 from ._fusion import Fusion, dependents, is_elementwise, is_view
 from ._graph import Edge, Graph, Node
@@ -47,7 +48,8 @@ def check_dependence(trace: Trace) -> None:
 class GraphBuilder:
     """Builds a graph, value by value, from the terms of the objective back."""
 
-    def __init__(self, trace: Trace, data: str, in_order: bool):
+    def __init__(self, trace: Trace, data: str, in_order: bool, composites: bool):
+        self.composites = composites
         check_dependence(trace)
         self.trace = trace
         count = len(trace.parameters)
@@ -176,6 +178,8 @@ class GraphBuilder:
         objective = {id(t.custom) for t in self.custom}
         inner = [e for e in self.equations if id(e) not in objective]
         self.inner = live(inner, ends)
+        if self.composites:
+            self.inner = with_composites(self.inner, self.unknown, ends)
         views = {v.index for e in self.inner if is_view(e, self.unknown) for v in e.outputs}
         kept = {v.index for v in ends} | {v.index for v in (*self.parameters, *self.pinned)}
         return Fusion(self.program, self.inner, self.unknown, kept - views)
@@ -421,7 +425,7 @@ def _with_separate_operands(operands: Sequence[Variable], equation: Equation) ->
     return Fragment((renamed,), tuple(fresh), equation.outputs)
 
 
-def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph:
+def build(trace: Trace, data: str = "constant", in_order: bool = False, composites: bool = True) -> Graph:
     """Builds the factor graph of a traced loss.
 
     **Arguments:**
@@ -429,6 +433,7 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph
     - `trace`: the traced loss.
     - `data`: `"constant"` (data is known) or `"pinned"` (data is a variable that is held in place).
     - `in_order`: whether a recurrence is one node, which goes through time in order, or its steps are nodes.
+    - `composites`: whether softmax, normalization and the like are one node each.
 
     **Returns:**
 
@@ -439,4 +444,4 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph
     """
     if data not in ("constant", "pinned"):
         raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
-    return GraphBuilder(trace, data, in_order).build()
+    return GraphBuilder(trace, data, in_order, composites).build()
