@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._composites import with_composites
+from ._differences import with_differences
 from ._errors import Unsupported, UnsupportedPrimitiveError
 from ._fusion import Fusion, dependents, is_elementwise, is_view
 from ._graph import Edge, Graph, Node
@@ -56,7 +57,7 @@ class GraphBuilder:
         self.parameters, self.arguments = trace.program.inputs[:count], trace.program.inputs[count:]
         seeds = [*self.parameters, *(v for v in self.arguments if v.is_float and data == "pinned")]
         layout = lay_out(trace.program, seeds, in_order)
-        self.program, self.delayed = layout.program, layout.delayed
+        self.program, self.delayed = with_differences(layout.program, seeds), layout.delayed
         self.loss = self.program.outputs[0]
         self.equations, self.fed = self._live()
         self.unknown = self._dependents(self.parameters)
@@ -134,7 +135,7 @@ class GraphBuilder:
             outs = [v.index for v in equation.outputs if v.index in self.unknown]
             after = [r for i in outs for r in readers.get(i, ()) if r in scope or id(r) in stops]
             after = [r for r in after if any(v.index in self.unknown for v in r.outputs)]  # not what is stopped
-            ok = all(r.outputs[0].index in inside for r in after) or all(i in final for i in outs)
+            ok = bool(after) and all(r.outputs[0].index in inside for r in after) or all(i in final for i in outs)
             holds = any(v.index in self.unknown and v.index not in of_data for v in equation.inputs)
             holds = holds or self._ends_objective(equation) or any(i in fed for i in outs)
             is_pure = all(i in pure for i in outs)
@@ -386,7 +387,7 @@ class GraphBuilder:
         equations = self.fusion.between(operands, *outputs)
         fragment = Fragment(equations, operands, outputs)
         rule: AbstractRule = LocalSolver()
-        if any(e.name in POSITIONS for e in equations if e is not equation):
+        if any(e.name in POSITIONS for e in equations):
             rule = Selection(fragment)
         if not outputs or not all(v.is_float for v in operands) or not is_differentiable(fragment, self.program):
             self.missing.append(Unsupported(equation.name, equation.source))

@@ -220,6 +220,50 @@ def live(equations: Sequence[Equation], wanted: Sequence[Variable]) -> tuple[Equ
     return tuple(reversed(kept))
 
 
+class Fresh:
+    """Numbers for variables that are new to a program, and the constants that come with them."""
+
+    def __init__(self, program: Program):
+        used = [v.index for e in program.equations for v in (*e.inputs, *e.outputs)]
+        used += [v.index for v in (*program.inputs, *program.outputs)] + list(program.constants)
+        self.count = max(used, default=0) + 1
+        self.constants = dict(program.constants)
+        self.static = dict(program.static)
+
+    def variable(self, shape: Sequence[int], dtype: Any) -> Variable:
+        self.count += 1
+        return Variable(self.count - 1, tuple(shape), dtype)
+
+    def like(self, variable: Variable) -> Variable:
+        return self.variable(variable.shape, variable.dtype)
+
+    def constant(self, value: np.ndarray) -> Variable:
+        variable = self.variable(value.shape, value.dtype)
+        self.constants[variable.index] = value
+        if value.size == 1:
+            self.static[variable.index] = float(value.reshape(()))
+        return variable
+
+    def splice(self, program: Program, inputs: Sequence[Variable]) -> tuple[list[Equation], list[Variable]]:
+        """The equations and outputs of a program with its inputs replaced and all else renumbered."""
+        new: dict[int, Variable] = {v.index: w for v, w in zip(program.inputs, inputs, strict=True)}
+
+        def renamed(v: Variable) -> Variable:
+            if v.index not in new:
+                new[v.index] = self.like(v)
+                if v.index in program.constants:
+                    self.constants[new[v.index].index] = program.constants[v.index]
+                if v.index in program.static:
+                    self.static[new[v.index].index] = program.static[v.index]
+            return new[v.index]
+
+        equations = [
+            Equation(e.primitive, e.params, tuple(map(renamed, e.inputs)), tuple(map(renamed, e.outputs)), e.source)
+            for e in program.equations
+        ]
+        return equations, [renamed(v) for v in program.outputs]
+
+
 def normal_form(jaxpr: ClosedJaxpr) -> Program:
     """Transforms a closed jaxpr into its normal form.
 

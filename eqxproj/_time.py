@@ -23,7 +23,7 @@ from jax.extend.core import primitives as jp
 
 from ._fusion import dependents
 from ._names import VIEWS
-from ._normal_form import Equation, Program, Variable, normal_form
+from ._normal_form import Equation, Fresh, Program, Variable, normal_form
 from ._recurrence import Recurrence
 
 _enter_p = Primitive("entering_carries")
@@ -61,43 +61,6 @@ class Layout:
     delayed: dict[int, Delayed]
 
 
-class _Fresh:
-    """Numbers for new variables, and the constants that come with them."""
-
-    def __init__(self, program: Program):
-        used = [v.index for e in program.equations for v in (*e.inputs, *e.outputs)]
-        used += [v.index for v in (*program.inputs, *program.outputs)] + list(program.constants)
-        self.count = max(used, default=0) + 1
-        self.constants = dict(program.constants)
-        self.static = dict(program.static)
-
-    def variable(self, shape: Sequence[int], dtype: Any) -> Variable:
-        self.count += 1
-        return Variable(self.count - 1, tuple(shape), dtype)
-
-    def like(self, variable: Variable) -> Variable:
-        return self.variable(variable.shape, variable.dtype)
-
-    def splice(self, program: Program, inputs: Sequence[Variable]) -> tuple[list[Equation], list[Variable]]:
-        """The equations and outputs of a program with its inputs replaced and all else renumbered."""
-        new: dict[int, Variable] = {v.index: w for v, w in zip(program.inputs, inputs, strict=True)}
-
-        def renamed(v: Variable) -> Variable:
-            if v.index not in new:
-                new[v.index] = self.like(v)
-                if v.index in program.constants:
-                    self.constants[new[v.index].index] = program.constants[v.index]
-                if v.index in program.static:
-                    self.static[new[v.index].index] = program.static[v.index]
-            return new[v.index]
-
-        equations = [
-            Equation(e.primitive, e.params, tuple(map(renamed, e.inputs)), tuple(map(renamed, e.outputs)), e.source)
-            for e in program.equations
-        ]
-        return equations, [renamed(v) for v in program.outputs]
-
-
 def lay_out(program: Program, seeds: Sequence[Variable], in_order: bool) -> Layout:
     """Lays out the recurrences of a program.
 
@@ -111,7 +74,7 @@ def lay_out(program: Program, seeds: Sequence[Variable], in_order: bool) -> Layo
 
     A [`Layout`][].
     """
-    fresh = _Fresh(program)
+    fresh = Fresh(program)
     delayed: dict[int, Delayed] = {}
     done: list[Equation] = []
     queue = list(program.equations)
@@ -137,7 +100,7 @@ def lay_out(program: Program, seeds: Sequence[Variable], in_order: bool) -> Layo
     return Layout(laid_out, delayed)
 
 
-def _stopped(equation: Equation, flags: Sequence[bool], fresh: _Fresh, replaced: dict[int, Variable]) -> list[Equation]:
+def _stopped(equation: Equation, flags: Sequence[bool], fresh: Fresh, replaced: dict[int, Variable]) -> list[Equation]:
     """Stops the outputs that depend on no unknown, or are no floats: counters, predicates, positions."""
     unknown = [v.is_float for v in equation.outputs]
     if equation.name == "scan":
@@ -176,7 +139,7 @@ def _renamed(equation: Equation, replaced: dict[int, Variable]) -> Equation:
 class _Steps:
     """The equations that take the place of one `scan`."""
 
-    def __init__(self, fresh: _Fresh, equation: Equation, recurrence: Recurrence, carries, delayed, replaced):
+    def __init__(self, fresh: Fresh, equation: Equation, recurrence: Recurrence, carries, delayed, replaced):
         self.fresh, self.source, self.recurrence = fresh, equation.source, recurrence
         self.equations: list[Equation] = []
         self.constants, self.initial, self.slices = recurrence.split(equation.inputs)

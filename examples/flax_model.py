@@ -1,18 +1,19 @@
-"""A Flax model, trained by projections on handwritten digits: a convolutional network of `flax.linen`.
+"""A Flax model, trained by projections and by gradients from the same parameters: a convolutional network of linen.
 
     python examples/flax_model.py                            # on the digits of the package
     python examples/flax_model.py --data-dir path/to/mnist   # on MNIST, from a folder in the layout of the hub
 
-Prints the accuracy on held-out images, and draws it over the steps and the seconds of training.
+`from_linen` makes of a module and its variables a model that `eqxproj.train` takes, and the trained variables go back
+into Flax. Prints the accuracy on held-out images, and draws it over the steps. Needs `pip install 'eqxproj[flax]'`.
 """
 
-import argparse
-import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import side_by_side
 from flax import linen as nn
 
 import eqxproj
@@ -39,30 +40,9 @@ def accuracy(model, x, y):
     return jnp.mean(jnp.argmax(model(x), axis=-1) == y)
 
 
-def draw(path: pathlib.Path, title: str, history: dict) -> None:
-    """The accuracy over the steps and over the seconds of training."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, over, unit in zip(axes, ("step", "seconds"), ("steps", "seconds of training"), strict=True):
-        axis.plot(history[over], history["eval_accuracy"], marker=".")
-        axis.set_xlabel(unit)
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy")
-    figure.savefig(path, dpi=150)
-
-
-def main(arguments=None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="folder with MNIST; without it, the digits of the package")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("flax_model.png"), help="the picture")
-    options = parser.parse_args(arguments)
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    folder = "folder with MNIST; without it, the digits of the package"
+    options = side_by_side.parser(__doc__, "flax_model", 300, folder).parse_args(argv)
 
     name = "digits" if options.data_dir is None else "mnist"
     data = eqxproj.datasets.load(name, options.data_dir)
@@ -71,23 +51,27 @@ def main(arguments=None) -> float:
 
     module = CNN()
     variables = module.init(jax.random.key(0), x[:1])
-    result = eqxproj.train(
-        from_linen(module, variables),
-        (x, y),
-        loss,
-        steps=options.steps,
-        batch_size=64,
-        key=jax.random.key(1),
-        eval_data=(x_test, y_test),
-        evaluate={"accuracy": accuracy},
-    )
-    variables = result.model.variables  # of the same structure as before: on with them in Flax
-    logits: Any = module.apply(variables, x_test)
-    final = float(np.mean(np.argmax(logits, axis=-1) == y_test))
-    print(f"{name}: test accuracy {final:.3f} after {options.steps} steps, {result.history['seconds'][-1]:.1f} seconds")
-    draw(options.output, f"flax.linen CNN on {name}, trained by projections", result.history)
-    print(f"wrote {options.output}")
-    return final
+    results = {
+        method: eqxproj.train(
+            from_linen(module, variables),
+            (x, y),
+            loss,
+            steps=options.steps,
+            batch_size=64,
+            key=jax.random.key(1),
+            method=method,
+            eval_data=(x_test, y_test),
+            eval_every=max(1, options.steps // 10),
+            evaluate={"accuracy": accuracy},
+        )
+        for method in side_by_side.METHODS
+    }
+    reached = side_by_side.finals(results, "accuracy")
+    variables = results["projection"].model.variables  # of the same structure as before: on with them in Flax
+    logits: Any = module.apply(variables, x_test[:10])
+    print(f"Flax reads the first held-out images as {np.argmax(logits, axis=-1)}; they are {y_test[:10]}")
+    side_by_side.draw(options.figure, f"CNN of flax.linen on {name}", "accuracy", results)
+    return reached
 
 
 if __name__ == "__main__":

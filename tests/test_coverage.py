@@ -19,6 +19,15 @@ SMOOTH = [row for row in ROWS if row.kind == "smooth"]
 DISCRETE = [row for row in ROWS if row.kind == "discrete"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Nearly all of the time is compilation, and these models are so small that slow code is fast enough."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def names(row: Row) -> str:
     return f"{row.group}/{row.name}"
 

@@ -12,8 +12,8 @@ The node is everything from the scores $x$ to the next floating-point values: $y
   taken: to make $k$ the position, it and the scores above it meet at their mean.
 
 Limits: the outputs must have the axes of the position as their first ones (so that it is known which sample is whose),
-else the position stays as the forward pass has it, and so it does behind `sort`. Of `top_k`, each slot is moved while
-the others stay.
+else the position stays as the forward pass has it. Of `top_k` and `argsort`, each slot is
+moved while the others stay, which takes as many evaluations as there are pairs of slots and positions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .._normal_form import Equation
 from ._rule import AbstractRule, Context, is_steep, step
 from .local import LocalSolver
 
-POSITIONS = ("argmax", "argmin", "top_k")
+POSITIONS = ("argmax", "argmin", "top_k", "sort")
 """Operations whose outputs are positions."""
 
 
@@ -45,7 +45,10 @@ class Selection(AbstractRule):
 
     def _movable(self, equation: Equation) -> bool:
         batch = equation.outputs[-1].shape
-        batch = batch[:-1] if equation.name == "top_k" else batch
+        if equation.name in ("top_k", "sort"):
+            batch = batch[:-1]
+        if equation.name == "sort" and not _is_argsort(equation):
+            return False
         aligned = all(v.shape[: len(batch)] == batch for v in self.fragment.outputs)
         return aligned and any(equation.inputs[0] == v for v in self.fragment.operands)
 
@@ -64,9 +67,9 @@ class Selection(AbstractRule):
         """The dual of the scores of one position."""
         scores = inputs[slot]
         axis = _axis(equation, scores)
-        x = jnp.moveaxis(-scores if equation.name == "argmin" else scores, axis, -1)
-        found = equation.bind(scores)[-1]
-        if equation.name != "top_k":
+        x = jnp.moveaxis(-scores if equation.name in _LEAST else scores, axis, -1)
+        found = self._outputs(ctx, equation, scores)[-1]
+        if equation.name not in ("top_k", "sort"):
             return self._signed(ctx, equation, self._slot(ctx, equation, inputs, duals, x, found, found, None), axis, slot)
         total, free = jnp.zeros_like(x), jnp.ones(x.shape, bool)
         for j in range(found.shape[-1]):
@@ -75,8 +78,11 @@ class Selection(AbstractRule):
             free = free & (jnp.arange(x.shape[-1]) != found[..., j, None])
         return self._signed(ctx, equation, total, axis, slot)
 
+    def _outputs(self, ctx: Context, equation: Equation, scores: Array) -> list[Array]:
+        return equation.bind(scores, *(ctx.known[v.index] for v in equation.inputs[1:]))
+
     def _signed(self, ctx: Context, equation: Equation, nu: Array, axis: int, slot: int) -> Array:
-        return jnp.moveaxis(-nu if equation.name == "argmin" else nu, -1, axis)
+        return jnp.moveaxis(-nu if equation.name in _LEAST else nu, -1, axis)
 
     def _slot(self, ctx: Context, equation: Equation, inputs, duals, x: Array, found: Array, now: Array, j) -> Array:
         """The dual of the scores `x`, over their last axis, by moving one position through all its values."""
@@ -88,7 +94,8 @@ class Selection(AbstractRule):
         )
         base = ctx.function(*inputs)
         batch = now.ndim
-        others = equation.bind(inputs[[v.index for v in self.fragment.operands].index(equation.inputs[0].index)])[:-1]
+        scores = inputs[[v.index for v in self.fragment.operands].index(equation.inputs[0].index)]
+        others = self._outputs(ctx, equation, scores)[:-1]
 
         def worth(k: Array) -> tuple[Array, Array]:
             """What the outputs with this position are worth to the wish, and how far they are from the present ones."""
@@ -109,8 +116,19 @@ class Selection(AbstractRule):
         return _nearest(x, value, apart, ctx.weights[slot])
 
 
+_LEAST = ("argmin", "sort")
+"""Operations that put the least first."""
+
+
+def _is_argsort(equation: Equation) -> bool:
+    """Whether a sort of scores along their last axis takes their positions with it."""
+    scores, *others = equation.inputs
+    last = equation.params["dimension"] == len(scores.shape) - 1
+    return last and equation.params["num_keys"] == 1 and len(others) == 1 and not others[0].is_float
+
+
 def _axis(equation: Equation, scores: Array) -> int:
-    return scores.ndim - 1 if equation.name == "top_k" else int(equation.params["axes"][0])
+    return int(equation.params["axes"][0]) if equation.name in ("argmax", "argmin") else scores.ndim - 1
 
 
 def _nearest(x: Array, value: Array, apart: Array, weight: float) -> Array:

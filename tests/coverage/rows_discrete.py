@@ -102,12 +102,19 @@ STEPS = {
     "table at argmax": lambda h, table, x: table[jnp.argmax(h), :, 0],
 }
 
-FEWER_LEVELS = {"scale": 1.0, "inputs": 6, "width": 3, "samples": 48}
+FEWER_LEVELS = {"scale": 1.0, "inputs": 8, "width": 2, "samples": 48}
 """For steps of many levels: with more of them, the layer after the step can do without the one before it."""
 
 
+FEWER_EXPERTS = {"scale": 1.0, "width": 3, "samples": 128}
+"""With more of them training often ends where the experts have shared the samples out in another way."""
+
+OPTIONS = {name: FEWER_LEVELS for name in ("round", "floor", "ceil")}
+OPTIONS |= {name: FEWER_EXPERTS for name in ("top-1 gate", "top-1 gate by one_hot")}
+
+
 def row(name, step):
-    options = FEWER_LEVELS if name in ("round", "floor", "ceil") else {}
+    options = OPTIONS.get(name, {})
     return Row(name, GROUP, stepped(step, **options), kind="discrete", steps=400, rate=1e-2)
 
 
