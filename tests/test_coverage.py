@@ -22,7 +22,7 @@ DISCRETE = [row for row in ROWS if row.kind == "discrete"]
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     """Nearly all of the time is compilation, and these models are so small that slow code is fast enough."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
