@@ -136,7 +136,9 @@ def _joined(
         if id(equation) not in inside:
             inside[id(equation)] = equation
             stack.extend(
-                makers[v.index] for v in equation.inputs if v.index in unknown and v.index != start and v.index in makers
+                makers[v.index]
+                for v in equation.inputs
+                if v.index in unknown and v.index != start and v.index in makers
             )
     inner = tuple(e for e in equations if id(e) in inside)
     if not any(e.name in _REDUCTIONS for e in inner):

@@ -128,7 +128,7 @@ class Fusion:
             return [AffineTerm(variable, 1.0, (), ())]
         maker = self.makers.get(variable.index)
         if maker is not None and maker.name == "reduce_sum" and top:
-            return [AffineTerm(maker.inputs[0], 1.0, (), tuple(maker.params["axes"]))]
+            return [AffineTerm(maker.inputs[0], 1.0, (), tuple(int(a) for a in maker.params["axes"]))]
         if maker is None or not is_elementwise(maker):
             return None
         steps = self._affine_step(maker)

@@ -102,7 +102,10 @@ class Graph:
         return tuple(
             tuple(
                 dict.fromkeys(
-                    self.producers[v] for e in node.edges for v in self.edges[e].sources if v not in self.edges[e].delayed
+                    self.producers[v]
+                    for e in node.edges
+                    for v in self.edges[e].sources
+                    if v not in self.edges[e].delayed
                 )
             )
             for node in self.nodes

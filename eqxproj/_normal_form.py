@@ -49,7 +49,8 @@ class Variable:
 
     @property
     def is_float(self) -> bool:
-        return jnp.issubdtype(self.dtype, jnp.inexact)
+        """Whether the value is a real number. All others, complex ones too, are read through and are no values."""
+        return jnp.issubdtype(self.dtype, jnp.floating)
 
     def describe(self) -> str:
         return f"{np.dtype(self.dtype).name if self.dtype != jax.dtypes.float0 else 'float0'}{list(self.shape)}"

@@ -69,7 +69,7 @@ class Recurrence:
         """Runs a body over time in this recurrence's order, or against it."""
         return jax.lax.scan(body, init, xs, self.length, reverse=self.reverse != backward)
 
-    def entering(self, constants: Sequence[Array], carries: Sequence[Array], slices: Sequence[Array]) -> list[Array]:
+    def entering(self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any]) -> list[Array]:
         """The carries that enter each step, stacked."""
 
         def step(carry, x):

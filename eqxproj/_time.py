@@ -213,9 +213,7 @@ class _Steps:
 
     def _slice(self, variable: Variable, start: int, stop: int) -> Variable:
         rest = variable.shape[1:]
-        params = dict(
-            start_indices=(start, *(0 for _ in rest)), limit_indices=(stop, *rest), strides=None
-        )
+        params = dict(start_indices=(start, *(0 for _ in rest)), limit_indices=(stop, *rest), strides=None)
         return self.emit(jp.slice_p, params, [variable], self.fresh.variable((stop - start, *rest), variable.dtype))
 
     def _reshape(self, variable: Variable, shape: Sequence[int], output: Variable | None) -> Variable:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 import side_by_side
 
 import eqxproj
@@ -60,10 +61,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             data.train,
             loss,
             steps=options.steps,
-            batch_size=128,
+            batch_size=64,
             key=jax.random.key(1),
+            optimizer=optax.adam(3e-3),
             method=method,
-            eval_data=data.test,
+            eval_data=tuple(part[:2000] for part in data.test),
             eval_every=max(1, options.steps // 10),
             evaluate={"accuracy": accuracy},
         )

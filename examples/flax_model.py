@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             batch_size=64,
             key=jax.random.key(1),
             method=method,
-            eval_data=(x_test, y_test),
+            eval_data=(x_test[:2000], y_test[:2000]),
             eval_every=max(1, options.steps // 10),
             evaluate={"accuracy": accuracy},
         )

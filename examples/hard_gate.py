@@ -3,10 +3,11 @@
     python examples/hard_gate.py                            # on the digits of the package
     python examples/hard_gate.py --data-dir path/to/mnist   # on MNIST, from a folder in the layout of the hub
 
-Each image comes from one of four cameras. Each camera shuffles the pixels in its own way, and writes its number beside
-them. A linear expert can read one camera, so that the gate has to learn which expert reads which. It picks by `argmax`,
-through which no gradient passes: trained by gradients, the gate stays as it was drawn. Projections ask what each of the
-experts would have been worth, and move the gate. Prints the accuracy on held-out images, and draws it over the steps.
+Each image comes from one of eight cameras. Each camera shuffles the pixels in its own way, and writes its number beside
+them. A linear expert reads one camera well and several badly, so that it matters which samples the gate sends to whom.
+It picks by `argmax`, through which no gradient passes: trained by gradients, the gate stays as it was drawn.
+Projections ask what each of the experts would have been worth, and move the gate, though not to one camera an expert.
+Prints the accuracy on held-out images, and draws it over the steps.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import side_by_side
 
 import eqxproj
 
-_CAMERAS = 4
+_CAMERAS = 8
 
 
 class HardMixture(eqx.Module):
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             steps=options.steps,
             batch_size=128,
             key=jax.random.key(1),
+            optimizer=optax.adam(3e-3),
             method=method,
             eval_data=test,
             evaluate={"accuracy": accuracy},

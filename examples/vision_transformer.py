@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             batch_size=64,
             key=jax.random.key(1),
             method=method,
-            eval_data=tuple(part[:2000] for part in data.test),
+            eval_data=tuple(part[:1000] for part in data.test),
             eval_every=max(1, options.steps // 10),
             evaluate={"accuracy": accuracy},
         )

@@ -19,6 +19,16 @@ SMOOTH = [row for row in ROWS if row.kind == "smooth"]
 DISCRETE = [row for row in ROWS if row.kind == "discrete"]
 
 
+def names(row: Row) -> str:
+    return f"{row.group}/{row.name}"
+
+
+def some(rows, every: int):
+    """Rows as parameters of a test: one in so many by default, the others with `-m slow`."""
+    marks = [() if i % every == 0 else (pytest.mark.slow,) for i in range(len(rows))]
+    return [pytest.param(row, id=names(row), marks=mark) for row, mark in zip(rows, marks)]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     """Nearly all of the time is compilation, and these models are so small that slow code is fast enough."""
@@ -26,10 +36,6 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-def names(row: Row) -> str:
-    return f"{row.group}/{row.name}"
 
 
 def arrays(tree):
@@ -70,7 +76,7 @@ def learned(case: Case, row: Row, method: str, loss=None):
     return float(values[0]), float(values[-1])
 
 
-@pytest.mark.parametrize("row", ROWS, ids=names)
+@pytest.mark.parametrize("row", some(ROWS, 4))
 def test_rules(row):
     """Every operation has a rule, and that of a smooth row leads to the gradient as the metric becomes steep."""
     case = row.make(jax.random.key(0))
@@ -87,7 +93,7 @@ def test_rules(row):
         assert found[worst] >= row.cosine, (worst, found[worst])
 
 
-@pytest.mark.parametrize("row", SMOOTH, ids=names)
+@pytest.mark.parametrize("row", some(SMOOTH, 16))
 def test_learns(row):
     """By the defaults, down to a tenth of the first loss, or as low as with gradients."""
     case = row.make(jax.random.key(0))
@@ -98,7 +104,7 @@ def test_learns(row):
         assert last < first and last - least <= 1.2 * (other - least) + (0.2 * abs(least)), (first, last, other)
 
 
-@pytest.mark.parametrize("row", DISCRETE, ids=names)
+@pytest.mark.parametrize("row", some(DISCRETE, 4))
 def test_learns_through_steps(row):
     """At most half of the loss that is left where nothing passes through the step."""
     case = row.make(jax.random.key(0))

@@ -7,7 +7,7 @@ is a program of its own, projected by one sweep through its constraints ([`sweep
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Branch(AbstractRule):
         return nus, ctx.function(*moved)
 
 
-def _function(branch, operands: Sequence[Array], unknown: Sequence[bool]):
+def _function(branch: Any, operands: Sequence[Any], unknown: Sequence[bool]):
     """A branch as a function of its unknown operands."""
 
     def function(*values):

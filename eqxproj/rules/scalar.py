@@ -149,7 +149,6 @@ class Scalar(AbstractRule):
             return round_dual(s0, dual, kappa, sigma, q, self.special)
         return generic_dual(lambda s: self.phi(ctx.known, [s])[0], s0, dual, kappa, sigma, q, search=not is_steep(ctx))
 
-
     def _expected_slope(self, ctx: Context, s0: Array) -> Array | None:
         """The slope of the expectation under noise, of functions with jumps; `None` for all others."""
         if self.special in ("round", "floor", "ceil"):

@@ -70,7 +70,9 @@ class Selection(AbstractRule):
         x = jnp.moveaxis(-scores if equation.name in _LEAST else scores, axis, -1)
         found = self._outputs(ctx, equation, scores)[-1]
         if equation.name not in ("top_k", "sort"):
-            return self._signed(ctx, equation, self._slot(ctx, equation, inputs, duals, x, found, found, None), axis, slot)
+            return self._signed(
+                ctx, equation, self._slot(ctx, equation, inputs, duals, x, found, found, None), axis, slot
+            )
         total, free = jnp.zeros_like(x), jnp.ones(x.shape, bool)
         for j in range(found.shape[-1]):
             masked = jnp.where(free, x, -jnp.inf)

@@ -1,0 +1,109 @@
+"""Selections by position: the steep answer against the expectation, the flat one against random feasible points."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import eqxproj
+from eqxproj import Metric
+from eqxproj._build import build
+from eqxproj._trace import trace
+from eqxproj.rules._rule import Context
+from eqxproj.rules.selection import Selection
+
+
+def node(function, x):
+    """The selection node of a function of one array, and its evaluation."""
+    graph = build(trace(lambda m: jnp.sum(jnp.sin(function(m))), x, ()), in_order=True)
+    (found,) = [n for n in graph.nodes if isinstance(n.rule, Selection)]
+    return graph, found
+
+
+def context(graph, found, weight, kappa, grade):
+    known = {i: jnp.asarray(graph.program.constants[i]) for i in found.function.known}
+    return Context(
+        function=lambda *values: found.function(known, values),
+        known=known,
+        equation=None,
+        unknown=(),
+        weights=(weight,),
+        log_weights=(float(np.log(weight)),),
+        kappa=(kappa,),
+        ratios=((kappa / weight,),),
+        weight_like=(False,),
+        metric=Metric(grade),
+    )
+
+
+CASES = {
+    "one_hot(argmax)": (lambda x: jax.nn.one_hot(jnp.argmax(x, -1), x.shape[-1]), 1.0),
+    "one_hot(argmin)": (lambda x: jax.nn.one_hot(jnp.argmin(x, -1), x.shape[-1]), -1.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steep_answer_is_the_slope_of_the_expectation(name):
+    function, sign = CASES[name]
+    x, mu = jr.normal(jr.key(0), (5, 4)), jr.normal(jr.key(1), (5, 4))
+    graph, found = node(function, x)
+    ctx = context(graph, found, 1e6, 1.0, 1e6)
+    (nu,), _ = found.rule.project(ctx, [x], [mu])
+    wanted = jax.grad(lambda x: jnp.sum(mu * jax.nn.softmax(sign * x)))(x)
+    np.testing.assert_allclose(nu, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kappa", [0.1, 1.0, 10.0])
+def test_flat_answer_is_as_near_as_any_feasible_point(name, kappa):
+    function, _ = CASES[name]
+    x, target = jr.normal(jr.key(2), (6, 3)), jr.normal(jr.key(3), (6, 3))
+    graph, found = node(function, x)
+    ctx = context(graph, found, 1.0, kappa, 1.0)
+    (nu,), (y,) = found.rule.project(ctx, [x], [kappa * (target - function(x))])
+    np.testing.assert_array_equal(y, function(x + nu))
+
+    def cost(moved):
+        return jnp.sum((moved - x) ** 2 + kappa * (function(moved) - target) ** 2, -1)
+
+    scales = jnp.geomspace(1e-3, 3.0, 4000)[:, None, None]
+    others = x + scales * jr.normal(jr.key(4), (4000, 6, 3))
+    best = jnp.minimum(jnp.min(jax.vmap(cost)(others), 0), cost(x))
+    assert np.all(cost(x + nu) <= best * (1 + 1e-4) + 1e-4)
+
+
+def test_position_that_mixes_samples_stays():
+    def loss(w):
+        table = jnp.arange(12.0).reshape(4, 3)
+        return jnp.sum((table[jnp.argmax(w, -1)].T @ jnp.ones(5)) ** 2 + jnp.sum(w**2))
+
+    graph = build(trace(loss, jr.normal(jr.key(0), (5, 4)), ()), in_order=True)
+    assert all(n.rule is not None or n.kind == "parameter" for n in graph.nodes)
+
+
+def test_gate_is_learned():
+    x = jr.normal(jr.key(0), (128, 2))
+    y = jnp.where(x[:, :1] > 0, x @ jnp.ones((2, 1)), -3.0 * x @ jnp.ones((2, 1)))
+
+    class Gated(eqx.Module):
+        gate: jax.Array
+        experts: jax.Array
+
+        def __call__(self, x):
+            return self.experts[jnp.argmax(self.gate @ x)] @ x
+
+    def loss(model, x, y):
+        return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+    model = Gated(0.5 * jr.normal(jr.key(1), (2, 2)), 0.1 * jr.normal(jr.key(2), (2, 1, 2)))
+    import optax
+
+    run = {
+        method: eqxproj.train(
+            model, (x, y), loss, steps=300, method=method, optimizer=optax.adam(2e-2), eval_data=(x, y)
+        ).history["eval_loss"][-1]
+        for method in ("projection", "gradient")
+    }
+    assert run["projection"] <= 0.5 * run["gradient"]
