@@ -30,9 +30,9 @@ from .rules import _builtin as _builtin
 from .rules._objective import CustomObjective, GenericObjective
 from .rules._rule import AbstractRule
 from .rules.custom import Custom
-from .rules.selection import POSITIONS, Selection
 from .rules.local import FLAT, LocalSolver, is_differentiable
 from .rules.scalar import AffineTerm, Scalar
+from .rules.selection import POSITIONS, Selection
 
 
 def check_dependence(trace: Trace) -> None:

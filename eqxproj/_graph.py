@@ -131,7 +131,7 @@ class Graph:
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
-        """The longest way from the objective to each node; an edge leads to a strictly smaller depth, if not delayed."""
+        """The longest way from the objective to each node; edges that are not delayed lead to a smaller one."""
         depth = [0] * len(self.nodes)
         for node in reversed(self.forward_order):
             for p in self._prompt[node]:

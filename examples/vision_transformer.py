@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             data.train,
             loss,
             steps=options.steps,
-            batch_size=64,
+            batch_size=32,
             key=jax.random.key(1),
             method=method,
             eval_data=tuple(part[:1000] for part in data.test),

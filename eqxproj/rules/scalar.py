@@ -20,9 +20,9 @@ from jaxtyping import Array
 
 from .._interpreter import Fragment
 from .._normal_form import Equation, Variable
+from ._noise import expected_slope, expected_slope_of_pieces, has_jump
 from ._piecewise import PiecewiseAffine, apply_primitive, piecewise_affine_dual
 from ._rule import AbstractRule, Context, is_steep
-from ._noise import expected_slope, expected_slope_of_pieces, has_jump
 from ._scalar_solver import generic_dual, round_dual, square_dual
 
 Special = Literal["square", "round", "floor", "ceil"]
