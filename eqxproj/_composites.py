@@ -1,8 +1,8 @@
 r"""Finds what is one operation though it is written as many: softmax, normalization, and the like.
 
 A *junction* is an equation that brings together several functions of one variable $d$, its dominator. Where one of
-them has passed through a reduction ($x - \bar x$, $e_i/\sum_j e_j$), all from $d$ to the junction is one function of one
-array. Left as a chain, it would be a constraint an equation, with copies of the same array on each, which pull
+them has passed through a reduction ($x - \bar x$, $e_i/\sum_j e_j$), all from $d$ to the junction is one function of
+one array. Left as a chain, it would be a constraint an equation, with copies of the same array on each, which pull
 apart what belongs together. As a [`Composite`][] it is one constraint, projected by the local solver.
 
 Only elementwise operations, views, reductions and cumulative ones are joined, never parameters: products of two

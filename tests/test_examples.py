@@ -40,7 +40,7 @@ def _run(name, arguments, folder, monkeypatch):
     [
         ("cnn_mnist", ["--steps", "60"], 0.75),
         ("flax_model", ["--steps", "60"], 0.7),
-        ("vision_transformer", ["--steps", "60", "--depth", "1"], 0.5),
+        ("vision_transformer", ["--steps", "100", "--depth", "1"], 0.5),
     ],
 )
 def test_an_image_example_learns_by_projections_and_draws_its_figure(name, arguments, floor, tmp_path, monkeypatch):
