@@ -15,6 +15,12 @@ class Unsupported:
     source: str
 
 
+_LOOP = (
+    "\nA `while_loop` over unknowns has no fixed number of steps: write it with `jax.lax.scan`, or as a `fori_loop` "
+    "whose bounds are known when it is traced."
+)
+
+
 class UnsupportedPrimitiveError(NotImplementedError):
     """A loss contains operations that have neither a projection rule nor a derivative.
 
@@ -30,7 +36,7 @@ class UnsupportedPrimitiveError(NotImplementedError):
             + "\n".join(lines)
             + f"\nRegister a rule with `@eqxproj.register_projection({example!r})`, give the enclosing function a "
             "projection of its own with `@eqxproj.custom_projection`, or wrap the operand in `jax.lax.stop_gradient` "
-            "to hold it at its value."
+            "to hold it at its value." + (_LOOP if any(m.primitive == "while" for m in self.missing) else "")
         )
 
 
