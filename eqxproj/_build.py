@@ -122,6 +122,7 @@ class GraphBuilder:
         """The equations, by the number of their first output, downstream of the last that holds a parameter."""
         of_data = self._of_data()
         inside: set[int] = set()
+        idle: set[int] = set()  # equations that only lead to stopped values
         final = {v.index for v in ends}
         fed = {v.index for v in self.fed}
         pure = {v.index for v in ends if v.index not in of_data}
@@ -135,7 +136,11 @@ class GraphBuilder:
             outs = [v.index for v in equation.outputs if v.index in self.unknown]
             after = [r for i in outs for r in readers.get(i, ()) if r in scope or id(r) in stops]
             after = [r for r in after if any(v.index in self.unknown for v in r.outputs)]  # not what is stopped
-            ok = bool(after) and all(r.outputs[0].index in inside for r in after) or all(i in final for i in outs)
+            after = [r for r in after if id(r) not in idle]
+            if not after and not any(i in final for i in outs):
+                idle.add(id(equation))
+                continue
+            ok = all(r.outputs[0].index in inside for r in after) or all(i in final for i in outs)
             holds = any(v.index in self.unknown and v.index not in of_data for v in equation.inputs)
             holds = holds or self._ends_objective(equation) or any(i in fed for i in outs)
             is_pure = all(i in pure for i in outs)
