@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 import side_by_side
 
 import eqxproj
@@ -91,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             steps=options.steps,
             batch_size=32,
             key=jax.random.key(1),
-            optimizer=optax.adam(3e-3),
             method=method,
             eval_data=tuple(part[:1000] for part in data.test),
             eval_every=max(1, options.steps // 10),

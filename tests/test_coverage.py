@@ -13,6 +13,8 @@ from tests.coverage import table
 from tests.coverage._row import Case, Row, extra
 from tests.coverage.all_rows import ROWS
 
+pytestmark = pytest.mark.slow
+
 STEEP = eqxproj.Metric(grade=1e6, parameter=1e6)
 TAU = 1e-3
 SMOOTH = [row for row in ROWS if row.kind == "smooth"]

@@ -35,12 +35,13 @@ def _run(name, arguments, folder, monkeypatch):
     return reached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "floor"),
     [
         ("cnn_mnist", ["--steps", "60"], 0.75),
         ("flax_model", ["--steps", "60"], 0.7),
-        ("vision_transformer", ["--steps", "100", "--depth", "1"], 0.5),
+        ("vision_transformer", ["--steps", "200", "--depth", "1"], 0.5),
     ],
 )
 def test_an_image_example_learns_by_projections_and_draws_its_figure(name, arguments, floor, tmp_path, monkeypatch):
@@ -49,23 +50,27 @@ def test_an_image_example_learns_by_projections_and_draws_its_figure(name, argum
     assert all(0.0 <= value <= 1.0 for value in reached.values())
 
 
+@pytest.mark.slow
 def test_signs_train_by_projections_as_well_as_with_an_estimator_and_better_than_by_gradients(tmp_path, monkeypatch):
     reached = _run("sign_network", ["--steps", "200"], tmp_path, monkeypatch)
     assert reached["projection"] > reached["gradient"] + 0.05
     assert abs(reached["projection"] - reached["straight-through gradient"]) < 0.04
 
 
+@pytest.mark.slow
 def test_a_hard_gate_trains_better_by_projections_than_by_gradients(tmp_path, monkeypatch):
     reached = _run("hard_gate", ["--steps", "1000"], tmp_path, monkeypatch)
     assert reached["projection"] > reached["gradient"] + 0.03
 
 
+@pytest.mark.slow
 def test_the_character_network_learns_and_writes_text(tmp_path, monkeypatch, capsys):
     reached = _run("character_gru", ["--steps", "20"], tmp_path, monkeypatch)
     assert all(2.0 < value < 5.0 for value in reached.values())  # bits a character, of more than six in the beginning
     assert "--- written by the network" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_matplotlib_an_example_says_so_and_draws_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(_EXAMPLES)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

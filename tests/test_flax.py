@@ -22,6 +22,8 @@ import eqxproj.flax  # noqa: E402
 from eqxproj.flax import from_linen, from_nnx  # noqa: E402
 from eqxproj.losses import cross_entropy  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 X = jax.random.normal(jax.random.key(0), (16, 5))
 Y = jnp.tanh(X[:, :3])
 

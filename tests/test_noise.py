@@ -12,6 +12,8 @@ from eqxproj._normal_form import normal_form
 from eqxproj.rules._noise import expected_slope, expected_slope_of_pieces, has_jump
 from eqxproj.rules.scalar import recognize
 
+pytestmark = pytest.mark.slow
+
 FUNCTIONS = {
     "sign": jnp.sign,
     "step": lambda s: jnp.where(s > 0.3, 2.0, -1.0),

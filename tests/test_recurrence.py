@@ -10,6 +10,8 @@ import pytest
 import eqxproj
 from eqxproj._graph import conflicts
 
+pytestmark = pytest.mark.slow
+
 
 class Elman(eqx.Module):
     inner: eqx.nn.Linear

@@ -14,6 +14,8 @@ from eqxproj._trace import trace
 from eqxproj.rules._rule import Context
 from eqxproj.rules.selection import Selection
 
+pytestmark = pytest.mark.slow
+
 
 def node(function, x):
     """The selection node of a function of one array, and its evaluation."""
