@@ -132,6 +132,7 @@ class GraphBuilder:
                 readers.setdefault(v.index, []).append(equation)
         stops = {id(t.custom) for t in self.custom}
         scope = live(self.equations, list(ends))
+        staying = self._staying(scope)
         for equation in reversed(scope):
             outs = [v.index for v in equation.outputs if v.index in self.unknown]
             after = [r for i in outs for r in readers.get(i, ()) if r in scope or id(r) in stops]
@@ -144,7 +145,7 @@ class GraphBuilder:
             holds = any(v.index in self.unknown and v.index not in of_data for v in equation.inputs)
             holds = holds or self._ends_objective(equation) or any(i in fed for i in outs)
             is_pure = all(i in pure for i in outs)
-            if outs and ok and (not holds or is_pure):
+            if outs and ok and (not holds or is_pure) and id(equation) not in staying:
                 inside.add(equation.outputs[0].index)
                 if is_pure:
                     pure.update(v.index for v in equation.inputs)
@@ -154,8 +155,22 @@ class GraphBuilder:
         """Operations that stay nodes of their own though no parameter comes after them."""
         if equation.name in ("dot_general", "conv_general_dilated"):
             return all(v.index in self.unknown for v in equation.inputs)
+        return self._stays(equation)
+
+    def _stays(self, equation: Equation) -> bool:
+        """Operations that are never part of the objective: a local solver is blind to them, or a user has a rule."""
         rule = RULES.get(equation.name)
         return equation.name in (*FLAT, *POSITIONS) or isinstance(rule, (Custom, RegisteredRule))
+
+    def _staying(self, equations: Sequence[Equation]) -> set[int]:
+        """Those, and what reads their positions up to the next floating-point values."""
+        staying: set[int] = set()
+        positions: set[int] = set()
+        for equation in equations:
+            if self._stays(equation) or any(v.index in positions for v in equation.inputs):
+                staying.add(id(equation))
+                positions |= {v.index for v in equation.outputs if v.index in self.unknown and not v.is_float}
+        return staying
 
     def _boundary(self) -> list[Variable]:
         """What the generic terms read from outside their region."""

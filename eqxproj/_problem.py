@@ -198,13 +198,14 @@ def make_problem(
     data: str,
     two_colored: bool,
     offset: float = 0.0,
+    composites: bool = True,
 ) -> FeasibilityProblem:
     """The problem of a traced loss.
 
     Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each,
-    which goes through time in order.
+    which goes through time in order. With `composites`, softmax, normalization and the like are one node each.
     """
-    graph = build(traced, data, in_order=not two_colored)
+    graph = build(traced, data, not two_colored, composites)
     if two_colored:
         graph = with_identities(graph, identity(graph.values[0]))
     env = forward(graph.program, [*traced.parameters, *traced.arguments])

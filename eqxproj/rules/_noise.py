@@ -15,10 +15,8 @@ rounding it is one to eight digits. The noise has the unit of the function's arg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
@@ -28,7 +26,7 @@ from .._interpreter import Fragment
 from ._piecewise import PiecewiseAffine
 
 _REACH, _POINTS = 4.0, 33  # of the quadrature
-_RANGE, _COARSE, _FINE = 8.0, 4097, 513  # of the search for jumps
+_RANGE, _SHIFT, _COARSE, _FINE, _SUSPECTS = 8.0, 1e-3, 4097, 513, 8  # of the search for jumps; off round numbers
 
 
 def expected_slope_of_pieces(phi: PiecewiseAffine, s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -62,21 +60,37 @@ def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> 
     return jax.lax.scan(add, jnp.zeros_like(s), (jnp.asarray(nodes, s.dtype), jnp.asarray(weights, s.dtype)))[0]
 
 
-def has_jump(phi: Fragment, known: Mapping[int, Any]) -> bool:
-    """Whether a function of one number jumps between -8 and 8: its steepest rise does not shrink with the step."""
+def has_jump(phi: Fragment, static: Mapping[int, float]) -> bool:
+    """Whether an elementwise function jumps between -8 and 8: a rise that does not shrink with the step.
+
+    **Arguments:**
+
+    - `phi`: the function, of one operand.
+    - `static`: the numbers that it reads from outside, all of them.
+    """
+    variables = {v.index: v for e in phi.equations for v in e.inputs}
+    known = {i: np.full(variables[i].shape, static[i], variables[i].dtype) for i in phi.known}
     operand = phi.operands[0]
+    size = max(1, int(np.prod(operand.shape)))
+
+    def values(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The function on a grid, as many points at once as the operand has elements."""
+        s = np.linspace(low, high, count)
+        filled = np.resize(s, (-(-count // size), *operand.shape)).astype(operand.dtype)
+        rows = [np.asarray(phi(known, [jnp.asarray(row)])[0], np.float64) for row in filled]
+        return s, np.concatenate([np.broadcast_to(y, operand.shape).ravel() for y in rows])[:count]
+
     with jax.ensure_compile_time_eval():
-        if any(isinstance(known[i], jax.core.Tracer) for i in phi.known):
-            return False
-
-        def values(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-            s = np.linspace(low, high, count)
-            return s, np.asarray(phi(known, [jnp.asarray(s, operand.dtype)])[0], np.float64)
-
-        s, y = values(-_RANGE, _RANGE, _COARSE)
+        s, y = values(-_RANGE, _RANGE + _SHIFT, _COARSE)
+        y = np.where(np.isfinite(y), y, 0.0)
         rise = np.abs(np.diff(y))
-        if not np.isfinite(rise).any() or not np.nanmax(np.where(np.isfinite(rise), rise, -1.0)) > 0:
-            return False
-        top = int(np.nanargmax(np.where(np.isfinite(rise), rise, -1.0)))
-        fine = np.abs(np.diff(values(s[top], s[top + 1], _FINE)[1]))
-    return bool(np.nanmax(fine) > 0.5 * rise[top])
+        # A jump may be far from where the function is steep, but no smooth function has fourth differences like it.
+        rough = np.argsort(-np.abs(np.diff(y, 4)))[:_SUSPECTS]
+        for i in {i for first in rough for i in range(first, first + 4)}:
+            fine = np.abs(np.diff(values(s[i], s[i + 1], _FINE)[1]))
+            rounding = 1e3 * float(jnp.finfo(operand.dtype).eps) * np.max(np.abs(y[i : i + 2]))
+            if np.max(fine, initial=0.0, where=np.isfinite(fine)) > max(
+                0.25 * rise[max(i - 1, 0) : i + 2].max(), rounding
+            ):
+                return True
+    return False

@@ -11,6 +11,7 @@ so are square, round, floor and ceil; any other function of one unknown goes thr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -79,8 +80,17 @@ class Scalar(AbstractRule):
 
     terms: tuple[AffineTerm, ...]
 
-    def __init__(self, terms, head: Fragment, phi: Fragment, pieces: PiecewiseAffine | None, special: Special | None):
+    def __init__(
+        self,
+        terms,
+        head: Fragment,
+        phi: Fragment,
+        pieces: PiecewiseAffine | None,
+        special: Special | None,
+        static: Mapping[int, float],
+    ):
         self.terms = tuple(terms)
+        self.static = {i: static[i] for i in phi.known if i in static}
         self.head, self.phi, self.pieces = head, phi, pieces
         self.special: Special | None = special
         self.slots = tuple(v.index for v in head.operands)
@@ -89,7 +99,7 @@ class Scalar(AbstractRule):
     def create(cls, terms, head: Fragment, phi: Fragment, static: Mapping[int, float]) -> Scalar:
         """The rule of the function `phi` of the affine function `head`, whose coefficients are `terms`."""
         special = _special(phi)
-        return cls(terms, head, phi, None if special else recognize(phi, static), special)
+        return cls(terms, head, phi, None if special else recognize(phi, static), special, static)
 
     def describe(self, equation: Equation | None) -> str:
         first = self.terms[0]
@@ -155,17 +165,15 @@ class Scalar(AbstractRule):
             return jnp.ones_like(s0)
         if self.pieces is not None:
             return expected_slope_of_pieces(self.pieces, s0) if self.pieces.has_jumps else None
-        if self.special is None and self._jumps(ctx):
+        if self.special is None and self._jumps:
             return expected_slope(lambda s: self.phi(ctx.known, [s])[0], s0)
         return None
 
-    def _jumps(self, ctx: Context) -> bool:
+    @functools.cached_property
+    def _jumps(self) -> bool:
         """Whether a function of known numbers has a jump. Of one that reads known arrays that is not found out."""
-        if not any(e.name in _MAY_JUMP for e in self.phi.equations) or any(
-            v.shape for e in self.phi.equations for v in e.inputs if v.index in self.phi.known
-        ):
-            return False
-        return has_jump(self.phi, ctx.known)
+        may = any(e.name in _MAY_JUMP for e in self.phi.equations) and self.phi.known <= self.static.keys()
+        return may and has_jump(self.phi, self.static)
 
 
 _MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
@@ -203,4 +211,4 @@ def _published_relu(s0: Array, dual: Array, kappa: Array, sigma: Array) -> Array
 def identity(variable: Variable) -> Scalar:
     """The rule of a node that only sets two values equal."""
     fragment = Fragment((), (variable,), (variable,))
-    return Scalar((AffineTerm(variable, 1.0, (), ()),), fragment, fragment, PiecewiseAffine.identity(), None)
+    return Scalar((AffineTerm(variable, 1.0, (), ()),), fragment, fragment, PiecewiseAffine.identity(), None, {})

@@ -158,7 +158,8 @@ def _nearest(x: Array, value: Array, apart: Array, weight: float) -> Array:
     best = jnp.argmin(weight * distance + apart - 2 * value, -1)[..., None]
     top = jnp.take_along_axis(top, best, -1)
     # A hair above the level, so that rounding does not leave the old position on top.
-    hair = 8 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(top), 1e-30)
+    size = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), -1, keepdims=True)
+    hair = 8 * jnp.finfo(x.dtype).eps * jnp.maximum(size, 1e-30)
     chosen = jnp.arange(n) == best
     new = jnp.where(chosen, jnp.maximum(finite, top + hair), jnp.minimum(finite, top))
     stays = jnp.take_along_axis(apart, best, -1) == 0
