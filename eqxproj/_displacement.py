@@ -26,7 +26,7 @@ from .solvers import AbstractSolver, CyclicProjections
 
 DEFAULT_METRIC = Metric(grade=1e3, parameter=1e4)
 """Steep: close to the gradient where there is one, at any depth. On MNIST it learns as flatter ones do, or better."""
-DEFAULT_TAU = 0.1
+DEFAULT_TAU = 0.01
 
 
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:

@@ -13,8 +13,6 @@ from tests.coverage import table
 from tests.coverage._row import Case, Row, extra
 from tests.coverage.all_rows import ROWS
 
-pytestmark = pytest.mark.slow
-
 STEEP = eqxproj.Metric(grade=1e6, parameter=1e6)
 TAU = 1e-3
 SMOOTH = [row for row in ROWS if row.kind == "smooth"]
@@ -78,7 +76,7 @@ def learned(case: Case, row: Row, method: str, loss=None):
     return float(values[0]), float(values[-1])
 
 
-@pytest.mark.parametrize("row", some(ROWS, 4))
+@pytest.mark.parametrize("row", some(ROWS, 6))
 def test_rules(row):
     """Every operation has a rule, and that of a smooth row leads to the gradient as the metric becomes steep."""
     case = row.make(jax.random.key(0))
@@ -106,7 +104,7 @@ def test_learns(row):
         assert last < first and last - least <= 1.2 * (other - least) + (0.2 * abs(least)), (first, last, other)
 
 
-@pytest.mark.parametrize("row", some(DISCRETE, 4))
+@pytest.mark.parametrize("row", some(DISCRETE, 6))
 def test_learns_through_steps(row):
     """At most half of the loss that is left where nothing passes through the step."""
     case = row.make(jax.random.key(0))

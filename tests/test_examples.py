@@ -50,14 +50,12 @@ def test_an_image_example_learns_by_projections_and_draws_its_figure(name, argum
     assert all(0.0 <= value <= 1.0 for value in reached.values())
 
 
-@pytest.mark.slow
 def test_signs_train_by_projections_as_well_as_with_an_estimator_and_better_than_by_gradients(tmp_path, monkeypatch):
     reached = _run("sign_network", ["--steps", "200"], tmp_path, monkeypatch)
     assert reached["projection"] > reached["gradient"] + 0.05
     assert abs(reached["projection"] - reached["straight-through gradient"]) < 0.04
 
 
-@pytest.mark.slow
 def test_a_hard_gate_trains_better_by_projections_than_by_gradients(tmp_path, monkeypatch):
     reached = _run("hard_gate", ["--steps", "1000"], tmp_path, monkeypatch)
     assert reached["projection"] > reached["gradient"] + 0.03
@@ -70,7 +68,6 @@ def test_the_character_network_learns_and_writes_text(tmp_path, monkeypatch, cap
     assert "--- written by the network" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_without_matplotlib_an_example_says_so_and_draws_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(_EXAMPLES)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

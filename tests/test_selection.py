@@ -108,3 +108,34 @@ def test_gate_is_learned():
         for method in ("projection", "gradient")
     }
     assert run["projection"] <= 0.5 * run["gradient"]
+
+
+def test_a_loss_that_counts_positions_has_a_slope():
+    """Nothing but a selection lies between the scores and the loss, which no parameter comes after."""
+
+    def errors(w, x, y):
+        return jnp.mean(jnp.argmax(x @ w, -1) != y)
+
+    k1, k2, k3 = jr.split(jr.key(5), 3)
+    w, x, y = jr.normal(k1, (4, 3)), jr.normal(k2, (20, 4)), jr.randint(k3, (20,), 0, 3)
+    moved = eqxproj.filter_displacement(errors, metric=Metric(1e6, 1e6), tau=1e-3)(w, x, y)
+
+    def expected(w):
+        return 1 - jnp.mean(jnp.take_along_axis(jax.nn.softmax(x @ w), y[:, None], -1))
+
+    wanted = jax.grad(expected)(w)
+    size = jnp.linalg.norm(moved) * jnp.linalg.norm(wanted)
+    assert float(jnp.vdot(moved, wanted) / size) > 0.999
+
+
+def test_a_penalty_with_a_position_keeps_its_node():
+    """A penalty reads parameters alone, and is part of the objective: but a local solver is blind to positions."""
+
+    def penalized(w, x):
+        return jnp.mean((x @ w) ** 2) + jnp.sum(jax.nn.one_hot(jnp.argmax(w), 4) * jnp.arange(4.0))
+
+    w, x = jr.normal(jr.key(6), (4,)), jr.normal(jr.key(7), (5, 4))
+    assert "selection" in eqxproj.feasibility_problem(penalized, w, x).explain()
+    moved = eqxproj.filter_displacement(penalized, metric=Metric(1e6, 1e6), tau=1e-3)(w, x)
+    wanted = jax.grad(lambda w: jnp.mean((x @ w) ** 2) + jnp.sum(jax.nn.softmax(w) * jnp.arange(4.0)))(w)
+    np.testing.assert_allclose(moved, wanted, rtol=1e-2, atol=1e-3)
