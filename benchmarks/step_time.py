@@ -1,6 +1,6 @@
 """What one projection step costs beside one gradient step, in time and in temporary memory.
 
-    python benchmarks/step_time.py [--repeats 25] [--json FILE] [--model mlp128 mlp1024 cnn]
+    python benchmarks/step_time.py [--repeats 25] [--json FILE] [--model mlp128 mlp1024 cnn gru]
 
 For each model the steps run in turn in one process (A B C A B C ...), so that the machine's noise hits all of them;
 printed are the medians, and the medians of the ratios to the gradient step of the same round. A gradient step is
@@ -44,6 +44,24 @@ class Cnn(eqx.Module):
         return self.last(jax.nn.relu(self.second(h)).ravel())
 
 
+class Gru(eqx.Module):
+    """A GRU of 128 units along 64 characters, and the scores of the next one at each of them."""
+
+    cell: eqx.nn.GRUCell
+    last: eqx.nn.Linear
+
+    def __init__(self, key):
+        k1, k2 = jax.random.split(key)
+        self.cell, self.last = eqx.nn.GRUCell(65, 128, key=k1), eqx.nn.Linear(128, 65, key=k2)
+
+    def __call__(self, x):
+        def step(h, character):
+            h = self.cell(jax.nn.one_hot(character, 65), h)
+            return h, h
+
+        return jax.vmap(self.last)(jax.lax.scan(step, jnp.zeros(128), x)[1])
+
+
 def loss(model, x, y):
     return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
 
@@ -61,7 +79,10 @@ def models():
     def cnn(key):
         return Cnn(key), jax.random.uniform(key, (32, 1, 28, 28)), jax.random.randint(key, (32,), 0, 10)
 
-    return {"mlp128": mlp(128, 256), "mlp1024": mlp(1024, 512), "cnn": cnn}
+    def gru(key):
+        return Gru(key), *(jax.random.randint(k, (64, 64), 0, 65) for k in jax.random.split(key))
+
+    return {"mlp128": mlp(128, 256), "mlp1024": mlp(1024, 512), "cnn": cnn, "gru": gru}
 
 
 def steps_of(make):

@@ -28,7 +28,7 @@ from ._conjugate_gradients import conjugate_gradients
 from ._forms import BilinearForm, ConvForm, CopyForm, DotForm, ElementForm
 from ._multiplier import published_multiplier, solve_multiplier
 from ._rows import Rows
-from ._rule import AbstractRule, Context
+from ._rule import AbstractRule, Context, is_steep
 from .local import LocalSolver
 
 _AGAIN = 8
@@ -181,7 +181,7 @@ def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, k
         return _published(ctx, form, a, w, p, hp, q, dual, (unit, tilt))
 
     steep = unit * min(tilt, 1.0 / tilt)
-    if steep >= _STEEP:
+    if steep >= (_STEEP_ENOUGH if is_steep(ctx) else _STEEP):
         multiplier = dual / (1.0 + q)
         nu_a, nu_w = form.back_a(multiplier, w), form.back_w(a, multiplier)
         return [nu_a, nu_w], p + ((dual - multiplier) / kappa).astype(p.dtype)
@@ -209,9 +209,10 @@ def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, k
     return [nu_a.astype(a.dtype), nu_w.astype(w.dtype)], out
 
 
-_STEEP, _SMALL = 1e6, 1e-4
+_STEEP, _STEEP_ENOUGH, _SMALL = 1e6, 1e3, 1e-4
 """Weights from which on, for duals of order one, and dual times weight up to which, what an operand moves by is too
-little to change the other operand's dual: the first-order formula then holds to rounding."""
+little to change the other operand's dual: the first-order formula then holds to rounding, and in a steep metric, where
+a step is the beginning of a gradient's and not a point to land on, well enough at the second weight."""
 
 
 _EQUAL = 1e-6

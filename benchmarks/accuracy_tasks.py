@@ -1,0 +1,195 @@
+"""The tasks of `accuracy.py`: data, model, loss, and the value that counts."""
+
+from __future__ import annotations
+
+import functools as ft
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import eqxproj
+
+Arrays = tuple[Any, ...]
+
+
+class Network(eqx.Module):
+    """Hidden layers of one width; `skip` adds the first hidden layer to each later one, or each layer to its input."""
+
+    layers: tuple[eqx.nn.Linear, ...]
+    skip: bool = eqx.field(static=True)
+
+    def __init__(self, inputs: int, outputs: int, width: int, depth: int, key: jax.Array, skip: bool = False):
+        sizes = [inputs, *[width] * depth, outputs]
+        keys = jax.random.split(key, depth + 1)
+        self.layers = tuple(eqx.nn.Linear(a, b, key=k) for a, b, k in zip(sizes, sizes[1:], keys, strict=False))
+        self.skip = skip
+
+    def __call__(self, x):
+        h = jax.nn.relu(self.layers[0](x))
+        for layer in self.layers[1:-1]:
+            new = jax.nn.relu(layer(h))
+            h = h + new if self.skip else new
+        return self.layers[-1](h)
+
+
+class Cnn(eqx.Module):
+    """Three 3x3 convolutions of 32 channels, each with a pooling of 2x2, and one hidden layer."""
+
+    convolutions: tuple[eqx.nn.Conv2d, ...]
+    hidden: eqx.nn.Linear
+    last: eqx.nn.Linear
+
+    def __init__(self, key: jax.Array):
+        keys = jax.random.split(key, 5)
+        channels = (3, 32, 32, 32)
+        self.convolutions = tuple(
+            eqx.nn.Conv2d(a, b, 3, padding=1, key=k) for a, b, k in zip(channels, channels[1:], keys, strict=False)
+        )
+        self.hidden = eqx.nn.Linear(32 * 4 * 4, 128, key=keys[3])
+        self.last = eqx.nn.Linear(128, 10, key=keys[4])
+
+    def __call__(self, x):
+        pool = eqx.nn.MaxPool2d(2, 2)
+        for convolution in self.convolutions:
+            x = pool(jax.nn.relu(convolution(x)))
+        return self.last(jax.nn.relu(self.hidden(x.ravel())))
+
+
+class Characters(eqx.Module):
+    """A GRU along characters, and the scores of the next one at each of them."""
+
+    cell: eqx.nn.GRUCell
+    last: eqx.nn.Linear
+    vocabulary: int = eqx.field(static=True)
+
+    def __init__(self, vocabulary: int, size: int, key: jax.Array):
+        k1, k2 = jax.random.split(key)
+        self.cell = eqx.nn.GRUCell(vocabulary, size, key=k1)
+        self.last = eqx.nn.Linear(size, vocabulary, key=k2)
+        self.vocabulary = vocabulary
+
+    def __call__(self, x):
+        def step(h, character):
+            h = self.cell(jax.nn.one_hot(character, self.vocabulary), h)
+            return h, h
+
+        states = jax.lax.scan(step, jnp.zeros(self.cell.hidden_size), x)[1]
+        return jax.vmap(self.last)(states)
+
+
+class Autoencoder(eqx.Module):
+    """784-1000-500-250-30 and back, with logistic units; the code is linear."""
+
+    layers: tuple[eqx.nn.Linear, ...]
+
+    def __init__(self, key: jax.Array, sizes: tuple[int, ...] = (784, 1000, 500, 250, 30)):
+        sizes = (*sizes, *sizes[-2::-1])
+        keys = jax.random.split(key, len(sizes))
+        self.layers = tuple(eqx.nn.Linear(a, b, key=k) for a, b, k in zip(sizes, sizes[1:], keys, strict=False))
+
+    def __call__(self, x):
+        middle = len(self.layers) // 2 - 1
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i != middle:
+                x = jax.nn.sigmoid(x)
+        return x
+
+
+def classified(model, x, y):
+    return jnp.mean(eqxproj.losses.cross_entropy(jax.vmap(model)(x), y))
+
+
+def accuracy(model, x, y):
+    return jnp.mean(jnp.argmax(jax.vmap(model)(x), -1) == y)
+
+
+def rebuilt(model, x, y):
+    return jnp.mean(jnp.sum((jax.vmap(model)(x) - y) ** 2, -1))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    - `data`: function of the folder of the data sets to an `eqxproj.datasets.Dataset`.
+    - `model`: function of a key and the training data.
+    - `value`: function `(model, *data)`, what counts; `sign` is 1 where more of it is better, else -1; `unit` its name.
+    """
+
+    data: Callable[[str | None], eqxproj.datasets.Dataset]
+    make: Callable[[jax.Array], Any]
+    steps: int = 1200
+    batch_size: int = 256
+    loss: Callable[..., Any] = classified
+    value: Callable[..., Any] = accuracy
+    sign: int = 1
+    unit: str = "accuracy"
+    autoencodes: bool = False
+
+    def split(self, data_dir: str | None) -> tuple[Arrays, Arrays, Arrays]:
+        """Training, validation (the last tenth of what there is to train on, 2,000 at most) and test data."""
+        found = self.data(data_dir)
+        train, test = found.train, found.test
+        if self.autoencodes:
+            train, test = (train[0], train[0]), (test[0], test[0])
+        count = min(2000, len(train[0]) // 10)
+        return tuple(a[:-count] for a in train), tuple(a[-count:] for a in train), test
+
+    def model(self, key: jax.Array, train: Arrays) -> Any:
+        del train
+        return self.make(key)
+
+    def over(self, model: Any, data: Arrays, chunk: int = 1000) -> float:
+        """The value over a whole data set, in parts."""
+        value = eqx.filter_jit(self.value)
+        starts = range(0, len(data[0]), chunk)
+        parts = [tuple(jnp.asarray(a[s : s + chunk]) for a in data) for s in starts]
+        sizes = [len(p[0]) for p in parts]
+        return float(np.average([float(value(model, *p)) for p in parts], weights=sizes))
+
+
+def _load(name: str, flat: bool, data_dir: str | None) -> eqxproj.datasets.Dataset:
+    folder = None if data_dir is None or name == "digits" else os.path.join(data_dir, name)
+    found = eqxproj.datasets.load(name, folder)
+    return found.flatten() if flat else found
+
+
+def _flat(name: str):
+    return ft.partial(_load, name, True)
+
+
+def _chain(depth: int, skip: bool = False):
+    return lambda key: Network(784, 10, 128, depth, key, skip)
+
+
+TASKS: dict[str, Task] = {
+    "digits": Task(_flat("digits"), lambda key: Network(64, 10, 128, 2, key), steps=600, batch_size=128),
+    "mnist": Task(_flat("mnist"), _chain(2, skip=True)),
+    "mnist-2": Task(_flat("mnist"), _chain(2)),
+    "mnist-8": Task(_flat("mnist"), _chain(8)),
+    "mnist-20": Task(_flat("mnist"), _chain(20)),
+    "mnist-residual-20": Task(_flat("mnist"), _chain(20, skip=True)),
+    "cifar10-cnn": Task(ft.partial(_load, "cifar10", False), Cnn, steps=1000, batch_size=64),
+    "cifar10-mlp": Task(_flat("cifar10"), lambda key: Network(3072, 10, 512, 2, key), steps=1000),
+    "higgs": Task(_flat("higgs_sample"), lambda key: Network(28, 2, 300, 2, key), steps=400),
+    "shakespeare": Task(
+        ft.partial(_load, "tiny_shakespeare", False), lambda key: Characters(65, 128, key), steps=800, batch_size=64
+    ),
+    "autoencoder": Task(
+        _flat("mnist"),
+        Autoencoder,
+        steps=800,
+        loss=rebuilt,
+        value=rebuilt,
+        sign=-1,
+        unit="squared error",
+        autoencodes=True,
+    ),
+}

@@ -1,0 +1,309 @@
+r"""The computations behind `eqxproj.sets`: nearest points, of slices along the last axis or of matrices.
+
+Every function is pure, and works under `jax.jit` and `jax.vmap`. They compute in float32 at least; `dtype` is the dtype
+of the array of the caller, to which the answer is rounded. That answer is what has to be in the set, hence
+
+- what is rounded is rounded by `jax.lax.reduce_precision`: a conversion to bfloat16 and back is a step that XLA may
+  leave out, and then a test of the rounded array is not one;
+- an array that is in the set up to the rounding of its dtype is returned as it is, so that projections are idempotent;
+- where the set is a ball, what is rounded is rounded towards its center.
+
+NaN gives NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ._prox import water_level
+
+# Alternations of nearest levels and least squares end by themselves, usually within 20.
+_MAX_ALTERNATIONS = 200
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dtypes and shapes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """The array rounded to the numbers of a dtype, in its own dtype."""
+    info = jnp.finfo(dtype)
+    normal = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.nexp == jnp.finfo(x.dtype).nexp:
+        return normal
+    # `reduce_precision` sets to zero what float16 has as subnormal numbers, the multiples of the smallest.
+    least = float(info.smallest_subnormal)
+    return jnp.where(jnp.abs(x) < float(info.tiny), jnp.round(x / least) * least, normal)
+
+
+def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The array in the dtype that it is computed in."""
+    return rounded(x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype)
+
+
+def rounding(dtype: jnp.dtype) -> float:
+    """The relative error of an array of a dtype that was computed in float32 at least, and then rounded."""
+    computed = jnp.promote_types(dtype, jnp.float32)
+    return 2.0 ** -(jnp.finfo(dtype).nmant + 1) + 8 * float(jnp.finfo(computed).eps)
+
+
+def table(levels: Sequence[float], dtype: jnp.dtype) -> Float[np.ndarray, "levels"]:
+    """The levels as a dtype has them, in the dtype of the computation."""
+    return np.asarray(levels, np.float64).astype(dtype).astype(jnp.promote_types(dtype, jnp.float32))
+
+
+def axes_of(axis: int | tuple[int, ...] | None, shape: tuple[int, ...]) -> list[int]:
+    """The axes that `axis` means, counted from the front."""
+    if axis is None:
+        return list(range(len(shape)))
+    found = []
+    for a in (axis,) if isinstance(axis, int) else axis:
+        if not -len(shape) <= a < len(shape):
+            raise ValueError(f"`axis` {a} is out of range for an array of shape {shape}.")
+        found.append(a % len(shape))
+    if len(set(found)) < len(found):
+        raise ValueError(f"`axis` {axis} names an axis twice for an array of shape {shape}.")
+    return found
+
+
+def along(
+    x: Float[Array, "*shape"], axis: int | tuple[int, ...] | None, project: Callable[[Array], Array]
+) -> Float[Array, "*shape"]:
+    """Projects every slice along some axes: `project` maps arrays whose last axis is the slice."""
+    chosen = axes_of(axis, x.shape)
+    order = [i for i in range(x.ndim) if i not in chosen] + chosen
+    moved = jnp.transpose(x, order)
+    kept = moved.shape[: x.ndim - len(chosen)]
+    answer = project(moved.reshape(*kept, math.prod(x.shape[i] for i in chosen)))
+    return jnp.transpose(answer.reshape(moved.shape), np.argsort(order))
+
+
+def _returned(inside: Bool[Array, "*#shape"], x: Array, y: Array, dtype: jnp.dtype) -> Array:
+    """What is inside stays, the rest is replaced."""
+    return jnp.where(inside, x, rounded(y, dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Slices
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def largest(x: Float[Array, "*batch n"], kept: int) -> Float[Array, "*batch n"]:
+    """The slice with all but its `kept` entries of largest absolute value (the first, among equals) set to zero."""
+    n = x.shape[-1]
+    if kept >= n:
+        return x
+    flat = x.reshape(-1, n)
+    order = jax.lax.top_k(jnp.abs(wide(flat)), kept)[1]
+    mask = jnp.zeros(flat.shape, bool).at[jnp.arange(flat.shape[0])[:, None], order].set(True)
+    return jnp.where(mask, flat, jnp.zeros_like(flat)).reshape(x.shape)
+
+
+def _on_simplex(x: Float[Array, "*batch n"], total: float) -> Float[Array, "*batch n"]:
+    r"""The nearest slice with entries $\ge 0$ and sum $t$.
+
+    It is $y_i = \max(x_i - \theta, 0)$ with the $\theta$ at which the sum is $t$ (Duchi et al., *Efficient projections
+    onto the $\ell_1$-ball for learning in high dimensions*, ICML 2008, section 3). With $m = \max_i x_i$, depths
+    $e_i = (m - x_i) / t$ and $L = (m - \theta) / t$ that is $\sum_i \max(L - e_i, 0) = 1$, the level of water in basins
+    of depths $e_i$, and $y_i = t \max(L - e_i, 0)$. The last division takes out what the sum lost to rounding.
+    """
+    depths = (jnp.max(x, axis=-1, keepdims=True) - x) / total
+    shares = jnp.maximum(water_level(depths)[..., None] - depths, 0)
+    return total * (shares / jnp.sum(shares, axis=-1, keepdims=True))
+
+
+def simplex(x: Float[Array, "*batch n"], total: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
+    """The nearest slice with entries at least zero and the sum `total`."""
+    error = jnp.abs(jnp.sum(x, axis=-1, keepdims=True) - total)
+    inside = (jnp.min(x, axis=-1, keepdims=True) >= 0) & (error <= rounding(dtype) * total)
+    return _returned(inside, x, _on_simplex(x, total), dtype)
+
+
+def l1_ball(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
+    r"""The nearest slice with $\sum_i |y_i| \le r$.
+
+    Outside of the ball, it has the signs of $x$ and absolute values that are the point of the simplex of total $r$
+    nearest to $|x|$ (Duchi et al. 2008, section 4).
+    """
+    size = jnp.abs(x)
+    inside = jnp.sum(size, axis=-1, keepdims=True) <= radius
+    nearest = jnp.sign(x) * _on_simplex(size, radius * (1 - rounding(dtype)))
+    return _returned(inside, x, nearest, dtype)
+
+
+def _norm(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
+    """The Euclidean norm of each slice, without overflow."""
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    safe = jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.sum((x / safe) ** 2, axis=-1, keepdims=True))
+
+
+def l2_ball(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
+    r"""The nearest slice with $|y| \le r$: outside of the ball, $r x / |x|$."""
+    norm = _norm(x)
+    nearest = x * (radius * (1 - rounding(dtype)) / jnp.where(norm > 0, norm, 1))
+    return _returned(norm <= radius, x, nearest, dtype)
+
+
+def sphere(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
+    r"""The nearest slice with $|y| = r$: $r x / |x|$. All points are as near to zero; the constant one is returned."""
+    x = jnp.where(jnp.all(x == 0, axis=-1, keepdims=True), radius / math.sqrt(x.shape[-1]), x)
+    norm = _norm(x)
+    return _returned(jnp.abs(norm - radius) <= rounding(dtype) * radius, x, x * (radius / norm), dtype)
+
+
+def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    r"""The nearest nondecreasing slice, by pooling adjacent violators.
+
+    The nearest sequence is constant on blocks, at the mean of each (Barlow, Bartholomew, Bremner and Brunk,
+    *Statistical inference under order restrictions*, 1972, section 1.2). A stack of blocks, with means and sizes, takes
+    one entry after the other; while the mean below the top is larger than the top's, these two are merged. All slices
+    do so at once: each of the at most $2n - 1$ iterations of the loop pushes or merges a block of every slice, in time
+    of the order of the number of slices. Blocks with equal means are not merged, so that a nondecreasing slice is
+    returned as it is.
+    """
+    n = x.shape[-1]
+    flat = x.reshape(-1, n)
+    rows = jnp.arange(flat.shape[0])
+
+    def step(state):
+        means, sizes, top, entry, _ = state
+        under, last = jnp.maximum(top - 2, 0), jnp.maximum(top - 1, 0)
+        low, high, size = means[rows, under], means[rows, last], sizes[rows, last]
+        merge = (top >= 2) & (low > high)
+        push = ~merge & (entry < n)
+        both = size + sizes[rows, under]
+        pooled = low + (high - low) * (size / both).astype(x.dtype)
+        place = jnp.where(merge, under, jnp.where(push, top, last))
+        mean = jnp.where(merge, pooled, jnp.where(push, flat[rows, jnp.minimum(entry, n - 1)], high))
+        size = jnp.where(merge, both, jnp.where(push, 1, size))
+        means, sizes = means.at[rows, place].set(mean), sizes.at[rows, place].set(size)
+        return means, sizes, top + push.astype(int) - merge, entry + push, jnp.any(merge | push)
+
+    zeros = jnp.zeros(flat.shape[:1], int)
+    start = (jnp.zeros_like(flat), jnp.ones(flat.shape, int), zeros, zeros, jnp.array(flat.size > 0))
+    means, sizes, top, _, _ = jax.lax.while_loop(lambda state: state[-1], step, start)
+    first = jnp.cumsum(sizes, axis=-1) - sizes
+    first = jnp.where(jnp.arange(n) < top[:, None], first, n)
+    begins = jnp.zeros(flat.shape, int).at[rows[:, None], first].set(1, mode="drop")
+    return jnp.take_along_axis(means, jnp.cumsum(begins, axis=-1) - 1, axis=-1).reshape(x.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Levels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def nearest_level(x: Float[Array, "*shape"], levels: Float[np.ndarray, "levels"]) -> Int[Array, "*shape"]:
+    """The index of the level nearest to each entry; the levels ascend."""
+    if len(levels) == 1:
+        return jnp.zeros(x.shape, int)
+    known, gaps = jnp.asarray(levels), np.diff(levels)
+    if np.ptp(gaps) < 1e-3 * gaps.max():
+        lower = jnp.floor((x - levels[0]) / gaps.mean())
+        upper = jnp.clip(lower, 0, len(levels) - 2).astype(int) + 1
+    else:
+        method = "compare_all" if len(levels) <= 16 else "scan"
+        upper = jnp.clip(jnp.searchsorted(known, x, method=method), 1, len(levels) - 1)
+    return jnp.where(x - known[upper - 1] <= known[upper] - x, upper - 1, upper).astype(int)
+
+
+def scaled_levels(x: Float[Array, " n"], levels: Float[np.ndarray, "levels"], dtype: jnp.dtype) -> Float[Array, " n"]:
+    r"""A nearby array with entries $s q_i$, all $q_i$ among the levels, for one $s \ge 0$.
+
+    At a given scale the best $q_i$ are the levels nearest to $x_i / s$. For given $q$ the best scale is
+    $s = \langle x, q \rangle_+ / |q|^2$, at which $|x - s q|^2 = |x|^2 - g$ with the gain
+    $g = \langle x, q \rangle_+^2 / |q|^2$. Alternating the two never decreases $g$ (it is Lloyd's algorithm, for
+    levels with one common parameter), and ends where neither changes: at a local optimum. It starts from the scale with
+    the largest gain among those that
+
+    - put the entry of largest size $x_j$ on one of the levels, $s = x_j / l_k$,
+    - or are smaller than the smallest of these by factors of $\sqrt 2$ down to 32.
+
+    An array that is in the set already is found among the former: let $q_j = l_k$ be the level in use with the largest
+    size, then $x_i = x_j q_i / l_k$. So is the result made, from $x_j$ as it is rounded to `dtype`.
+    """
+    known = jnp.asarray(levels)
+    size = np.abs(levels)
+    # `ratios[k]` are the levels relative to level k, rounded once.
+    divisors = np.where(levels == 0, 1, levels).astype(np.float64)
+    ratios = jnp.asarray((levels[None, :] / divisors[:, None]).astype(levels.dtype))
+    extreme = x[jnp.argmax(jnp.abs(x))]
+    unit = jnp.where(extreme == 0, 1, jnp.abs(extreme))
+    z = x / unit
+
+    def fit(scale):
+        index = nearest_level(z / jnp.where(scale > 0, scale, 1), levels)
+        q = known[index]
+        product, square = jnp.maximum(jnp.sum(z * q), 0), jnp.sum(q * q)
+        best = product / jnp.where(square > 0, square, 1)
+        return index, best, best * product
+
+    def start(scale_and_level):
+        scale, k = scale_and_level
+        index, best, gain = fit(scale)
+        member = (extreme * known[k] > 0) & jnp.all(rounded(extreme * ratios[k][index], dtype) == x)
+        return best, gain, member
+
+    def alternate(state):
+        scale, gain, _, count = state
+        _, best, new = fit(scale)
+        better = new > gain
+        return jnp.where(better, best, scale), jnp.where(better, new, gain), better, count + 1
+
+    nonzero, top = np.flatnonzero(levels), int(np.argmax(size))
+    scales = np.concatenate([1 / size[nonzero], 2 ** (-np.arange(1, 11) / 2) / size[top]]).astype(levels.dtype)
+    at_level = np.concatenate([nonzero, np.full(10, top)])
+    bests, gains, members = jax.lax.map(start, (jnp.asarray(scales), jnp.asarray(at_level)))
+    first = jnp.argmax(gains)
+    begin = (bests[first], gains[first], jnp.array(True), jnp.array(0))
+    scale = jax.lax.while_loop(lambda s: s[2] & (s[3] < _MAX_ALTERNATIONS), alternate, begin)[0]
+    index = fit(scale)[0]
+    k = index[jnp.argmax(jnp.abs(known[index]))]
+    result = rounded(rounded(unit * (scale * known[k]), dtype) * ratios[k][index], dtype)
+    return jnp.where(jnp.any(members), x, jnp.where(scale > 0, result, 0 * scale))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matrices
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _times(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """A product without the shortened factors of some accelerators."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def polar(x: Float[Array, "m n"], dtype: jnp.dtype) -> Float[Array, "m n"]:
+    r"""The nearest matrix with orthonormal rows, or columns where these are fewer.
+
+    With the singular value decomposition $X = U \Sigma V^T$ it is $U V^T$ (Higham, *Computing the polar decomposition -
+    with applications*, SIAM J. Sci. Stat. Comput. 7(4), 1986, section 2). A step $\tfrac12 (3 I - Y Y^T) Y$ of Newton
+    and Schulz squares the error that rounding left in $Y Y^T = I$.
+    """
+    if x.shape[0] > x.shape[1]:
+        return polar(x.T, dtype).T
+    u, _, v = jnp.linalg.svd(x, full_matrices=False)
+    identity = jnp.eye(x.shape[0], dtype=x.dtype)
+    y = _times(u, v)
+    y = 1.5 * y - 0.5 * _times(_times(y, y.T), y)
+    inside = jnp.max(jnp.abs(_times(x, x.T) - identity)) <= 3 * rounding(dtype)
+    return _returned(inside, x, y, dtype)
+
+
+def truncated(x: Float[Array, "m n"], rank: int, dtype: jnp.dtype) -> Float[Array, "m n"]:
+    r"""The nearest matrix of at most this rank.
+
+    It is the sum $\sum_{i \le r} \sigma_i u_i v_i^T$ over the largest singular values (Eckart and Young, *The
+    approximation of one matrix by another of lower rank*, Psychometrika 1, 1936).
+    """
+    u, s, v = jnp.linalg.svd(x, full_matrices=False)
+    inside = jnp.sum(s[rank:] ** 2) <= (2 * rounding(dtype)) ** 2 * jnp.sum(s**2)
+    return _returned(inside, x, _times(u[:, :rank] * s[:rank], v[:rank]), dtype)
