@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._metric import Metric, check_metric
-from ._problem import Copies, FeasibilityProblem, check_copies, check_tau, make_problem
+from ._problem import RAW_TAU, Copies, FeasibilityProblem, check_copies, check_tau, make_problem
 from ._solve import check_positive, check_solver
 from ._state import State, conformed, moved_by, settled
 from ._trace import trace
@@ -27,6 +27,7 @@ from .solvers import AbstractSolver, CyclicProjections
 DEFAULT_METRIC = Metric(grade=1e3, parameter=1e4)
 """Steep: close to the gradient where there is one, at any depth. On MNIST it learns as flatter ones do, or better."""
 DEFAULT_TAU = 0.01
+"""So small that the prox of a loss of high curvature, such as a cosine of small vectors, is close to its slope."""
 
 
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
@@ -72,7 +73,7 @@ def filter_value_and_displacement(
     solver: AbstractSolver | None = None,
     metric: Metric | None = None,
     copies: Copies = "neuron",
-    tau: float = DEFAULT_TAU,
+    tau: float | None = None,
     steps: int = 1,
     raw: bool = False,
     has_aux: bool = False,
@@ -85,7 +86,7 @@ def filter_value_and_displacement(
     - `solver`: one cyclic sweep by default. `steps` of it are taken from the forward pass.
     - `metric`: a [`Metric`][]; by default a steep one, or with `raw` the unit metric.
     - `copies`: `"neuron"`, `"sample"` or `"none"`, see [`feasibility_problem`][].
-    - `tau`: factor of one sample's loss in the prox of the objective.
+    - `tau`: factor of one sample's loss in the prox of the objective; by default 0.01, or with `raw` 0.1.
     - `raw`: return $x - P(x)$ itself, unscaled: `optax.sgd(1.0)` then replaces x by P(x).
     - `has_aux`: as in `equinox.filter_value_and_grad`.
 
@@ -102,14 +103,15 @@ def filter_value_and_displacement(
     check_solver(solver)
     check_positive("steps", steps)
     check_copies(copies)
-    check_tau(tau)
+    factor = tau if tau is not None else (RAW_TAU if raw else DEFAULT_TAU)
+    check_tau(factor)
     chosen = metric if metric is not None else (Metric() if raw else DEFAULT_METRIC)
     check_metric(chosen)
 
     @eqx.filter_jit
     def compute(model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-        problem = make_problem(traced, chosen, copies, tau, "constant", needs_identities(solver))
+        problem = make_problem(traced, chosen, copies, factor, "constant", needs_identities(solver))
         moved = displacement_of(problem, run(problem, solver, steps), raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
 

@@ -230,6 +230,10 @@ def make_problem(
     )
 
 
+RAW_TAU = 0.1
+"""Of a problem that is solved for its own sake, in the unit metric by default."""
+
+
 def _known_inputs(node) -> list[int]:
     return [v.index for v, unknown in zip(node.equation.inputs, node.unknown, strict=True) if not unknown]
 
@@ -250,7 +254,7 @@ def feasibility_problem(
     copies: Copies = "neuron",
     metric: Metric | None = None,
     data: Literal["constant", "pinned"] = "constant",
-    tau: float = 0.1,
+    tau: float = RAW_TAU,
     has_aux: bool = False,
     kwargs: Mapping[str, Any] | None = None,
 ) -> FeasibilityProblem:

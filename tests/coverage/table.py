@@ -21,8 +21,11 @@ HEAD = """# What is covered
 Every row is a small model or function that `tests/test_coverage.py` trains. Smooth rows: in the limit of a steep metric
 the projections give the gradient, and by the defaults the model learns as with gradients. Discrete rows: the loss falls
 to half, or less, of what is left where the inputs of the step are held fixed. This file is written by
-`python -m tests.coverage.table` from the rows, and that it is up to date is a test.
+`python -m tests.coverage.table` from the rows, and that it is up to date is a test. Other versions of JAX may write
+some functions in other primitives.
+
 """
+VERSION = f"Written with jax {jax.__version__}.\n"
 KINDS = ("rule", "view", "elementwise", "local solver", "objective", "known", "none")
 MEANING = {
     "rule": "has a rule of its own",
@@ -97,7 +100,7 @@ def text(rows: list[Row] | None = None) -> str:
         groups[row.group].append(f"| {row.name} | {found} |")
         for name, of_row in seen.items():
             kinds[name] |= of_row
-    parts = [HEAD]
+    parts = [HEAD + VERSION]
     for group, lines in groups.items():
         parts.append(
             "\n".join([f"## {group[0].upper()}{group[1:]}", "", "| name | projected by |", "| --- | --- |", *lines, ""])
