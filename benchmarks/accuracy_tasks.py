@@ -18,6 +18,13 @@ import eqxproj
 Arrays = tuple[Any, ...]
 
 
+def _scaled(inputs: int, outputs: int, key: jax.Array) -> eqx.nn.Linear:
+    """A linear layer that keeps the size of what relus leave, at any depth (He et al. 2015)."""
+    layer = eqx.nn.Linear(inputs, outputs, key=key)
+    weight = jax.random.normal(key, layer.weight.shape) * np.sqrt(2 / inputs)
+    return eqx.tree_at(lambda m: (m.weight, m.bias), layer, (weight, jnp.zeros(outputs)))
+
+
 class Network(eqx.Module):
     """Hidden layers of one width; `skip` adds the first hidden layer to each later one, or each layer to its input."""
 
@@ -27,7 +34,10 @@ class Network(eqx.Module):
     def __init__(self, inputs: int, outputs: int, width: int, depth: int, key: jax.Array, skip: bool = False):
         sizes = [inputs, *[width] * depth, outputs]
         keys = jax.random.split(key, depth + 1)
-        self.layers = tuple(eqx.nn.Linear(a, b, key=k) for a, b, k in zip(sizes, sizes[1:], keys, strict=False))
+        self.layers = tuple(_scaled(a, b, k) for a, b, k in zip(sizes, sizes[1:], keys, strict=False))
+        if skip:  # a residual layer adds little at first
+            weights = [layer.weight / np.sqrt(depth) for layer in self.layers[1:-1]]
+            self.layers = eqx.tree_at(lambda ls: [layer.weight for layer in ls[1:-1]], self.layers, weights)
         self.skip = skip
 
     def __call__(self, x):

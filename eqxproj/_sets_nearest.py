@@ -82,7 +82,7 @@ def along(
     moved = jnp.transpose(x, order)
     kept = moved.shape[: x.ndim - len(chosen)]
     answer = project(moved.reshape(*kept, math.prod(x.shape[i] for i in chosen)))
-    return jnp.transpose(answer.reshape(moved.shape), np.argsort(order))
+    return jnp.transpose(answer.reshape(moved.shape), sorted(range(x.ndim), key=order.__getitem__))
 
 
 def _returned(inside: Bool[Array, "*#shape"], x: Array, y: Array, dtype: jnp.dtype) -> Array:
@@ -305,5 +305,6 @@ def truncated(x: Float[Array, "m n"], rank: int, dtype: jnp.dtype) -> Float[Arra
     approximation of one matrix by another of lower rank*, Psychometrika 1, 1936).
     """
     u, s, v = jnp.linalg.svd(x, full_matrices=False)
-    inside = jnp.sum(s[rank:] ** 2) <= (2 * rounding(dtype)) ** 2 * jnp.sum(s**2)
+    error = rounding(dtype) + 16 * float(jnp.finfo(x.dtype).eps)  # that of the entries, and of the decomposition
+    inside = jnp.sum(s[rank:] ** 2) <= error**2 * jnp.sum(s**2)
     return _returned(inside, x, _times(u[:, :rank] * s[:rank], v[:rank]), dtype)

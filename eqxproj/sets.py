@@ -115,8 +115,8 @@ def sparse(kept_fraction: float | None = None, *, k: int | None = None, axis: Ax
     - `k`: at most this many entries are not zero. Give one of the two.
     - `axis`: count the entries of every slice along this axis; by default those of the array.
 
-    **Raises:** `ValueError` unless exactly one of `kept_fraction`, in (0, 1], and `k`, at least 1, is given; `TypeError`
-    where `k` or `axis` are no integers.
+    **Raises:** `ValueError` unless exactly one of `kept_fraction`, in (0, 1], and `k`, at least 1, is given;
+    `TypeError` where `k` or `axis` are no integers.
     """
     if (kept_fraction is None) == (k is None):
         raise ValueError(f"give exactly one of `kept_fraction` and `k`, got {kept_fraction!r} and {k!r}.")
@@ -161,7 +161,7 @@ def _levels(levels: Any, scale: Any) -> tuple[float, ...]:
     if isinstance(levels, numbers.Integral) and not isinstance(levels, bool):
         if scale is None:
             raise ValueError(f"`levels` as a number of bits, got {levels!r}, must come with a `scale`.")
-        if not 1 <= levels <= 8:
+        if not 1 <= int(levels) <= 8:
             raise ValueError(f"`levels` as a number of bits must be from 1 to 8, got {levels!r}.")
         count = 2 ** int(levels)
         return (-1.0, 1.0) if count == 2 else tuple(i - (count - 1) / 2 for i in range(count))
@@ -353,7 +353,7 @@ def _positive(name: str, value: Any) -> float:
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < 1:
+    if int(value) < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
     return int(value)
 

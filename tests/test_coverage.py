@@ -67,7 +67,7 @@ def learned(case: Case, row: Row, method: str, loss=None):
         loss,
         steps=row.steps,
         method=method,  # pyright: ignore[reportArgumentType]
-        optimizer=optax.adam(row.rate),
+        optimizer=None if row.rate is None else optax.adam(row.rate),
         eval_data=case.data,
         eval_every=row.steps,
         has_aux=case.has_aux,

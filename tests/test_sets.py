@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
 
 import eqxproj
 from eqxproj import sets
@@ -107,21 +108,321 @@ def test_empty_arrays():
         assert chosen(jnp.zeros((0, 3))).shape == (0, 3), name
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Sets of slices and of matrices, and levels with a scale
+# ----------------------------------------------------------------------------------------------------------------------
+
+TWO_BITS = (-1.5, -0.5, 0.5, 1.5)
+PATTERN = (-1.0, 0.0, 0.3, 2.0)
+
+
+def error_of(dtype):
+    """The relative error of one rounding, with some room for what is computed in float32."""
+    return float(jnp.finfo(dtype).eps) / 2 + 1.5e-6
+
+
+def on_scaled_levels(x, levels, error):
+    """Whether the entries are one scale times levels, up to rounding."""
+    x, levels = x.ravel(), np.asarray(levels)
+    if not x.any():
+        return True
+    top = x[np.argmax(abs(x))]
+    scales = [top / level for level in levels if level * top > 0]
+    near = [levels[np.abs(x[:, None] / s - levels).argmin(1)] * s for s in scales]
+    return min(np.max(abs(x - y) - 2 * error * abs(y)) for y in near) <= 0
+
+
+def orthonormal(x, error):
+    matrix = x.reshape(len(x), -1)
+    matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    return abs(matrix @ matrix.T - np.eye(len(matrix))).max() <= 3 * error
+
+
+def tail(x, rank):
+    """The norm of all but the largest singular values."""
+    return np.linalg.norm(np.linalg.svd(x.reshape(len(x), -1), compute_uv=False)[rank:])
+
+
+def few(x, k, axis):
+    return ((x != 0).sum(axis) <= k).all()
+
+
+# Name to set and test of membership: `contains(float64 array, relative error of a rounding)`.
+WIDER = {
+    "k": (sets.sparse(k=3), lambda x, e: few(x, 3, None)),
+    "k_beyond": (sets.sparse(k=10**6), lambda x, e: True),
+    "k_rows": (sets.sparse(k=2, axis=-1), lambda x, e: few(x, 2, -1)),
+    "fraction_columns": (sets.sparse(0.5, axis=0), lambda x, e: few(x, max(1, len(x) // 2), 0)),
+    "given_scale": (sets.quantized([-1.0, 0.0, 1.0], scale=0.3), lambda x, e: on_scaled_levels(x, [-1, 0, 1], e)),
+    "given_bits": (sets.quantized(3, scale=0.2), lambda x, e: len(np.unique(x)) <= 8),
+    "sign_scale": (sets.quantized(1, scale="learned"), lambda x, e: len(np.unique(abs(x))) == 1),
+    "two_bits": (sets.quantized(2, scale="learned"), lambda x, e: on_scaled_levels(x, TWO_BITS, e)),
+    "pattern": (sets.quantized(PATTERN, scale="learned"), lambda x, e: on_scaled_levels(x, PATTERN, e)),
+    "simplex": (sets.simplex(), lambda x, e: (x >= 0).all() and (abs(x.sum(-1) - 1) <= e).all()),
+    "simplex_all": (sets.simplex(None, 2.5), lambda x, e: (x >= 0).all() and abs(x.sum() - 2.5) <= 2.5 * e),
+    "l1": (sets.l1_ball(), lambda x, e: abs(x).sum() <= 1 + 1e-6),
+    "l1_rows": (sets.l1_ball(0.7, axis=-1), lambda x, e: (abs(x).sum(-1) <= 0.7 * (1 + 1e-6)).all()),
+    "l2": (sets.l2_ball(1.5), lambda x, e: np.linalg.norm(x) <= 1.5 * (1 + 1e-6)),
+    "l2_columns": (sets.l2_ball(0.3, axis=0), lambda x, e: (np.sqrt((x**2).sum(0)) <= 0.3 * (1 + 1e-6)).all()),
+    "sphere": (sets.sphere(2.0), lambda x, e: abs(np.linalg.norm(x) - 2) <= 2 * e),
+    "sphere_rows": (sets.sphere(1.0, axis=(-1,)), lambda x, e: (abs(np.sqrt((x**2).sum(-1)) - 1) <= e).all()),
+    "increasing": (sets.monotone(), lambda x, e: (np.diff(x, axis=-1) >= 0).all()),
+    "decreasing": (sets.monotone(0, increasing=False), lambda x, e: (np.diff(x, axis=0) <= 0).all()),
+    "orthogonal": (sets.orthogonal(), orthonormal),
+    "rank": (sets.low_rank(2), lambda x, e: tail(x, 2) <= (e + 2e-6) * np.linalg.norm(x)),
+}
+LOCAL = ("two_bits", "pattern")  # local optima only
+SHAPES = ((3, 5), (40, 30), (6, 2), (1, 7), (2, 3, 3))
+
+
+def sample(rng, dtype, shapes=SHAPES):
+    return jnp.asarray(rng.normal(size=shapes[rng.integers(len(shapes))]) * rng.choice([1e-3, 0.3, 1, 20]), dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", WIDER)
+def test_wider_sets_are_feasible_idempotent_and_nearer_than_other_members(name, dtype):
+    chosen, contains = WIDER[name]
+    jitted, rng = jax.jit(chosen), np.random.default_rng(0)
+    for shape in SHAPES if dtype == jnp.float32 else SHAPES[:2]:
+        for spread in (0.01, 0.3, 20):
+            x = jnp.asarray(rng.normal(size=shape) * spread, dtype)
+            y = jitted(x)
+            assert y.shape == x.shape and y.dtype == dtype
+            exact = np.asarray(y, np.float64)
+            assert contains(exact, error_of(dtype))
+            np.testing.assert_array_equal(jitted(y), y)
+            if name in LOCAL:
+                continue
+            start, room = np.asarray(x, np.float64), error_of(dtype) * (np.linalg.norm(exact) + 1e-30)
+            for width in (0.01, 0.3, 1):
+                other = np.asarray(jitted(x + jnp.asarray(rng.normal(size=shape) * width, dtype)), np.float64)
+                assert np.linalg.norm(exact - start) <= np.linalg.norm(other - start) + 2 * room
+
+
+def by_rows(x, axis, project):
+    """Applies a projection of vectors along one axis, or to all entries."""
+    return project(x.ravel()).reshape(x.shape) if axis is None else np.apply_along_axis(project, axis, x)
+
+
+def root_simplex(v, total):
+    level = scipy.optimize.brentq(lambda t: np.maximum(v - t, 0).sum() - total, v.min() - total, v.max(), xtol=1e-14)
+    return np.maximum(v - level, 0)
+
+
+def root_l1(v, radius):
+    return v if abs(v).sum() <= radius else np.sign(v) * root_simplex(abs(v), radius)
+
+
+def numpy_polar(x):
+    u, _, v = np.linalg.svd(x.reshape(len(x), -1), full_matrices=False)
+    return (u @ v).reshape(x.shape)
+
+
+def numpy_truncated(x):
+    u, s, v = np.linalg.svd(x.reshape(len(x), -1), full_matrices=False)
+    return (u[:, :2] * s[:2] @ v[:2]).reshape(x.shape)
+
+
+ORACLES = {
+    "simplex": lambda x: by_rows(x, -1, lambda v: root_simplex(v, 1.0)),
+    "simplex_all": lambda x: by_rows(x, None, lambda v: root_simplex(v, 2.5)),
+    "l1": lambda x: by_rows(x, None, lambda v: root_l1(v, 1.0)),
+    "l1_rows": lambda x: by_rows(x, -1, lambda v: root_l1(v, 0.7)),
+    "l2": lambda x: x * min(1, 1.5 / np.linalg.norm(x)),
+    "l2_columns": lambda x: x * np.minimum(1, 0.3 / np.sqrt((x**2).sum(0))),
+    "sphere": lambda x: x * 2 / np.linalg.norm(x),
+    "sphere_rows": lambda x: x / np.sqrt((x**2).sum(-1, keepdims=True)),
+    "increasing": lambda x: by_rows(x, -1, lambda v: scipy.optimize.isotonic_regression(v).x),
+    "decreasing": lambda x: by_rows(x, 0, lambda v: scipy.optimize.isotonic_regression(v, increasing=False).x),
+    "orthogonal": numpy_polar,
+    "rank": numpy_truncated,
+    "k_rows": lambda x: by_rows(x, -1, lambda v: np.where(np.argsort(np.argsort(-abs(v))) < 2, v, 0)),
+    "given_scale": lambda x: np.clip(np.round(x / 0.3), -1, 1) * 0.3,
+    "given_bits": lambda x: (np.clip(np.floor(x / 0.2), -4, 3) + 0.5) * 0.2,
+    "sign_scale": lambda x: np.where(x >= 0, 1, -1) * abs(x).mean(),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_against_independent_projections(name):
+    jitted, rng = jax.jit(WIDER[name][0]), np.random.default_rng(1)
+    for _ in range(20):
+        x = sample(rng, jnp.float32)
+        y, wanted = np.asarray(jitted(x)), ORACLES[name](np.asarray(x, np.float64))
+        np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=4e-6 * (1 + float(jnp.abs(x).max())))
+
+
+@pytest.mark.parametrize("levels", [TWO_BITS, PATTERN, (1.0, 3.0), (-1.0, 0.0, 1.0)])
+def test_learned_scale_against_all_assignments(levels):
+    jitted, rng = jax.jit(sets.quantized(levels, scale="learned")), np.random.default_rng(2)
+    choices, ratios = np.array(list(itertools.product(levels, repeat=5))), []
+    square = np.where((choices**2).sum(1) > 0, (choices**2).sum(1), 1)
+    for _ in range(100):
+        x = rng.normal(size=5).astype(np.float32)
+        scale = np.maximum(choices @ x, 0) / square
+        best = np.linalg.norm(x - scale[:, None] * choices, axis=1).min()
+        ratios.append(np.linalg.norm(x - jitted(x)) / best)
+    assert min(ratios) > 1 - 1e-5
+    assert np.mean(np.array(ratios) < 1 + 1e-5) > 0.8 and np.mean(ratios) < 1.05
+
+
+@pytest.mark.parametrize("bits, wanted", [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)])
+def test_learned_scale_is_the_optimal_uniform_quantizer_of_a_normal_sample(bits, wanted):
+    """The mean squared errors are those of Max, Quantizing for minimum distortion, 1960, table II."""
+    x = np.random.default_rng(0).normal(size=20000).astype(np.float32)
+    y = jax.jit(sets.quantized(bits, scale="learned"))(x)
+    np.testing.assert_allclose(np.mean((y - x) ** 2), wanted, rtol=0.05)
+    assert len(np.unique(y)) <= 2**bits
+
+
+def test_learned_scale_of_members_zeros_and_one_sign():
+    chosen = jax.jit(sets.quantized([0.0, 1.0, 10.0, 100.0], scale="learned"))
+    rare = np.ones(1000, np.float32)
+    rare[0] = 100
+    np.testing.assert_array_equal(chosen(jnp.asarray(rare * 0.37)), np.float32(rare * np.float32(0.37)))
+    assert not chosen(jnp.zeros(4)).any()
+    assert not chosen(-jnp.ones(4)).any()
+    assert bool(jnp.isnan(chosen(jnp.array([1.0, jnp.nan]))).any())
+
+
+@pytest.mark.parametrize("name", [*SETS, *WIDER])
+def test_rounded_arrays_are_projected_inside_a_larger_program(name):
+    """XLA may leave out a rounding to bfloat16 between two operations; the sets may not."""
+    chosen, contains = WIDER[name] if name in WIDER else (SETS[name][0], None)
+    update, project = jax.jit(lambda x, dx: chosen(x + dx)), jax.jit(chosen)
+    rng = np.random.default_rng(0)
+    y = project(jnp.asarray(rng.normal(size=(6, 5)), jnp.bfloat16))
+    for size in (0.1, 0.01, 0.01, 0.003, 0.003, 0.003, 0.001, 0.001, 0.001, 0.0003, 0.0003):
+        y = update(y, jnp.asarray(size * rng.normal(size=(6, 5)), jnp.bfloat16))
+        if contains is not None:
+            assert contains(np.asarray(y, np.float64), error_of(jnp.bfloat16))
+        np.testing.assert_array_equal(project(y), y)
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_wider_sets_under_vmap(name):
+    chosen, contains = WIDER[name]
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 5, 3)), jnp.float32)
+    y, jitted = jax.jit(jax.vmap(chosen))(x), jax.jit(chosen)
+    for array, got in zip(x, y):
+        np.testing.assert_allclose(got, jitted(array), rtol=1e-5, atol=1e-5)
+        assert contains(np.asarray(got, np.float64), error_of(jnp.float32))
+
+
+def test_large_arrays_keep_their_sets():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(500, 400)), jnp.float32)
+    for name in ("l1", "l2", "l2_columns", "sphere", "simplex", "simplex_all", "increasing", "two_bits", "sign_scale"):
+        chosen, contains = WIDER[name]
+        y = jax.jit(chosen)(x)
+        assert contains(np.asarray(y, np.float64), error_of(jnp.float32)), name
+        np.testing.assert_array_equal(jax.jit(chosen)(y), y)
+
+
+def test_zero_is_projected_to_a_constant_on_the_sphere():
+    np.testing.assert_allclose(sets.sphere(2.0)(jnp.zeros((2, 2))), np.ones((2, 2)), rtol=1e-6)
+    np.testing.assert_allclose(sets.orthogonal()(jnp.zeros((3, 2))).T @ sets.orthogonal()(jnp.zeros((3, 2))), np.eye(2))
+
+
+def test_scalars_and_empty_arrays():
+    two = jnp.array(2.0)
+    assert [float(s(two)) for s in (sets.l1_ball(), sets.sparse(k=1), sets.quantized(2, scale="learned"))] == [
+        pytest.approx(1, abs=2e-6), 2, 2,
+    ]  # fmt: skip
+    np.testing.assert_allclose([sets.simplex(None)(two), sets.sphere(3.0)(-two), sets.l2_ball(0.5)(two)], [1, -3, 0.5],
+                               rtol=2e-6)  # fmt: skip
+    for chosen in (sets.l1_ball(), sets.l2_ball(axis=-1), sets.monotone(), sets.low_rank(2), sets.sparse(k=2, axis=0),
+                   sets.quantized(2, scale="learned")):  # fmt: skip
+        assert chosen(jnp.zeros((0, 3))).shape == (0, 3)
+    assert sets.simplex()(jnp.zeros((0, 3))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", [*SETS, *WIDER])
+def test_nan_is_not_hidden(name):
+    chosen = WIDER[name][0] if name in WIDER else SETS[name][0]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32).at[2, 1].set(jnp.nan)
+    assert bool(jnp.isnan(jax.jit(chosen)(x)).any())
+
+
 @pytest.mark.parametrize(
-    "make, part",
+    "make, part, kind",
     [
-        (lambda: sets.box(1.0, -1.0), "`low` must be at most `high`"),
-        (lambda: sets.box(float("nan"), 1.0), "`low` must be at most `high`"),
-        (lambda: sets.sparse(0.0), "`kept_fraction`"),
-        (lambda: sets.sparse(1.5), "`kept_fraction`"),
-        (lambda: sets.sparse(float("nan")), "`kept_fraction`"),
-        (lambda: sets.quantized([]), "`levels`"),
-        (lambda: sets.quantized([0.0, float("inf")]), "`levels`"),
+        (lambda: sets.box(1.0, -1.0), "`low` must be at most `high`", ValueError),
+        (lambda: sets.box(float("nan"), 1.0), "`low` must be at most `high`", ValueError),
+        (lambda: sets.box(float("inf"), float("inf")), "`low` must be at most `high`", ValueError),
+        (lambda: sets.sparse(0.0), "`kept_fraction`", ValueError),
+        (lambda: sets.sparse(1.5), "`kept_fraction`", ValueError),
+        (lambda: sets.sparse(float("nan")), "`kept_fraction`", ValueError),
+        (lambda: sets.sparse(), "exactly one of `kept_fraction` and `k`", ValueError),
+        (lambda: sets.sparse(0.1, k=1), "exactly one of `kept_fraction` and `k`", ValueError),
+        (lambda: sets.sparse(k=0), "`k` must be at least 1", ValueError),
+        (lambda: sets.sparse(k=True), "`k` must be an integer", TypeError),
+        (lambda: sets.sparse(k=1, axis=()), "`axis` must be", TypeError),
+        (lambda: sets.l2_ball(axis=True), "`axis` must be", TypeError),
+        (lambda: sets.quantized([]), "`levels`", ValueError),
+        (lambda: sets.quantized([0.0, float("inf")]), "`levels`", ValueError),
+        (lambda: sets.quantized([0.0], scale="learned"), "`levels` must hold one that is not zero", ValueError),
+        (lambda: sets.quantized(2), "must come with a `scale`", ValueError),
+        (lambda: sets.quantized(0, scale="learned"), "`levels` as a number of bits", ValueError),
+        (lambda: sets.quantized(9, scale=1.0), "`levels` as a number of bits", ValueError),
+        (lambda: sets.quantized(True, scale=1.0), "`levels` must be a sequence", TypeError),
+        (lambda: sets.quantized([1.0], scale=-1.0), "`scale` must be", ValueError),
+        (lambda: sets.quantized([1.0], scale=float("nan")), "`scale` must be", ValueError),
+        (lambda: sets.simplex(total=0.0), "`total` must be a positive number", ValueError),
+        (lambda: sets.l1_ball(-1.0), "`radius` must be a positive number", ValueError),
+        (lambda: sets.l2_ball(float("inf")), "`radius` must be a positive number", ValueError),
+        (lambda: sets.sphere(float("nan")), "`radius` must be a positive number", ValueError),
+        (lambda: sets.low_rank(0), "`rank` must be at least 1", ValueError),
+        (lambda: sets.low_rank(True), "`rank` must be an integer", TypeError),
+        (lambda: sets.monotone(True), "`axis` must be an integer", TypeError),
     ],
 )
-def test_bad_sets(make, part):
-    with pytest.raises(ValueError, match=part):
+def test_bad_sets(make, part, kind):
+    with pytest.raises(kind, match=part):
         make()
+
+
+@pytest.mark.parametrize(
+    "chosen, shape, part",
+    [
+        (sets.simplex(2), (3, 4), "`axis` 2 is out of range"),
+        (sets.simplex(), (), "`axis` -1 is out of range"),
+        (sets.sparse(k=2, axis=(0, -2)), (3, 4), "names an axis twice"),
+        (sets.monotone(-3), (3, 4), "`axis` -3 is out of range"),
+        (sets.l1_ball(axis=1), (3,), "`axis` 1 is out of range"),
+        (sets.orthogonal(), (3,), "two axes or more, got shape"),
+        (sets.orthogonal(), (0, 3), "an array with entries"),
+        (sets.low_rank(1), (), "two axes or more, got shape"),
+        (sets.simplex(), (3, 0), "no entries that could be on a simplex"),
+        (sets.sphere(), (0,), "no entries that could be on a sphere"),
+    ],
+)
+def test_sets_that_do_not_fit(chosen, shape, part):
+    array = jnp.zeros(shape)
+    with pytest.raises(ValueError, match=part):
+        chosen(array)
+    constraints = [(lambda m: m["a"], sets.non_negative()), (lambda m: m["b"], chosen)]
+    with pytest.raises(ValueError, match=r"`constraints\[1\]` does not fit an array of shape .*" + part):
+        sets.check_constraints({"a": jnp.zeros(2), "b": array}, constraints)
+
+
+def test_attach_errors_come_before_training():
+    model = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"`constraints\[0\]` does not fit"):
+        eqxproj.train(
+            model, (np.ones((4, 3), np.float32), np.zeros(4, np.int32)), lambda m, x, y: jax.vmap(m)(x).mean(), steps=1,
+            constraints=[(lambda m: m.bias, sets.orthogonal())],
+        )  # fmt: skip
+    sets.check_constraints(model, [(lambda m: m.weight, sets.sparse(k=100))])
+
+
+def test_a_set_of_your_own_must_keep_the_shape():
+    class First(sets.AbstractSet):
+        def __call__(self, x):
+            return x[:1]
+
+    with pytest.raises(ValueError, match="must return arrays of the shape and dtype"):
+        sets.check_constraints({"a": jnp.zeros(3)}, [(lambda m: m["a"], First())])
 
 
 def test_constraints_apply_in_order_and_leave_the_rest():
@@ -190,3 +491,31 @@ def test_first_evaluation_is_of_the_constrained_model():
         evaluate={"least": lambda p, x, y: p["w"].min()},
     )  # fmt: skip
     assert result.history["eval_least"][0] == 0.0
+
+
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+@pytest.mark.parametrize(
+    "names", [("orthogonal", "two_bits", "l2_columns"), ("k_rows", "rank", "simplex"), ("sphere_rows", "l1", "pattern")]
+)
+def test_trained_model_is_in_wider_sets(method, names):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 6)).astype(np.float32)
+    y = (x[:, 0] + x[:, 1] > 0).astype(np.int32)
+    model = eqx.nn.MLP(6, 2, 12, 2, key=jax.random.key(0))
+
+    def loss(model, x, y):
+        return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
+
+    def weight(i):
+        return lambda m: m.layers[i].weight
+
+    constraints = [(weight(i), WIDER[name][0]) for i, name in enumerate(names)]
+    result = eqxproj.train(
+        model, (x, y), loss, steps=20, optimizer=optax.adam(1e-2), constraints=constraints, method=method,
+        eval_data=(x, y),
+    )  # fmt: skip
+    for i, name in enumerate(names):
+        assert WIDER[name][1](np.asarray(weight(i)(result.model), np.float64), error_of(jnp.float32)), name
+    again = eqx.filter_jit(apply_constraints)(result.model, constraints)
+    assert eqx.tree_equal(again, result.model)
+    assert result.history["eval_loss"][-1] < result.history["eval_loss"][0]

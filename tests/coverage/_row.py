@@ -33,7 +33,7 @@ class Row:
     - `make`: makes the case from a key; small, so that its problem compiles in seconds.
     - `kind`: `"smooth"` rows are compared with the gradient, `"discrete"` ones with freezing the step's inputs.
     - `cosine`: the least cosine with the gradient, for every parameter.
-    - `steps`, `rate`: of training by Adam, when it is tested that the row learns.
+    - `steps`, `rate`: of training by Adam, when it is tested that the row learns; `None` takes the default of `train`.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Row:
     kind: Literal["smooth", "discrete"] = "smooth"
     cosine: float = 0.999
     steps: int = 200
-    rate: float = 1e-3
+    rate: float | None = None
 
 
 def regression(key: jax.Array, shape: tuple[int, ...], outputs: int = 3, samples: int = 32):
