@@ -2,8 +2,8 @@
 
     python benchmarks/constraints.py [--quick] [--seeds 3] [--task sparse ...] [--data-dir DIR] [--json FILE]
 
-Each task is trained by `eqxproj.train` with its defaults, and with `method="gradient"`, from the same initial
-parameters on the same batches. After every step the constrained weights are projected onto their sets. The tasks:
+Each task is trained by `eqxproj.train` with its defaults, and by projected Adam: gradients, the same optimizer, initial
+parameters and batches, and a projection onto the sets after every step. The tasks:
 
 - `sparse`: a relu MLP with two hidden layers of 128, nine tenths of the weights of each layer zero; test accuracy;
 - `two_bits`: the same, every weight one of four levels, with a learned scale for each layer; test accuracy;
@@ -33,7 +33,7 @@ import numpy as np
 import eqxproj
 from eqxproj import datasets, sets
 
-METHODS = ("projection", "gradient")
+METHODS = ("projection", "projected adam")
 ROWS = ("constrained", "free", "projected at the end")
 
 
@@ -52,6 +52,15 @@ class Mlp(eqx.Module):
         for layer, activation in zip(self.layers[:-1], self.activations, strict=True):
             x = activation(layer(x))
         return self.layers[-1](x)
+
+
+class Plain(sets.AbstractSet):
+    """A set as it is, projected onto after every step whatever it is made of: projected Adam."""
+
+    chosen: sets.AbstractSet
+
+    def __call__(self, x):
+        return self.chosen(x)
 
 
 class Task(NamedTuple):
@@ -138,26 +147,32 @@ def measure(task: Task, seed: int, steps: int, batch_size: int) -> dict[str, dic
     train, test = task.data(seed)
     model_key, train_key = jax.random.split(jax.random.key(seed))
     model = task.make(model_key)
-    constraints = [(task.where, task.chosen)]
+    constraints = {"projection": [(task.where, task.chosen)], "projected adam": [(task.where, Plain(task.chosen))]}
     score = eqx.filter_jit(task.score)
 
     def run(method, constraints):
         return eqxproj.train(
-            model, train, task.loss, steps=steps, batch_size=batch_size, key=train_key, method=method,
+            model,
+            train,
+            task.loss,
+            steps=steps,
+            batch_size=batch_size,
+            key=train_key,
+            method="projection" if method == "projection" else "gradient",
             constraints=constraints,
-        ).model  # fmt: skip
+        ).model
 
     def check(trained):
         weights = [np.asarray(w) for w in task.where(trained)]
         assert all(task.holds(w) for w in weights), "a constraint does not hold"
-        again = eqx.filter_jit(sets.apply_constraints)(trained, constraints)
+        again = eqx.filter_jit(sets.apply_constraints)(trained, constraints["projection"])
         assert eqx.tree_equal(again, trained), "a projection moves the model that was projected"
         return trained
 
     found = {}
     for method in METHODS:
-        constrained, free = check(run(method, constraints)), run(method, ())
-        end = check(eqx.filter_jit(sets.apply_constraints)(free, constraints))
+        constrained, free = check(run(method, constraints[method])), run(method, ())
+        end = check(eqx.filter_jit(sets.apply_constraints)(free, constraints["projection"]))
         models = dict(zip(ROWS, (constrained, free, end), strict=True))
         found[method] = {row: float(score(trained, *test)) for row, trained in models.items()}
     return found
@@ -187,7 +202,7 @@ def main() -> None:
     batch_size = 256 if args.data_dir else 128
     results: dict[str, Any] = {"data": name, "steps": steps, "batch_size": batch_size, "seeds": args.seeds}
     print(f"{name}, {steps} steps of {batch_size} samples, {args.seeds} seeds: mean (least to largest)")
-    print(f"{'task':12} {'':22} {'projection':>26} {'gradient':>26}")
+    print(f"{'task':12} {'':22} {METHODS[0]:>26} {METHODS[1]:>26}")
     for task in args.task or tasks(data):
         runs = [measure(tasks(data)[task], seed, steps, batch_size) for seed in range(args.seeds)]
         results[task] = {m: {row: summary([run[m][row] for run in runs]) for row in ROWS} for m in METHODS}

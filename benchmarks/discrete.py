@@ -1,6 +1,6 @@
 """Networks with steps that have no gradient: projections, straight-through estimators, and gradients as they are.
 
-    python benchmarks/discrete.py [--data-dir path/to/mnist] [--steps 1000] [--seeds 3] [--task sign-mlp ...] [--json FILE]
+    python benchmarks/discrete.py [--data-dir path/to/mnist] [--steps 1000] [--seeds 3] [--task sign-mlp ...]
     python benchmarks/discrete.py --quick
 
 The same model, initial parameters, batches, steps and optimizer (the default of `train`) for all three. A

@@ -89,7 +89,8 @@ def train(
         default) and after the last, in one call of each function of `evaluate`.
     - `evaluate`: name to `function(model, *eval_data) -> scalar`; the loss by default.
     - `constraints`: pairs `(where, set)`: `where(model)` picks an array, as in `equinox.tree_at`, and the array is
-        projected onto the set after every step; the returned model satisfies the constraints exactly.
+        projected onto the set after every step, or, for sets of isolated pieces (`sparse`, `quantized`), before every
+        step, from an array that is kept for it. The returned model satisfies the constraints exactly.
     - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
     - `progress`: show a progress bar.
 
@@ -125,7 +126,7 @@ def train(
         check_positive("eval_every", eval_every)
     run_.check(model, arrays, count)
     key = jax.random.key(0) if key is None else key
-    model = apply_constraints(model, constraints)
+    model = apply_constraints(model, [c for c in constraints if not c[1].keeps])
     watch = _Watch(held, {"loss": _plain(loss, has_aux)} if evaluate is None else evaluate, eval_every, steps)
     rows = batches(count, batch_size, key)
     return _loop(run_, model, arrays, rows, key, int(steps), tuple(constraints), watch, progress)
@@ -246,13 +247,15 @@ class _Run:
     def step(self, constraints: Sequence[Constraint]):
         """The jitted step: `(model arrays, optimizer state, bad step, step, batch, key) -> ...`."""
 
+        kept, others = ([c for c in constraints if c[1].keeps is flag] for flag in (True, False))
+
         def update(static, parameters, opt_state, bad, number, batch, key):
-            model = eqx.combine(parameters, static)
+            model = apply_constraints(eqx.combine(parameters, static), kept)
             value, moved = self.direction(model, *batch, **self.extra(key))
             value = value[0] if self.has_aux else value
             updates, new_state = self.optimizer.update(moved, opt_state, parameters)
             new = eqx.apply_updates(parameters, updates)
-            new = eqx.filter(apply_constraints(eqx.combine(new, static), constraints), eqx.is_inexact_array)
+            new = eqx.filter(apply_constraints(eqx.combine(new, static), others), eqx.is_inexact_array)
             finite = [jnp.isfinite(value)] + [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves((moved, new))]
             ok = jnp.all(jnp.stack(finite)) & (bad < 0)
             keep = lambda a, b: jnp.where(ok, a, b) if eqx.is_array(a) else a  # noqa: E731
@@ -330,6 +333,11 @@ def _loop(
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
     opt_state = run_.optimizer.init(parameters)
     state = (parameters, opt_state, jnp.asarray(-1))
+    projected = eqx.filter_jit(lambda model: apply_constraints(model, constraints)) if constraints else lambda m: m
+
+    def shown() -> PyTree:
+        return projected(eqx.combine(state[0], static))
+
     seconds, value, done = 0.0, float("nan"), 0
     bar = tqdm(total=steps, desc=run_.method, disable=not progress, leave=True)
     picked = next(rows)
@@ -339,7 +347,7 @@ def _loop(
         start = time.perf_counter()
         step = _compiled(run_.step(constraints), static, state, batch, batch_key)
         watch.compile_seconds = time.perf_counter() - start
-        watch.record(0, value, 0.0, model)
+        watch.record(0, value, 0.0, shown())
         start = time.perf_counter()
         while done < steps:
             recent.append((picked, batch_key))
@@ -352,16 +360,16 @@ def _loop(
             if watch.due(done):
                 jax.block_until_ready(state)
                 seconds += time.perf_counter() - start
-                _raise_if_bad(run_, state, static, data, recent, done, watch)
+                _raise_if_bad(run_, int(state[2]), shown, data, recent, done, watch)
                 recent.clear()
-                watch.record(done, float(value), seconds, eqx.combine(state[0], static))
+                watch.record(done, float(value), seconds, shown())
                 bar.set_postfix_str(f"loss {float(value):.4g}")
                 start = time.perf_counter()
     except KeyboardInterrupt as error:
-        raise TrainingInterrupted(done, eqx.combine(state[0], static), watch.history()) from error
+        raise TrainingInterrupted(done, shown(), watch.history()) from error
     finally:
         bar.close()
-    return TrainResult(eqx.combine(state[0], static), watch.history())
+    return TrainResult(shown(), watch.history())
 
 
 def _compiled(update: Callable[..., Any], static: PyTree, state: tuple[Any, ...], batch: Any, key: Array):
@@ -381,10 +389,9 @@ def _compiled(update: Callable[..., Any], static: PyTree, state: tuple[Any, ...]
     return step
 
 
-def _raise_if_bad(run_: _Run, state, static: PyTree, data, recent, done: int, watch: _Watch) -> None:
-    bad = int(state[2])
+def _raise_if_bad(run_: _Run, bad: int, shown: Callable[[], PyTree], data, recent, done: int, watch: _Watch) -> None:
     if bad < 0:
         return
-    model = eqx.combine(state[0], static)
+    model = shown()
     picked, key = recent[bad - (done - len(recent))]
     raise NonFiniteError(run_.failing_node(model, take(data, picked), key), bad, model, watch.history())

@@ -18,7 +18,7 @@ import abc
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -32,7 +32,14 @@ Axis = int | tuple[int, ...] | None
 
 
 class AbstractSet(eqx.Module):
-    """A closed set of arrays."""
+    """A closed set of arrays.
+
+    `keeps` says whether `train` keeps the array as it was before the projection, moves that, and shows the projected
+    one to the model. Sets of isolated pieces need it: a step that is smaller than half the way to the next piece would
+    be undone by every projection, and never add up.
+    """
+
+    keeps: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -56,6 +63,8 @@ class Box(AbstractSet):
 
 
 class Sparse(AbstractSet):
+    keeps: ClassVar[bool] = True
+
     kept_fraction: float | None = eqx.field(static=True)
     k: int | None = eqx.field(static=True)
     axis: Axis = eqx.field(static=True)
@@ -71,6 +80,8 @@ class Sparse(AbstractSet):
 
 
 class Quantized(AbstractSet):
+    keeps: ClassVar[bool] = True
+
     levels: tuple[float, ...] = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -80,6 +91,8 @@ class Quantized(AbstractSet):
 
 
 class ScaledLevels(AbstractSet):
+    keeps: ClassVar[bool] = True
+
     levels: tuple[float, ...] = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

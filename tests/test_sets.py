@@ -519,3 +519,45 @@ def test_trained_model_is_in_wider_sets(method, names):
     again = eqx.filter_jit(apply_constraints)(result.model, constraints)
     assert eqx.tree_equal(again, result.model)
     assert result.history["eval_loss"][-1] < result.history["eval_loss"][0]
+
+
+# Training with sets of isolated pieces.
+
+
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+def test_small_steps_add_up_to_the_next_level(method):
+    """From a level on, steps of 0.01 never reach the next one if each is undone."""
+    model = {"w": jnp.array([0.4, -0.4, 0.4])}
+    x = np.eye(3, dtype=np.float32)
+    y = np.array([[2.0], [1.0], [-1.0]], np.float32)
+
+    def loss(model, x, y):
+        return jnp.mean(eqxproj.losses.squared_error(x @ model["w"][:, None], y))
+
+    constraints = [(lambda m: m["w"], sets.quantized([-1.0, 0.0, 1.0, 2.0]))]
+    options = {"steps": 300, "optimizer": optax.sgd(0.02), "method": method}
+    result = eqxproj.train(model, (x, y), loss, constraints=constraints, **options)
+    np.testing.assert_array_equal(result.model["w"], y[:, 0])
+
+
+def test_what_is_seen_during_training_is_projected():
+    """The history and an interrupted run show the projected array, not the one that is kept."""
+    seen = []
+
+    def watch(model, x, y):
+        jax.debug.callback(lambda w: seen.append(np.asarray(w)), model["w"])
+        return jnp.sum(model["w"])
+
+    data = (np.eye(2, dtype=np.float32), np.zeros((2, 1), np.float32))
+    eqxproj.train(
+        {"w": jnp.array([0.3, 0.9])},
+        data,
+        lambda model, x, y: jnp.mean((x @ model["w"][:, None] - y - 0.4) ** 2),
+        steps=6,
+        constraints=[(lambda m: m["w"], sets.quantized([0.0, 1.0]))],
+        eval_data=data,
+        eval_every=1,
+        evaluate={"sum": watch},
+    )
+    jax.effects_barrier()
+    assert len(seen) == 7 and all(np.isin(w, [0.0, 1.0]).all() for w in seen)
