@@ -1,0 +1,57 @@
+"""The benchmarks run, and print a line for all that they compare."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+_FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def run(name, *arguments):
+    done = subprocess.run([sys.executable, _FOLDER / name, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_accuracy_is_resumed(tmp_path):
+    words = ("accuracy.py", "--quick", "--method", "adam", "default", "--out", str(tmp_path))
+    out = run(*words)
+    assert "| digits (accuracy) | adam |" in out and "| digits (accuracy) | default |" in out
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("digits-*.json")}
+    assert len(times) == 4
+    (tmp_path / "digits-default-0-0-100.json").unlink()
+    assert "| digits (accuracy) | default |" in run(*words)
+    again = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("digits-*.json")}
+    assert {name for name in times if times[name] != again[name]} == {"digits-default-0-0-100.json"}
+    assert (tmp_path / "accuracy.png").exists()
+    for row in json.loads((tmp_path / "results.json").read_text()):
+        assert 0.5 < row["test"] <= 1 and row["seconds"] > 0 and row["peak_mb"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("discrete.py", ("--task", "sign-mlp", "hard-mixture"), ("sign-mlp", "hard-mixture")),
+        ("constraints.py", ("--task", "two_bits", "--seeds", "1"), ("constrained", "free", "projected at the end")),
+        ("time_parallel.py", ("--cell", "rnn"), ("gradient", "one step, flat", "displacement, 16 steps")),
+    ],
+)
+def test_a_benchmark_prints_its_table(name, arguments, words):
+    out = run(name, "--quick", *arguments)
+    assert all(word in out for word in words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("step_time.py", "--repeats", "1", "--model", "mlp128"),
+        ("compile_time.py", "--repeats", "1", "--steps", "4", "8"),
+    ],
+)
+def test_a_benchmark_of_time_prints_ratios(arguments):
+    assert "1.00" in run(*arguments) or arguments[0] == "compile_time.py"
