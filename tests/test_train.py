@@ -9,7 +9,7 @@ import pytest
 
 import eqxproj
 from eqxproj._data import batches, check_data, take
-from eqxproj._train import takes_key
+from eqxproj._train import default_optimizer, takes_key
 from eqxproj.losses import cross_entropy, squared_error
 
 RNG = np.random.default_rng(0)
@@ -259,3 +259,24 @@ def test_progress_bar(capsys):
     train(steps=3, progress=True)
     shown = capsys.readouterr()
     assert shown.out == "" and "projection" in shown.err and "3/3" in shown.err and "loss" in shown.err
+
+
+@pytest.mark.parametrize("steps", [1, 7, 100, 3000])
+def test_default_rate_warms_up_and_falls(steps):
+    """With a constant gradient, a step of Adam is the rate."""
+    optimizer = default_optimizer(steps)
+    state, rates = optimizer.init(jnp.zeros(())), []
+    for _ in range(steps):
+        update, state = optimizer.update(jnp.ones(()), state)
+        rates.append(-float(update))
+    top = int(np.argmax(rates))
+    assert max(rates) == pytest.approx(3e-3, rel=1e-3) and top == min(100, steps // 10)
+    assert np.all(np.diff(rates[: top + 1]) > 0) and np.all(np.diff(rates[top:]) < 0)
+    if steps >= 100:
+        assert rates[0] == pytest.approx(3e-4, rel=1e-3) and rates[-1] < 4e-5
+
+
+def test_default_optimizer_is_used_by_both_methods():
+    for method in ("projection", "gradient"):
+        given = train(steps=12, method=method, optimizer=default_optimizer(12))
+        assert eqx.tree_equal(train(steps=12, method=method).model, given.model)
