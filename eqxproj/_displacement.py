@@ -24,8 +24,9 @@ from ._state import State, conformed, moved_by, settled
 from ._trace import trace
 from .solvers import AbstractSolver, CyclicProjections
 
-DEFAULT_METRIC = Metric(grade=1e3, parameter=1e4)
-"""Steep: close to the gradient where there is one, at any depth. On MNIST it learns as flatter ones do, or better."""
+DEFAULT_METRIC = Metric(grade=1e5, parameter=1e4)
+"""Steep: close to the gradient where there is one, at any depth. On MNIST it learns as flatter ones do, or better. With
+a grade of 1e3, wide layers still damp what comes back through them enough to hold up a deep autoencoder."""
 DEFAULT_TAU = 0.01
 """So small that the prox of a loss of high curvature, such as a cosine of small vectors, is close to its slope."""
 

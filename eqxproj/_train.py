@@ -81,8 +81,8 @@ def train(
     - `batch_size`: samples a minibatch; 256, or all of them if they are fewer, by default.
     - `key`: PRNG key of the shuffling and of the loss's `key`; `jax.random.key(0)` by default.
     - `solver`, `solver_steps`: what runs on each minibatch, from the forward pass; one cyclic sweep by default.
-    - `optimizer`: any optax transformation of the displacements; by default Adam, its rate rising to 3e-3 and then
-        falling with a cosine to a hundredth of that over the `steps`.
+    - `optimizer`: any optax transformation of the displacements; by default Adam, its rate rising to 3e-3 at first and
+        falling with a cosine to a hundredth of that over the last four tenths of the `steps`.
     - `metric`, `copies`, `tau`: of the feasibility problem, see [`feasibility_problem`][].
     - `method`: `"projection"`, or `"gradient"` to run the same loop on gradients.
     - `eval_data`: further data, evaluated before the first step, every `eval_every` steps (a twentieth of `steps` by
@@ -155,14 +155,18 @@ def _plain(loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
 
 
 def default_optimizer(steps: int) -> optax.GradientTransformation:
-    """Adam with a rate that suits most networks without a search: it warms up, and has fallen when training ends.
+    """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends.
 
     With gradients and displacements alike it reaches what the best of three constant rates reaches, or more, on
-    multilayer perceptrons of 2 to 20 layers (`benchmarks/accuracy.py`).
+    multilayer perceptrons of 2 to 20 layers (`benchmarks/accuracy.py`), and less on a deep autoencoder.
     """
-    warm = min(100, steps // 10)
-    peak = 3e-3
-    return optax.adam(optax.warmup_cosine_decay_schedule(0.1 * peak, peak, warm, max(steps, warm + 1), 0.01 * peak))
+    peak, warm, hold = 3e-3, min(100, steps // 20), 6 * steps // 10
+    parts = [
+        optax.linear_schedule(0.1 * peak, peak, warm),
+        optax.constant_schedule(peak),
+        optax.cosine_decay_schedule(peak, max(steps - hold, 1), 0.01),
+    ]
+    return optax.adam(optax.join_schedules(parts, [warm, hold]))
 
 
 def takes_key(loss: Callable[..., Any]) -> bool:

@@ -269,11 +269,13 @@ def test_default_rate_warms_up_and_falls(steps):
     for _ in range(steps):
         update, state = optimizer.update(jnp.ones(()), state)
         rates.append(-float(update))
-    top = int(np.argmax(rates))
-    assert max(rates) == pytest.approx(3e-3, rel=1e-3) and top == min(100, steps // 10)
-    assert np.all(np.diff(rates[: top + 1]) > 0) and np.all(np.diff(rates[top:]) < 0)
+    top = int(np.argmax(np.isclose(rates, max(rates), rtol=1e-4)))
+    fall = 6 * steps // 10
+    assert max(rates) == pytest.approx(3e-3, rel=1e-3) and top <= fall
+    assert np.all(np.diff(rates[:fall]) > -1e-6) and np.all(np.diff(rates[fall:]) < 0)
     if steps >= 100:
         assert rates[0] == pytest.approx(3e-4, rel=1e-3) and rates[-1] < 4e-5
+        assert rates[fall - 1] == pytest.approx(3e-3, rel=1e-3)
 
 
 def test_default_optimizer_is_used_by_both_methods():
