@@ -52,7 +52,7 @@ OWN = {
     "where: leaky": lambda x: jnp.where(x > 0, x, 0.1 * x),
     "where: shrinkage": lambda x: jnp.where(jnp.abs(x) > 0.3, x - 0.3 * jnp.sign(x), 0.0),
     "where: tanh or a line": lambda x: jnp.where(x < 0, jnp.tanh(x), 0.5 * x),
-    "where: a safe square root": lambda x: jnp.where(x > 0.01, jnp.sqrt(jnp.maximum(x, 0.01)), x),
+    "where: a safe square root": lambda x: jnp.where(x > 0.04, jnp.sqrt(jnp.maximum(x, 0.04)), 0.1 + 2.5 * x),
     "where: square below, line above": lambda x: jnp.where(x < 1, 0.5 * x**2, x - 0.5),
     "snake": lambda x: x + jnp.sin(x) ** 2,
     "gaussian": lambda x: jnp.exp(-(x**2)),
