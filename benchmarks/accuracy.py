@@ -26,13 +26,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-try:
-    from accuracy_methods import METHODS
-    from accuracy_tasks import TASKS, Task
-except ImportError:  # read as a module of the folder above, as the type checker does
-    from benchmarks.accuracy_methods import METHODS
-    from benchmarks.accuracy_tasks import TASKS, Task
+from accuracy_methods import METHODS
+from accuracy_tasks import TASKS, Task
 
 Run = Mapping[str, Any]
 
@@ -52,7 +47,7 @@ def run(
     chosen = METHODS[method][setting]
     count = task.steps if steps is None else steps
     result = eqxproj.train(
-        task.model(jax.random.key(seed), train),
+        task.make(jax.random.key(seed)),
         train,
         task.loss,
         steps=count,

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shared import classification
 
 import eqxproj
 
@@ -26,7 +27,7 @@ def _scaled(inputs: int, outputs: int, key: jax.Array) -> eqx.nn.Linear:
 
 
 class Network(eqx.Module):
-    """Hidden layers of one width; `skip` adds the first hidden layer to each later one, or each layer to its input."""
+    """Hidden layers of one width; with `skip`, each but the first adds to what it reads."""
 
     layers: tuple[eqx.nn.Linear, ...]
     skip: bool = eqx.field(static=True)
@@ -112,10 +113,6 @@ class Autoencoder(eqx.Module):
         return x
 
 
-def classified(model, x, y):
-    return jnp.mean(eqxproj.losses.cross_entropy(jax.vmap(model)(x), y))
-
-
 def accuracy(model, x, y):
     return jnp.mean(jnp.argmax(jax.vmap(model)(x), -1) == y)
 
@@ -129,7 +126,7 @@ class Task:
     """What is trained.
 
     - `data`: function of the folder of the data sets to an `eqxproj.datasets.Dataset`.
-    - `model`: function of a key and the training data.
+    - `make`: makes the model from a key.
     - `value`: function `(model, *data)`, what counts; `sign` is 1 where more of it is better, else -1; `unit` its name.
     """
 
@@ -137,7 +134,7 @@ class Task:
     make: Callable[[jax.Array], Any]
     steps: int = 1200
     batch_size: int = 256
-    loss: Callable[..., Any] = classified
+    loss: Callable[..., Any] = classification
     value: Callable[..., Any] = accuracy
     sign: int = 1
     unit: str = "accuracy"
@@ -151,10 +148,6 @@ class Task:
             train, test = (train[0], train[0]), (test[0], test[0])
         count = min(2000, len(train[0]) // 10)
         return tuple(a[:-count] for a in train), tuple(a[-count:] for a in train), test
-
-    def model(self, key: jax.Array, train: Arrays) -> Any:
-        del train
-        return self.make(key)
 
     def over(self, model: Any, data: Arrays, chunk: int = 1000) -> float:
         """The value over a whole data set, in parts."""

@@ -12,7 +12,6 @@ the longest sequence to the shortest within a round. The number of equations say
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -20,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shared import classification, write
 
 import eqxproj
 
@@ -35,17 +35,13 @@ class Recurrent(eqx.Module):
         return self.last(state)
 
 
-def loss(model, x, y):
-    return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
-
-
 _SWEEPS = 8  # so many run in a loop, whose body projects every node
 
 METHODS = {
-    "gradient": lambda: eqx.filter_grad(loss),
-    "one cyclic sweep": lambda: eqxproj.filter_displacement(loss),
+    "gradient": lambda: eqx.filter_grad(classification),
+    "one cyclic sweep": lambda: eqxproj.filter_displacement(classification),
     "alternating projections": lambda: eqxproj.filter_displacement(
-        loss,
+        classification,
         solver=eqxproj.AlternatingProjections(),
         steps=_SWEEPS,
     ),
@@ -104,9 +100,7 @@ def main() -> None:
         results[method] = found = measure(method, args.steps, args.repeats)
         seconds = " ".join(f"{found['seconds'][count]:9.2f}s" for count in args.steps)
         print(f"{method:26} {seconds} {found['ratio']:7.2f}  {list(found['equations'].values())}", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args.json, results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ over the seeds, its ratio (single nodes to chains), the number of nodes, and the
 from __future__ import annotations
 
 import argparse
-import json
 import time
 
 import equinox as eqx
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+from shared import classification, write
 
 import eqxproj
 from eqxproj._data import batches
@@ -91,10 +91,6 @@ SETTINGS = {
 }
 
 
-def loss(model, x, y):
-    return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
-
-
 def train(make, setting, composites: bool, data, steps: int, seed: int) -> tuple[float, float, int]:
     """The loss over the test set after the last step, the median of the milliseconds of a step, and the nodes."""
     metric, tau, solver = setting
@@ -104,7 +100,7 @@ def train(make, setting, composites: bool, data, steps: int, seed: int) -> tuple
 
     @jax.jit
     def step(parameters, state, x, y):
-        traced = trace(loss, eqx.combine(parameters, static), (x, y), None)
+        traced = trace(classification, eqx.combine(parameters, static), (x, y), None)
         problem = make_problem(traced, metric, "neuron", tau, "constant", needs_identities(solver), 0.0, composites)
         nodes.append(len(problem.graph.nodes))
         moved = displacement_of(problem, run(problem, solver, 4 if needs_identities(solver) else 1), False)
@@ -119,7 +115,11 @@ def train(make, setting, composites: bool, data, steps: int, seed: int) -> tuple
         parameters, state = jax.block_until_ready(step(parameters, state, *(a[picked] for a in data.train)))
         times.append(time.perf_counter() - start)
     assert all(bool(jnp.all(jnp.isfinite(a))) for a in jtu.tree_leaves(parameters))
-    return float(loss(eqx.combine(parameters, static), *data.test)), 1e3 * float(np.median(times[1:])), nodes[0]
+    return (
+        float(classification(eqx.combine(parameters, static), *data.test)),
+        1e3 * float(np.median(times[1:])),
+        nodes[0],
+    )
 
 
 def main() -> None:
@@ -147,9 +147,7 @@ def main() -> None:
                 f"{single[2]:4.0f}/{chains[2]:4.0f} {single[1] / chains[1]:6.2f}",
                 flush=True,
             )
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args.json, results)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ orthonormality up to 1e-5.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shared import classification, write
 
 import eqxproj
 from eqxproj import datasets, sets
@@ -73,10 +73,6 @@ class Task(NamedTuple):
     where: Callable[[Mlp], list[jax.Array]]
     chosen: sets.AbstractSet
     holds: Callable[[np.ndarray], bool]
-
-
-def classification(model, x, y):
-    return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
 
 
 def accuracy(model, x, y):
@@ -210,9 +206,7 @@ def main() -> None:
             cells = [results[task][method][row] for method in METHODS]
             texts = [f"{c['mean']:.4f} ({c['least']:.4f} to {c['largest']:.4f})" for c in cells]
             print(f"{task:12} {row:22} {texts[0]:>26} {texts[1]:>26}", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args.json, results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ digits of the package.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from shared import write
 
 import eqxproj
 
@@ -39,7 +39,7 @@ def sign(x: jax.Array, estimate: bool) -> jax.Array:
 def largest(scores: jax.Array, estimate: bool) -> jax.Array:
     """The position of the largest score as a one-hot vector."""
     hard = jax.nn.one_hot(jnp.argmax(scores, -1), scores.shape[-1])
-    return through(hard, jax.nn.softmax(scores), estimate) if estimate else hard
+    return through(hard, jax.nn.softmax(scores), estimate)
 
 
 class SignMlp(eqx.Module):
@@ -207,9 +207,7 @@ def main() -> None:
         results.append(row)
         cells = [f"{np.mean(row[m]['test']):.4f} ({np.std(row[m]['test']):.4f})" for m in args.method]
         print(f"{task:18} " + " ".join(f"{cell:>18}" for cell in cells), flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args.json, results)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,16 @@ memory is what XLA reports for the compiled step.
 from __future__ import annotations
 
 import argparse
-import json
-import time
+import functools as ft
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 import optax
+from shared import classification, in_turn, projection_step, write
 
 import eqxproj
-from eqxproj._state import conformed, settled
 
 
 class Cnn(eqx.Module):
@@ -62,10 +60,6 @@ class Gru(eqx.Module):
         return jax.vmap(self.last)(jax.lax.scan(step, jnp.zeros(128), x)[1])
 
 
-def loss(model, x, y):
-    return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
-
-
 def models():
     """Name to a function that makes `(model, x, y)`."""
 
@@ -99,38 +93,27 @@ def steps_of(make):
             updates, state = adam.update(moved, state, parameters)
             return eqx.apply_updates(parameters, updates), state
 
-        return jax.jit(step), (parameters, adam.init(parameters)), (x, y)
+        carry = (parameters, adam.init(parameters))
+        return jax.jit(step).lower(carry, (x, y)).compile(), carry, (x, y)
 
-    def projection(copies):
-        solver = eqxproj.AlternatingProjections()
-        problem = eqxproj.feasibility_problem(loss, model, x, y, copies=copies)
-        arrays, rest = eqx.partition(problem, eqx.is_array)
-        start = settled(lambda state: solver.step(problem, state), solver.init(problem))
-
-        def step(state, arrays):
-            return conformed(solver.step(eqx.combine(arrays, rest), state), state)
-
-        return jax.jit(step), start, arrays
-
-    found = {
-        "gradient + adam": optimized(eqx.filter_value_and_grad(loss)),
-        "displacement + adam": optimized(eqxproj.filter_value_and_displacement(loss)),
-        "alternating projections": projection("neuron"),
+    return {
+        "gradient + adam": optimized(eqx.filter_value_and_grad(classification)),
+        "displacement + adam": optimized(eqxproj.filter_value_and_displacement(classification)),
+        "alternating projections": projection_step(model, x, y, copies="neuron"),
     }
-    return {name: (step.lower(carry, data).compile(), carry, data) for name, (step, carry, data) in found.items()}
 
 
 def measure(make, repeats: int) -> dict[str, dict[str, float]]:
     """Median milliseconds, ratio to the gradient step, and temporary bytes, for each step of one model."""
     steps = steps_of(make)
-    times: dict[str, list[float]] = {name: [] for name in steps}
     carries = {name: carry for name, (_, carry, _) in steps.items()}
-    for _ in range(repeats + 3):
-        for name, (step, _, data) in steps.items():
-            start = time.perf_counter()
-            carries[name] = jax.block_until_ready(step(carries[name], data))
-            times[name].append(time.perf_counter() - start)
-    base = np.asarray(times["gradient + adam"][3:])
+
+    def advance(name):
+        step, _, data = steps[name]
+        carries[name] = step(carries[name], data)
+        return carries[name]
+
+    times = in_turn({name: ft.partial(advance, name) for name in steps}, repeats, warm=3)
     reports = {name: step.memory_analysis() for name, (step, _, _) in steps.items()}
     memory = {name: r.temp_size_in_bytes for name, r in reports.items()}
     written = {name: r.temp_size_in_bytes + r.output_size_in_bytes for name, r in reports.items()}
@@ -138,14 +121,13 @@ def measure(make, repeats: int) -> dict[str, dict[str, float]]:
         assert all(bool(jnp.all(jnp.isfinite(a))) for a in jtu.tree_leaves(carry) if eqx.is_inexact_array(a))
     return {
         name: {
-            "ms": 1e3 * float(np.median(t[3:])),
-            "ratio": float(np.median(np.asarray(t[3:]) / base)),
+            **row,
             "temporary_mb": memory[name] / 1e6,
             "temporary_ratio": memory[name] / max(memory["gradient + adam"], 1),
             "written_mb": written[name] / 1e6,
             "written_ratio": written[name] / written["gradient + adam"],
         }
-        for name, t in times.items()
+        for name, row in times.items()
     }
 
 
@@ -164,9 +146,7 @@ def main() -> None:
                 f"{name:10} {step:26} {row['ms']:9.2f} {row['ratio']:7.2f} {row['temporary_mb']:9.2f} "
                 f"{row['written_mb']:9.2f} {row['written_ratio']:7.2f}"
             )
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args.json, results)
 
 
 if __name__ == "__main__":

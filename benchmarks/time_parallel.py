@@ -17,8 +17,6 @@ the displacement pass until the loss is what 60 gradient steps reach, as a ratio
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from shared import classification, in_turn, projection_step, write
 
 import eqxproj
 from eqxproj._displacement import DEFAULT_METRIC
-from eqxproj._state import conformed, settled
 
 _SWEEPS = 16
 
@@ -65,61 +63,32 @@ class Recurrent(eqx.Module):
         return self.last(jax.lax.scan(lambda h, xt: (self.cell(xt, h), None), jnp.zeros(32), x)[0])
 
 
-def loss(model, x, y):
-    return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
-
-
 def sequences(length: int, key: jax.Array, batch: int = 4):
     x = jax.random.normal(key, (batch, length, 8))
     return x, (x[:, -16:, 0].mean(1) > 0).astype(int)
 
 
-def projection_step(model, x, y, metric: eqxproj.Metric) -> Callable[[], Any]:
-    """One step of alternating projections, from a state of its loop."""
-    solver = eqxproj.AlternatingProjections()
-    problem = eqxproj.feasibility_problem(loss, model, x, y, metric=metric)
-    arrays, rest = eqx.partition(problem, eqx.is_array)
-    start = settled(lambda state: solver.step(problem, state), solver.init(problem))
-
-    def step(state, arrays):
-        return conformed(solver.step(eqx.combine(arrays, rest), state), state)
-
-    compiled = jax.jit(step).lower(start, arrays).compile()
-    return lambda: compiled(start, arrays)
-
-
 def displacement():
-    return eqxproj.filter_value_and_displacement(loss, solver=eqxproj.AlternatingProjections(), steps=_SWEEPS)
+    return eqxproj.filter_value_and_displacement(classification, solver=eqxproj.AlternatingProjections(), steps=_SWEEPS)
 
 
 def measure(cell: str, length: int, repeats: int) -> dict[str, dict[str, float]]:
     """Median milliseconds, and median ratio to the gradient of the same round."""
     k1, k2 = jax.random.split(jax.random.key(0))
     model, (x, y) = Recurrent(cell, k1), sequences(length, k2)
-    gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    gradient = eqx.filter_jit(eqx.filter_value_and_grad(classification))
     displaced = eqx.filter_jit(displacement())
+    flat, state, data = projection_step(model, x, y)
+    default, start, arrays = projection_step(model, x, y, metric=DEFAULT_METRIC)
     steps: dict[str, Callable[[], Any]] = {
         "gradient": lambda: gradient(model, x, y),
-        "one step, flat": projection_step(model, x, y, eqxproj.Metric()),
-        "one step, default": projection_step(model, x, y, DEFAULT_METRIC),
+        "one step, flat": lambda: flat(state, data),
+        "one step, default": lambda: default(start, arrays),
         f"displacement, {_SWEEPS} steps": lambda: displaced(model, x, y),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step())
-            times[name].append(time.perf_counter() - start)
-    base = np.asarray(times["gradient"][2:])
+    times = in_turn(steps, repeats, warm=2)
     dependent = dict(zip(steps, (2 * length, 2, 2, length + 2 * _SWEEPS), strict=True))
-    return {
-        name: {
-            "ms": 1e3 * float(np.median(t[2:])),
-            "ratio": float(np.median(np.asarray(t[2:]) / base)),
-            "dependent": dependent[name],
-        }
-        for name, t in times.items()
-    }
+    return {name: {**row, "dependent": dependent[name]} for name, row in times.items()}
 
 
 def steps_to_loss(cell: str, length: int, direction, count: int, goal: float | None) -> tuple[int | None, float]:
@@ -162,7 +131,7 @@ def main() -> None:
             found = measure(cell, length, args.repeats)
             last = f"displacement, {_SWEEPS} steps"
             if not args.no_loss:
-                _, goal = steps_to_loss(cell, length, eqx.filter_value_and_grad(loss), 60, None)
+                _, goal = steps_to_loss(cell, length, eqx.filter_value_and_grad(classification), 60, None)
                 count, _ = steps_to_loss(cell, length, displacement(), 180, goal)
                 found[last]["to_the_loss"] = float("nan") if count is None else count / 60 * found[last]["ratio"]
             results.append({"cell": cell, "length": length, "steps": found})
@@ -171,9 +140,7 @@ def main() -> None:
                 text = "" if reached is None else ("-" if np.isnan(reached) else f"{reached:.2f}")
                 cells = f"{row['ms']:9.2f} {row['ratio']:7.2f} {row['dependent']:10} {text:>12}"
                 print(f"{cell:5} {length:6} {name:24} {cells}", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(args.json, results)
 
 
 if __name__ == "__main__":

@@ -305,10 +305,10 @@ def _picture(path: pathlib.Path, title: str, outcomes: Sequence[_Outcome]) -> by
     axes = figure.subplots(1, 2, sharey=True)
     labels = {"projection": "projection (eqxproj)", "gradient": "gradient (same optimizer)"}
     for axis, over, unit in zip(axes, ("step", "seconds"), ("steps", "seconds of training"), strict=True):
-        for outcome, color in zip(outcomes, ("tab:blue", "tab:orange"), strict=True):
+        for outcome, color, line in zip(outcomes, ("tab:blue", "tab:orange"), ("-", "--"), strict=True):
             history = outcome.history or {}
             label = f"{labels[outcome.method]}: {outcome.accuracy:.4f}"
-            axis.plot(history[over], history["eval_accuracy"], marker=".", color=color, label=label)
+            axis.plot(history[over], history["eval_accuracy"], linestyle=line, marker=".", color=color, label=label)
         axis.set_xlabel(unit)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)

@@ -83,7 +83,8 @@ def train(
     - `solver`, `solver_steps`: what runs on each minibatch, from the forward pass; one cyclic sweep by default.
     - `optimizer`: any optax transformation of the displacements; by default Adam, its rate rising to 3e-3 at first and
         falling with a cosine to a hundredth of that over the last four tenths of the `steps`.
-    - `metric`, `copies`, `tau`: of the feasibility problem, see [`feasibility_problem`][].
+    - `metric`, `copies`, `tau`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
+        [`filter_value_and_displacement`][].
     - `method`: `"projection"`, or `"gradient"` to run the same loop on gradients.
     - `eval_data`: further data, evaluated before the first step, every `eval_every` steps (a twentieth of `steps` by
         default) and after the last, in one call of each function of `evaluate`.
@@ -109,17 +110,8 @@ def train(
     arrays, count = check_data(data, "data")
     batch_size = _check_batch_size(batch_size, count)
     check_model(model)
-    run_ = _Run(
-        loss,
-        solver,
-        default_optimizer(int(steps)) if optimizer is None else optimizer,
-        metric,
-        copies,
-        tau,
-        solver_steps,
-        method,
-        has_aux,
-    )
+    optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
+    run_ = _Run(loss, solver, optimizer, metric, copies, tau, solver_steps, method, has_aux)
     check_constraints(model, constraints)
     held = None if eval_data is None else check_data(eval_data, "eval_data")[0]
     if eval_every is not None:

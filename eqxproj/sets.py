@@ -1,7 +1,8 @@
 r"""Sets for hard constraints on parameters: a parameter's constraint becomes "all copies equal, and in the set".
 
 A set is a function that projects an array onto it. `train(..., constraints=[(where, set)])` projects after every
-step, so that the returned model satisfies the constraint exactly, in its own dtype:
+step, or, for `sparse` and `quantized`, shows the model a projection of an array that it keeps; either way the returned
+model satisfies the constraint exactly, in its own dtype:
 
 - zeros, signs, bounds, orders and levels hold without any error (bounds and levels as the dtype rounds them);
 - norms, sums, ranks and orthonormality hold up to the rounding of the entries (relative $2^{-8}$ for bfloat16, and

@@ -444,16 +444,20 @@ def test_all_weights_by_one_constraint():
     assert eqx.tree_equal(new, {"a": jnp.array([0.0, 2.0]), "b": [jnp.array(0.0)]})
 
 
-@pytest.mark.parametrize("method", ["projection", "gradient"])
-def test_trained_model_satisfies_constraints_exactly(method):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(64, 6)).astype(np.float32)
+def classifier(width):
+    """A small network, data that it can learn, and a loss."""
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
     y = (x[:, 0] + x[:, 1] > 0).astype(np.int32)
-    model = eqx.nn.MLP(6, 2, 16, 2, key=jax.random.key(0))
 
     def loss(model, x, y):
         return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
 
+    return eqx.nn.MLP(6, 2, width, 2, key=jax.random.key(0)), (x, y), loss
+
+
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+def test_trained_model_satisfies_constraints_exactly(method):
+    model, (x, y), loss = classifier(16)
     constraints = [
         (lambda m: m.layers[0].weight, sets.sparse(0.25)),
         (lambda m: m.layers[1].weight, sets.quantized([-0.3, 0.0, 0.3])),
@@ -498,13 +502,7 @@ def test_first_evaluation_is_of_the_constrained_model():
     "names", [("orthogonal", "two_bits", "l2_columns"), ("k_rows", "rank", "simplex"), ("sphere_rows", "l1", "pattern")]
 )
 def test_trained_model_is_in_wider_sets(method, names):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(64, 6)).astype(np.float32)
-    y = (x[:, 0] + x[:, 1] > 0).astype(np.int32)
-    model = eqx.nn.MLP(6, 2, 12, 2, key=jax.random.key(0))
-
-    def loss(model, x, y):
-        return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
+    model, (x, y), loss = classifier(12)
 
     def weight(i):
         return lambda m: m.layers[i].weight

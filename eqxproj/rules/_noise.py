@@ -88,9 +88,9 @@ def has_jump(phi: Fragment, static: Mapping[int, float]) -> bool:
         rough = np.argsort(-np.abs(np.diff(y, 4)))[:_SUSPECTS]
         for i in {i for first in rough for i in range(first, first + 4)}:
             fine = np.abs(np.diff(values(s[i], s[i + 1], _FINE)[1]))
+            steepest = np.max(fine, initial=0.0, where=np.isfinite(fine))
+            around = np.max(rise[max(i - 1, 0) : i + 2])
             rounding = 1e3 * float(jnp.finfo(operand.dtype).eps) * np.max(np.abs(y[i : i + 2]))
-            if np.max(fine, initial=0.0, where=np.isfinite(fine)) > max(
-                0.25 * rise[max(i - 1, 0) : i + 2].max(), rounding
-            ):
+            if steepest > max(0.25 * around, rounding):
                 return True
     return False
