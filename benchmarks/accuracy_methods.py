@@ -45,6 +45,7 @@ METHODS: dict[str, list[Setting]] = {
     "adam": [_gradient("adam", optax.adam, rate) for rate in (3e-4, 1e-3, 3e-3)],
     "momentum": [_gradient("sgd, momentum 0.9,", _momentum, rate) for rate in (0.01, 0.03, 0.1)],
     "default": [Setting("defaults of train", dict)],
+    "default-raw-steps": [Setting("defaults of train, no preconditioner", lambda: {"precondition": False})],
     "default-gradient": [Setting("defaults of train, gradients", lambda: {"method": "gradient"})],
     "alternating": _solver(eqxproj.AlternatingProjections),
     "reflections": _solver(eqxproj.AlternatingReflections),

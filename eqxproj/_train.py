@@ -23,13 +23,22 @@ from tqdm.auto import tqdm
 
 from ._build import check_dependence
 from ._data import batches, check_data, check_model, take
-from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, filter_value_and_displacement, needs_identities, run
+from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, displacement_of, needs_identities, run
 from ._errors import NonFiniteError, TrainingInterrupted
 from ._metric import Metric, check_metric
-from ._problem import Copies, check_copies, check_labels, check_tau, feasibility_problem, make_problem
+from ._preconditioner import preconditioner
+from ._problem import (
+    Copies,
+    FeasibilityProblem,
+    check_copies,
+    check_labels,
+    check_tau,
+    feasibility_problem,
+    make_problem,
+)
 from ._solve import check_positive, check_solver, finite_nodes, first_bad
 from ._trace import trace
-from .sets import Constraint, apply_constraints, check_constraints
+from .sets import Constraint, apply_constraints, check_constraints, constrained
 from .solvers import AbstractSolver, CyclicProjections
 
 Metrics = Mapping[str, Callable[..., Any]]
@@ -61,6 +70,7 @@ def train(
     copies: Copies | None = None,
     tau: float | None = None,
     solver_steps: int = 1,
+    precondition: bool | None = None,
     method: Literal["projection", "gradient"] = "projection",
     eval_data: Sequence[Any] | None = None,
     eval_every: int | None = None,
@@ -85,6 +95,9 @@ def train(
         falling with a cosine to a hundredth of that over the last four tenths of the `steps`.
     - `metric`, `copies`, `tau`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
         [`filter_value_and_displacement`][].
+    - `precondition`: whether the steps of layers are measured by what they change, given the mean and the deviation of
+        the layers' inputs (centered and scaled steps, which no origin or unit of the inputs changes); by default
+        wherever the default optimizer runs on displacements. Rates then mean more than without.
     - `method`: `"projection"`, or `"gradient"` to run the same loop on gradients.
     - `eval_data`: further data, evaluated before the first step, every `eval_every` steps (a twentieth of `steps` by
         default) and after the last, in one call of each function of `evaluate`.
@@ -110,9 +123,11 @@ def train(
     arrays, count = check_data(data, "data")
     batch_size = _check_batch_size(batch_size, count)
     check_model(model)
+    precondition = _check_precondition(precondition, optimizer, method)
     optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
     run_ = _Run(loss, solver, optimizer, metric, copies, tau, solver_steps, method, has_aux)
     check_constraints(model, constraints)
+    run_.excluded = constrained(model, constraints) if precondition else None
     held = None if eval_data is None else check_data(eval_data, "eval_data")[0]
     if eval_every is not None:
         check_positive("eval_every", eval_every)
@@ -122,6 +137,16 @@ def train(
     watch = _Watch(held, {"loss": _plain(loss, has_aux)} if evaluate is None else evaluate, eval_every, steps)
     rows = batches(count, batch_size, key)
     return _loop(run_, model, arrays, rows, key, int(steps), tuple(constraints), watch, progress)
+
+
+def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:
+    if precondition is None:
+        return optimizer is None and method == "projection"
+    if not isinstance(precondition, bool):
+        raise TypeError(f"`precondition` must be True, False or None, got {precondition!r}.")
+    if precondition and method == "gradient":
+        raise ValueError('`precondition` needs `method="projection"`, whose problem knows the inputs of the layers.')
+    return precondition
 
 
 def _check_batch_size(batch_size: int | None, count: int) -> int:
@@ -158,7 +183,7 @@ def default_optimizer(steps: int) -> optax.GradientTransformation:
         optax.constant_schedule(peak),
         optax.cosine_decay_schedule(peak, max(steps - hold, 1), 0.01),
     ]
-    return optax.adam(optax.join_schedules(parts, [warm, hold]))
+    return optax.adam(optax.join_schedules(parts, [warm, hold]), b2=0.99)
 
 
 def takes_key(loss: Callable[..., Any]) -> bool:
@@ -190,18 +215,22 @@ class _Run:
         check_tau(self.tau)
         self.solver_steps = solver_steps
         self.keyed = takes_key(loss)
-        if method == "gradient":
-            self.direction = eqx.filter_value_and_grad(loss, has_aux=has_aux)
-        else:
-            self.direction = filter_value_and_displacement(
-                loss,
-                solver=self.solver,
-                metric=self.metric,
-                copies=self.copies,
-                tau=self.tau,
-                steps=solver_steps,
-                has_aux=has_aux,
-            )
+        self.excluded: frozenset[int] | None = None
+        """Parameters whose layers keep their coordinates; `None` for all of them."""
+
+    def direction(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> tuple[Any, PyTree, Any]:
+        """The value of the loss, the gradient or displacement, and the coordinates of the step."""
+        extra = self.extra(key)
+        if self.method == "gradient":
+            value, moved = eqx.filter_value_and_grad(self.loss, has_aux=self.has_aux)(model, *batch, **extra)
+            return (value[0] if self.has_aux else value), moved, None
+        problem = self.problem(model, batch, extra)
+        moved = displacement_of(problem, run(problem, self.solver, self.solver_steps), False)
+        return problem.value, moved, None if self.excluded is None else preconditioner(problem, self.excluded)
+
+    def problem(self, model: PyTree, batch: Sequence[PyTree], extra: dict[str, Array]) -> FeasibilityProblem:
+        traced = trace(self.loss, model, batch, extra, has_aux=self.has_aux)
+        return make_problem(traced, self.metric, self.copies, self.tau, "constant", needs_identities(self.solver))
 
     def extra(self, key: Array) -> dict[str, Array]:
         return {"key": key} if self.keyed else {}
@@ -247,9 +276,10 @@ class _Run:
 
         def update(static, parameters, opt_state, bad, number, batch, key):
             model = apply_constraints(eqx.combine(parameters, static), kept)
-            value, moved = self.direction(model, *batch, **self.extra(key))
-            value = value[0] if self.has_aux else value
+            value, moved, inputs = self.direction(model, batch, key)
+            moved = moved if inputs is None else inputs.centered(moved)
             updates, new_state = self.optimizer.update(moved, opt_state, parameters)
+            updates = updates if inputs is None else inputs.applied(updates)
             new = eqx.apply_updates(parameters, updates)
             new = eqx.filter(apply_constraints(eqx.combine(new, static), others), eqx.is_inexact_array)
             finite = [jnp.isfinite(value)] + [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves((moved, new))]
@@ -264,9 +294,7 @@ class _Run:
         """The node at which the state is not finite, when the step is taken again."""
         if self.method == "gradient":
             return "the gradient"
-        traced = trace(self.loss, model, batch, self.extra(key), has_aux=self.has_aux)
-        colored = needs_identities(self.solver)
-        problem = make_problem(traced, self.metric, self.copies, self.tau, "constant", colored)
+        problem = self.problem(model, batch, self.extra(key))
         started = jax.device_get(finite_nodes(problem, problem.start(False)))
         on_the_way = [i for i in problem.graph.forward_order if not started[i]]
         if on_the_way or not bool(jnp.isfinite(problem.value)):

@@ -421,6 +421,14 @@ def _check_fit(name: str, chosen: AbstractSet, leaf: Array) -> None:
         )
 
 
+def constrained(model: PyTree, constraints: Sequence[Constraint]) -> frozenset[int]:
+    """The positions, among the inexact arrays of a model, of those that any constraint acts on."""
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+    leaves, treedef = jtu.tree_flatten(arrays)
+    numbered = eqx.combine(jtu.tree_unflatten(treedef, list(range(len(leaves)))), rest)
+    return frozenset(i for where, _ in constraints for i in jtu.tree_leaves(where(numbered)))
+
+
 def apply_constraints(model: PyTree, constraints: Sequence[Constraint]) -> PyTree:
     """The model with every constrained array projected onto its set."""
     for where, chosen in constraints:

@@ -1,0 +1,211 @@
+"""Steps in the coordinates of the layers' inputs: which layers have them, and what a step then does not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+import eqxproj
+from eqxproj._displacement import DEFAULT_METRIC
+from eqxproj._preconditioner import Preconditioner, preconditioner
+from eqxproj._problem import make_problem
+from eqxproj._trace import trace
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+X = 1.5 + jax.random.normal(KEYS[0], (64, 6))
+IMAGES = 0.7 + jax.random.normal(KEYS[1], (5, 2, 8, 8))
+W, B = jax.random.normal(KEYS[2], (6, 4)), jax.random.normal(KEYS[3], (4,))
+
+
+class Pair(eqx.Module):
+    weight: jax.Array
+    bias: jax.Array | None = None
+
+
+def linear(m, x):
+    return jax.vmap(m)(x)
+
+
+def rows(m, x):
+    return x @ m.weight + m.bias
+
+
+def weighted(m, x):
+    return 2.0 * (x @ m.weight) - m.bias
+
+
+def several_axes(m, x):
+    """Contracts two axes of the inputs, in another order than that of the weight."""
+    return jnp.tensordot(x, m.weight, ((1, 2), (1, 0))) + m.bias
+
+
+def loss_of(outputs: Callable[..., Any], penalty: float = 0.0) -> Callable[..., Any]:
+    def loss(model, x):
+        norms = [jnp.sum(p**2) for p in jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))]
+        data = jnp.mean(jnp.tanh(outputs(model, x)) ** 2)
+        return data + penalty * sum(norms) if penalty else data
+
+    return loss
+
+
+def of(loss, model, *args, in_order: bool = True, excluded=()) -> Preconditioner:
+    traced = trace(loss, model, args)
+    problem = make_problem(traced, DEFAULT_METRIC, "neuron", 0.01, "constant", not in_order)
+    return preconditioner(problem, excluded)
+
+
+LAYERS = {
+    "linear": (linear, eqx.nn.Linear(6, 4, key=KEYS[2]), X, 0.0),
+    "matmul": (rows, Pair(W, B), X, 0.0),
+    "matmul, penalty": (rows, Pair(W, B), X, 0.1),
+    "coefficients": (weighted, Pair(W, B), X, 0.0),
+    "two axes": (
+        several_axes,
+        Pair(jax.random.normal(KEYS[1], (6, 3, 4)), B),
+        jnp.stack([X, 2 * X, X - 1], axis=1),
+        0.0,
+    ),
+    "convolution": (linear, eqx.nn.Conv2d(2, 3, 3, key=KEYS[2]), IMAGES, 0.0),
+}
+
+
+def random_like(model, key):
+    return jtu.tree_map(lambda p: jax.random.normal(key, p.shape), eqx.filter(model, eqx.is_inexact_array))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_the_maps_are_adjoint_but_for_the_deviation(name, in_order):
+    """$\\langle g, P u \\rangle = \\langle P^T g, u \\rangle$ for any change of coordinates."""
+    outputs, model, x, penalty = LAYERS[name]
+    found = of(loss_of(outputs, penalty), model, x, in_order=in_order)
+    assert [layer.bias is not None for layer in found.layers] == [True]
+    g, u = random_like(model, KEYS[0]), random_like(model, KEYS[1])
+    scaled = jtu.tree_leaves(u)
+    scaled[found.layers[0].weight] = scaled[found.layers[0].weight] * found.scales[0]
+    pairs = (g, found.applied(u)), (found.centered(g), scaled)
+    one, other = (
+        sum(float(jnp.vdot(a, b)) for a, b in zip(jtu.tree_leaves(p), jtu.tree_leaves(q), strict=True))
+        for p, q in pairs
+    )
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_a_step_of_the_weight_keeps_the_mean_of_the_outputs(name):
+    outputs, model, x, penalty = LAYERS[name]
+    found = of(loss_of(outputs, penalty), model, x)
+    leaves, treedef = jtu.tree_flatten(random_like(model, KEYS[0]))
+    bias = found.layers[0].bias
+    assert bias is not None
+    leaves[bias] = jnp.zeros_like(leaves[bias])
+    update = jtu.tree_unflatten(treedef, leaves)
+
+    def drift(update):
+        """The mean change of an output, beside the root mean square of the changes."""
+        change = jnp.asarray(outputs(eqx.apply_updates(model, update), x)) - jnp.asarray(outputs(model, x))
+        axes = tuple(i for i in range(change.ndim) if i != 1)
+        return float(jnp.max(jnp.abs(jnp.mean(change, axes))) / jnp.sqrt(jnp.mean(change**2)))
+
+    assert drift(found.applied(update)) < 0.1
+    assert drift(update) > 0.3
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.0), (30.0, 0.0), (1.0, 5.0), (20.0, -40.0)])
+def test_training_does_not_depend_on_origin_and_unit_of_the_data(factor, shift):
+    """A network that undoes a shift and a factor of its inputs learns as it would without; plain Adam does not."""
+    x = jax.random.normal(KEYS[0], (256, 6))
+    y = jnp.sin(2 * x[:, :2])
+
+    def loss(model, x, y):
+        return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+    plain = eqx.nn.MLP(6, 2, 32, 1, key=KEYS[1])
+    first = plain.layers[0]
+    undone = (first.weight / factor, first.bias - first.weight @ jnp.full(6, shift / factor))
+    changed = eqx.tree_at(lambda m: (m.layers[0].weight, m.layers[0].bias), plain, undone)
+
+    def reached(model, x, precondition):
+        result = eqxproj.train(
+            model, (x, y), loss, steps=60, optimizer=optax.adam(3e-3, eps=1e-12), precondition=precondition
+        )
+        return float(loss(result.model, x, y))
+
+    expected = reached(plain, x, True)
+    assert reached(changed, factor * x + shift, True) == pytest.approx(expected, rel=0.03)
+    if factor != 1:
+        assert abs(reached(changed, factor * x + shift, False) - reached(plain, x, False)) > 0.1 * expected
+
+
+def test_statistics_are_those_of_the_inputs():
+    found = of(loss_of(rows), Pair(W, B), X)
+    np.testing.assert_allclose(found.means[0][:, 0], (1 - 1 / 64) * np.asarray(X).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.scales[0], 1 / np.sqrt(np.asarray(X).var(0).mean()), rtol=1e-4)
+    quiet = of(loss_of(rows), Pair(W, B), 3.0 + 1e-4 * X)
+    np.testing.assert_allclose(quiet.scales[0], 10.0, rtol=1e-4)  # the least deviation is 0.1
+
+
+def test_one_row_still_moves_its_weight():
+    found = of(loss_of(rows), Pair(W, B), X[:1])
+    np.testing.assert_array_equal(found.means[0], 0.0)
+
+
+def test_what_has_no_coordinates_of_its_own():
+    square = jnp.ones((4, 4))
+    cases = {
+        "no bias": (lambda m, x: x @ m.weight, Pair(W), X),
+        "a bias for every row": (lambda m, x: x @ m.weight + m.bias[:, None], Pair(square, B), jnp.ones((4, 4))),
+        "a bias with two readers": (lambda m, x: (x @ m.weight + m.bias) * m.bias, Pair(W, B), X),
+        "a product with two readers": (
+            lambda m, x: (lambda z: (z + m.bias) * jnp.tanh(z))(x @ m.weight),
+            Pair(W, B),
+            X,
+        ),
+    }
+    for name, (outputs, model, x) in cases.items():
+        found = of(loss_of(outputs), model, x)
+        assert [layer.bias for layer in found.layers] == [None], name
+    tied = of(loss_of(lambda m, x: jnp.tanh(x @ m.weight + m.bias) @ m.weight.T), Pair(W, B), X)
+    assert tied.layers == ()
+    grouped = eqx.nn.Conv2d(2, 2, 3, groups=2, key=KEYS[0])
+    assert of(loss_of(linear), grouped, IMAGES).layers == ()
+    batched = of(loss_of(lambda m, x: jax.vmap(jnp.dot)(x, m.weight)), Pair(X), X)
+    assert batched.layers == ()
+
+
+def test_constrained_parameters_keep_their_coordinates():
+    model = eqx.nn.MLP(6, 4, 5, 1, key=KEYS[0])
+    loss = loss_of(linear)
+    constraints = [(lambda m: m.layers[0].weight, eqxproj.sets.non_negative())]
+    positions = eqxproj.sets.constrained(model, constraints)
+    assert positions == {0}
+    assert [layer.weight for layer in of(loss, model, X).layers] == [0, 2]
+    assert [layer.weight for layer in of(loss, model, X, excluded=positions).layers] == [2]
+    assert [layer.weight for layer in of(loss, model, X, excluded={3}).layers] == [0]
+
+
+def trained(**options):
+    return eqxproj.train(eqx.nn.MLP(6, 4, 5, 1, key=KEYS[0]), (X,), loss_of(linear), steps=5, **options).model
+
+
+def test_it_is_on_with_the_default_optimizer_alone():
+    same, other = trained(), trained(precondition=True)
+    assert eqx.tree_equal(same, other)
+    assert not eqx.tree_equal(same, trained(precondition=False))
+    adam = optax.adam(1e-2)
+    assert eqx.tree_equal(trained(optimizer=adam), trained(optimizer=adam, precondition=False))
+    assert not eqx.tree_equal(trained(optimizer=adam), trained(optimizer=adam, precondition=True))
+    assert eqx.tree_equal(trained(method="gradient"), trained(method="gradient", precondition=False))
+
+
+def test_gradients_have_no_inputs_to_go_by():
+    with pytest.raises(ValueError, match='needs `method="projection"`'):
+        trained(precondition=True, method="gradient")
