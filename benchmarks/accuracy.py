@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from accuracy_methods import METHODS
-from accuracy_tasks import TASKS, Task
+from accuracy_tasks import TASKS, Half, Task
 
 Run = Mapping[str, Any]
 
@@ -46,8 +46,9 @@ def run(
     train, valid, test = task.split(data_dir)
     chosen = METHODS[method][setting]
     count = task.steps if steps is None else steps
+    model = task.make(jax.random.key(seed))
     result = eqxproj.train(
-        task.make(jax.random.key(seed)),
+        Half(model) if chosen.half else model,
         train,
         task.loss,
         steps=count,

@@ -13,10 +13,11 @@ import eqxproj
 
 @dataclass(frozen=True)
 class Setting:
-    """A name, and what is passed to `eqxproj.train`."""
+    """A name, and what is passed to `eqxproj.train`; `half` trains parameters and states of bfloat16."""
 
     name: str
     options: Callable[[], Mapping[str, Any]]
+    half: bool = False
 
 
 def _gradient(name: str, optimizer: Callable[[float], optax.GradientTransformation], rate: float) -> Setting:
@@ -47,6 +48,7 @@ METHODS: dict[str, list[Setting]] = {
     "default": [Setting("defaults of train", dict)],
     "default-raw-steps": [Setting("defaults of train, no preconditioner", lambda: {"precondition": False})],
     "default-gradient": [Setting("defaults of train, gradients", lambda: {"method": "gradient"})],
+    "bfloat16": [Setting("defaults of train, bfloat16", dict, half=True)],
     "alternating": _solver(eqxproj.AlternatingProjections),
     "reflections": _solver(eqxproj.AlternatingReflections),
     "douglas-rachford": _solver(eqxproj.DouglasRachford),

@@ -113,6 +113,22 @@ class Autoencoder(eqx.Module):
         return x
 
 
+class Half(eqx.Module):
+    """A model with parameters and states of bfloat16, its outputs as float32 again."""
+
+    model: Any
+
+    def __init__(self, model: Any):
+        self.model = jax.tree_util.tree_map(_halved, model)
+
+    def __call__(self, x):
+        return self.model(_halved(x)).astype(jnp.float32)
+
+
+def _halved(x):
+    return x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x
+
+
 def accuracy(model, x, y):
     return jnp.mean(jnp.argmax(jax.vmap(model)(x), -1) == y)
 

@@ -54,13 +54,14 @@ class Recurrent(eqx.Module):
     cell: Any
     last: eqx.nn.Linear
 
-    def __init__(self, cell: str, key: jax.Array):
+    def __init__(self, cell: str, key: jax.Array, size: int = 32):
         k1, k2 = jax.random.split(key)
-        self.cell = Plain(8, 32, k1) if cell == "rnn" else eqx.nn.GRUCell(8, 32, key=k1)
-        self.last = eqx.nn.Linear(32, 2, key=k2)
+        self.cell = Plain(8, size, k1) if cell == "rnn" else eqx.nn.GRUCell(8, size, key=k1)
+        self.last = eqx.nn.Linear(size, 2, key=k2)
 
     def __call__(self, x):
-        return self.last(jax.lax.scan(lambda h, xt: (self.cell(xt, h), None), jnp.zeros(32), x)[0])
+        start = jnp.zeros(self.last.in_features)
+        return self.last(jax.lax.scan(lambda h, xt: (self.cell(xt, h), None), start, x)[0])
 
 
 def sequences(length: int, key: jax.Array, batch: int = 4):

@@ -20,7 +20,7 @@ def evaluate(equations: Iterable[Equation], env: dict[int, Any]) -> dict[int, An
     """Evaluates `equations` in order, adding their results to `env`."""
     for equation in equations:
         results = equation.bind(*(env[v.index] for v in equation.inputs))
-        env.update((v.index, r) for v, r in zip(equation.outputs, results, strict=True))
+        env.update((v.index, r) for v, r in zip((*equation.outputs, *equation.kept), results, strict=True))
     return env
 
 

@@ -70,6 +70,11 @@ class Equation:
     def name(self) -> str:
         return self.primitive.name
 
+    @property
+    def kept(self) -> tuple[Variable, ...]:
+        """Variables of what `bind` returns after the outputs, for the rule alone: no equation reads them."""
+        return ()
+
     def bind(self, *operands: Any) -> list[Any]:
         """Applies the primitive to values; always returns a list."""
         params = self.primitive.get_bind_params(dict(self.params))

@@ -7,6 +7,7 @@ of a value want of it is gathered, the rule answers, and its answer is written t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -84,7 +85,7 @@ def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence
     assert spec.rule is not None
     if spec.kind != "objective" and state.fresh[node] and all(w is None for w in wishes):
         return None
-    ctx = context(problem, node, state.memory)
+    ctx = replace(context(problem, node, state.memory), unmoved=_is_unmoved(problem, state, node))
     inputs = [operand(problem, state, e) for e in spec.edges]
     duals = []
     outputs = None if state.fresh[node] or not spec.outputs else spec.rule.evaluate(ctx, inputs)
@@ -99,6 +100,16 @@ def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence
             dual = dual + gap * jnp.asarray(share * clamped(scale), gap.dtype)
         duals.append(dual)
     return spec.rule.project(ctx, inputs, duals)
+
+
+def _is_unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:
+    """Whether a node's operands are known to be, while tracing, those of the forward pass."""
+    for edge in problem.graph.nodes[node].edges:
+        sources = problem.graph.edges[edge].sources
+        written = all(state.values[v] is problem.forward[v] and state.shifts[v] is None for v in sources)
+        if not written or state.duals[edge] is not None:
+            return False
+    return True
 
 
 def _clear(problem: FeasibilityProblem, state: State, duals: list[Array | None], values: set[int]) -> None:

@@ -69,11 +69,14 @@ class Recurrence:
         """Runs a body over time in this recurrence's order, or against it."""
         return jax.lax.scan(body, init, xs, self.length, reverse=self.reverse != backward)
 
-    def entering(self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any]) -> list[Array]:
-        """The carries that enter each step, stacked."""
+    def walk(
+        self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any]
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """The last carries, what is stacked, and the carries that enter each step, stacked too."""
 
         def step(carry, x):
-            new, _ = self.body(*constants, *carry, *x)
-            return new, carry
+            new, ys = self.body(*constants, *carry, *x)
+            return new, (ys, carry)
 
-        return list(self.scan(step, [jnp.asarray(c) for c in carries], list(slices))[1])
+        last, (ys, entering) = self.scan(step, [jnp.asarray(c) for c in carries], list(slices))
+        return list(last), list(ys), list(entering)

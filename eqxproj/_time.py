@@ -13,7 +13,7 @@ of a body are laid out in turn. The size of the graph does not depend on the num
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -37,8 +37,24 @@ class Entering(Equation):
     picked: tuple[int, ...] = field(kw_only=True)
 
     def bind(self, *operands: Any) -> list[Any]:
-        entering = self.recurrence.entering(*self.recurrence.split(operands))
+        entering = self.recurrence.walk(*self.recurrence.split(operands))[2]
         return [entering[i] for i in self.picked]
+
+
+@dataclass(frozen=True, eq=False)
+class Walked(Equation):
+    """A recurrence that is walked in order and keeps the carries that enter its steps, for the way back."""
+
+    recurrence: Recurrence = field(kw_only=True)
+    entering: tuple[Variable, ...] = field(kw_only=True)
+
+    @property
+    def kept(self) -> tuple[Variable, ...]:
+        return self.entering
+
+    def bind(self, *operands: Any) -> list[Any]:
+        last, stacked, entering = self.recurrence.walk(*self.recurrence.split(operands))
+        return [*last, *stacked, *entering]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +104,8 @@ def lay_out(program: Program, seeds: Sequence[Variable], in_order: bool) -> Layo
             if not (in_order and any(carries)) and recurrence.length > 0:
                 queue[:0] = _Steps(fresh, equation, recurrence, carries, delayed, replaced).equations
                 continue
+            if recurrence.length > 0:
+                equation = _walked(equation, recurrence, fresh)
         done.append(equation)
         if any(flags) and equation.name in ("scan", "cond"):
             done.extend(_stopped(equation, flags, fresh, replaced))
@@ -97,6 +115,13 @@ def lay_out(program: Program, seeds: Sequence[Variable], in_order: bool) -> Layo
     for i, found in delayed.items():
         delayed[i] = Delayed(tuple(_renamed(e, replaced) for e in found.equations), found.leaving)
     return Layout(laid_out, delayed)
+
+
+def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:
+    carries = recurrence.split(equation.inputs)[1]
+    entering = tuple(fresh.variable((recurrence.length, *v.shape), v.dtype) for v in carries)
+    fields = (equation.primitive, equation.params, equation.inputs, equation.outputs, equation.source)
+    return Walked(*fields, recurrence=recurrence, entering=entering)
 
 
 def _stopped(equation: Equation, flags: Sequence[bool], fresh: Fresh, replaced: dict[int, Variable]) -> list[Equation]:
@@ -122,17 +147,7 @@ def _renamed(equation: Equation, replaced: dict[int, Variable]) -> Equation:
     inputs = tuple(_resolved(v, replaced) for v in equation.inputs)
     if inputs == equation.inputs:
         return equation
-    if isinstance(equation, Entering):
-        return Entering(
-            equation.primitive,
-            equation.params,
-            inputs,
-            equation.outputs,
-            equation.source,
-            recurrence=equation.recurrence,
-            picked=equation.picked,
-        )
-    return Equation(equation.primitive, equation.params, inputs, equation.outputs, equation.source)
+    return replace(equation, inputs=inputs)
 
 
 class _Steps:

@@ -38,6 +38,7 @@ def test_accuracy_is_resumed(tmp_path):
     [
         ("discrete.py", ("--task", "sign-mlp", "hard-mixture"), ("sign-mlp", "hard-mixture")),
         ("constraints.py", ("--task", "two_bits", "--seeds", "1"), ("constrained", "free", "projected at the end")),
+        ("linear_recurrence.py", ("--cell", "rnn"), ("gradient", "projection", "scan back", "scan both")),
         ("time_parallel.py", ("--cell", "rnn"), ("gradient", "one step, flat", "displacement, 16 steps")),
     ],
 )

@@ -282,3 +282,34 @@ def test_default_optimizer_is_used_by_both_methods():
     for method in ("projection", "gradient"):
         given = train(steps=12, method=method, optimizer=default_optimizer(12), precondition=method == "projection")
         assert eqx.tree_equal(train(steps=12, method=method).model, given.model)
+
+
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_scale_of_the_loss_does_not_matter(scale, method):
+    """By the defaults; with Adam as it is, its epsilon would hold up a small loss."""
+    plain = train(steps=20, method=method).model
+    scaled = train(lambda p, x, y: scale * loss(p, x, y), steps=20, method=method).model
+    assert eqx.tree_equal(scaled, plain, rtol=1e-3, atol=1e-4)
+    adam = train(lambda p, x, y: 1e-12 * loss(p, x, y), steps=20, method=method, optimizer=optax.adam(3e-3)).model
+    assert not eqx.tree_equal(adam, train(steps=20, method=method, optimizer=optax.adam(3e-3)).model, atol=1e-3)
+
+
+def test_a_hundred_layers_learn():
+    """By the defaults, and no layer is left out: the displacement of each has the direction of its gradient."""
+    keys = jax.random.split(jax.random.key(0), 100)
+    model = [jnp.eye(6) + 0.1 * jax.random.normal(k, (6, 6)) for k in keys]
+    x = jax.random.normal(keys[0], (64, 6))
+    y = (x[:, 0] > 0).astype(int)
+
+    def deep(ws, x, y):
+        for w in ws:
+            x = x + 0.02 * jax.nn.relu(x @ w)
+        return cross_entropy(x[:, :2], y).mean()
+
+    moved = eqxproj.filter_displacement(deep)(model, x, y)
+    for got, want in zip(moved, eqx.filter_jit(eqx.filter_grad(deep))(model, x, y)):
+        assert float(jnp.vdot(got, want) / (jnp.linalg.norm(got) * jnp.linalg.norm(want))) > 0.99
+    result = eqxproj.train(model, (x, y), deep, steps=30, eval_data=(x, y))
+    assert result.history["eval_loss"][-1] < 0.7 * result.history["eval_loss"][0]
+    assert all(not np.array_equal(a, b) for a, b in zip(model, result.model))

@@ -43,6 +43,7 @@ class Context:
     - `weight_like`: for each unknown operand, whether it shows a parameter and nothing else.
     - `scale`: for an objective, the factor of the loss in its prox.
     - `metric`: of the problem, for rules that hold a problem of their own.
+    - `unmoved`: whether the operands are those of the forward pass, so that what it kept for the rule holds.
     - `as_published`: whether to follow the software of arXiv 2506.05878 where it departs from the projection.
     """
 
@@ -60,6 +61,7 @@ class Context:
     scale: float = 1.0
     metric: Metric = Metric()
     as_published: bool = False
+    unmoved: bool = False
 
     @classmethod
     def plain(cls, unknown: Sequence[bool] = ()) -> Context:

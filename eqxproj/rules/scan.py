@@ -49,7 +49,10 @@ class Scan(AbstractRule):
         recurrence = Recurrence.of(ctx.equation)
         walk = _Walk(recurrence, ctx.unknown)
         constants, carries, slices = recurrence.split(ctx.operands(inputs))
-        entering = recurrence.entering(constants, carries, slices)
+        if ctx.unmoved and ctx.equation.kept:
+            entering = [ctx.known[v.index] for v in ctx.equation.kept]
+        else:
+            entering = recurrence.walk(constants, carries, slices)[2]
         last = [d for d, u in zip(duals[: recurrence.carries], walk.unknown[1], strict=True) if u]
 
         def back(state, now):
