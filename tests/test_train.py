@@ -295,21 +295,19 @@ def test_the_scale_of_the_loss_does_not_matter(scale, method):
     assert not eqx.tree_equal(adam, train(steps=20, method=method, optimizer=optax.adam(3e-3)).model, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_hundred_layers_learn():
-    """By the defaults, and no layer is left out: the displacement of each has the direction of its gradient."""
+    """By the defaults, all of them."""
     keys = jax.random.split(jax.random.key(0), 100)
-    model = [jnp.eye(6) + 0.1 * jax.random.normal(k, (6, 6)) for k in keys]
+    model = [0.3 * jax.random.normal(k, (6, 6)) for k in keys]
     x = jax.random.normal(keys[0], (64, 6))
-    y = (x[:, 0] > 0).astype(int)
+    y = (x[:, 2] > 0).astype(int)
 
     def deep(ws, x, y):
         for w in ws:
             x = x + 0.02 * jax.nn.relu(x @ w)
         return cross_entropy(x[:, :2], y).mean()
 
-    moved = eqxproj.filter_displacement(deep)(model, x, y)
-    for got, want in zip(moved, eqx.filter_jit(eqx.filter_grad(deep))(model, x, y)):
-        assert float(jnp.vdot(got, want) / (jnp.linalg.norm(got) * jnp.linalg.norm(want))) > 0.99
-    result = eqxproj.train(model, (x, y), deep, steps=30, eval_data=(x, y))
-    assert result.history["eval_loss"][-1] < 0.7 * result.history["eval_loss"][0]
-    assert all(not np.array_equal(a, b) for a, b in zip(model, result.model))
+    result = eqxproj.train(model, (x, y), deep, steps=200, eval_data=(x, y))
+    assert result.history["eval_loss"][-1] < 0.5 * result.history["eval_loss"][0]
+    assert all(float(jnp.max(jnp.abs(a - b))) > 1e-3 for a, b in zip(model, result.model))
