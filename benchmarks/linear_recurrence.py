@@ -4,9 +4,9 @@
 
 Linearized at the states $h_t$ of a forward pass, a recurrence $h_t = f(h_{t-1}, x_t)$ is $\\delta_t = J_t \\delta_{t-1}
 + r_t$, a composition of affine maps that an associative scan takes in $O(\\log T)$ dependent steps instead of T; the
-duals go back through $\\lambda_t = \\nu_t + J_{t+1}^T \\lambda_{t+1}$ likewise, and those of the parameters are then a sum
-over all time steps at once. The price is a matrix for each time step and sample, and products of them. Newton's method
-on the whole sequence (DEER, Lim et al. 2023, arXiv 2309.12252) makes the forward pass of the same scans.
+duals go back through $\\lambda_t = \\nu_t + J_{t+1}^T \\lambda_{t+1}$ likewise, and those of the parameters are then a
+sum over all time steps at once. The price is a matrix for each time step and sample, and products of them. Newton's
+method on the whole sequence (DEER, Lim et al. 2023, arXiv 2309.12252) makes the forward pass of the same scans.
 
 Measured in turn within a round, medians and ratios to the first:
 
@@ -15,8 +15,8 @@ Measured in turn within a round, medians and ratios to the first:
 - `scan back`: the forward pass in order, the duals by an associative scan;
 - `scan both`: the forward pass by six of Newton's steps from zero.
 
-`cosine` is the least one of any parameter's answer with its gradient (the best is 1), `dependent` the number of cells or
-products that wait for each other.
+`cosine` is the least one of any parameter's answer with its gradient (the best is 1), `dependent` the number of cells
+or products that wait for each other.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         help="train one network by projections and by gradients, side by side",
         description="Train the same multilayer perceptron from the same parameters on the same batches, once by "
-        "projections (eqxproj.train with its defaults) and once by gradients, with the same optimizer. Print a table "
-        "and draw test accuracy over steps and over seconds.",
+        "projections (eqxproj.train with its defaults, hence preconditioned) and once by gradients, with the same "
+        "optimizer. Print a table and draw test accuracy over steps and over seconds.",
     )
     every = "; ".join(f"{name} {steps:,}, {batch}" for name, (steps, batch) in _DEFAULTS.items())
     shown = "(default: %(default)s)"

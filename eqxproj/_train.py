@@ -193,9 +193,9 @@ def _in_first_units() -> optax.GradientTransformation:
     def init(params: PyTree) -> Array:
         return jnp.asarray(0.0)
 
-    def update(updates: PyTree, unit: Array, params: PyTree = None) -> tuple[PyTree, Array]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         leaves = [jnp.max(jnp.abs(u), initial=0.0).astype(jnp.float32) for u in jtu.tree_leaves(updates)]
-        unit = jnp.where(unit > 0, unit, jnp.max(jnp.stack(leaves)))
+        unit = jnp.where(state > 0, state, jnp.max(jnp.stack(leaves)))
         divisor = jnp.where(unit > 0, unit, 1.0)
         return jtu.tree_map(lambda u: (u / divisor).astype(u.dtype), updates), unit
 
