@@ -5,8 +5,9 @@
 For each model the steps run in turn in one process (A B C A B C ...), so that the machine's noise hits all of them;
 printed are the medians, and the medians of the ratios to the gradient step of the same round. A gradient step is
 `value_and_grad` and Adam; the displacement step is `filter_value_and_displacement` with its defaults and Adam; the
-projection step is one step of alternating projections with a copy a neuron, from a state of the loop. Temporary
-memory is what XLA reports for the compiled step.
+projection step is one step of alternating projections with a copy a neuron, from a state of the loop. The last two are
+whole steps of `train` without an optimizer of one's own, by gradients and by its defaults (preconditioned), each with
+its checks for non-finite states. Temporary memory is what XLA reports for the compiled step.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from shared import classification, in_turn, projection_step, write
 
 import eqxproj
+from eqxproj._train import _Run, default_optimizer
 
 
 class Cnn(eqx.Module):
@@ -96,10 +99,24 @@ def steps_of(make):
         carry = (parameters, adam.init(parameters))
         return jax.jit(step).lower(carry, (x, y)).compile(), carry, (x, y)
 
+    def trained(method, precondition):
+        run = _Run(classification, None, default_optimizer(1000), None, None, None, 1, method, False)
+        run.excluded = frozenset() if precondition else None
+        update = run.step(())
+
+        def step(carry, batch):
+            reached, state, bad = carry
+            return update(static, reached, state, bad, np.int32(0), batch, jax.random.key(0))[:3]
+
+        carry = (parameters, run.optimizer.init(parameters), jnp.asarray(-1))
+        return jax.jit(step).lower(carry, (x, y)).compile(), carry, (x, y)
+
     return {
         "gradient + adam": optimized(eqx.filter_value_and_grad(classification)),
         "displacement + adam": optimized(eqxproj.filter_value_and_displacement(classification)),
         "alternating projections": projection_step(model, x, y, copies="neuron"),
+        "train, gradients": trained("gradient", False),
+        "train, defaults": trained("projection", True),
     }
 
 

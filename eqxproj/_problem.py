@@ -199,16 +199,18 @@ def make_problem(
     two_colored: bool,
     offset: float = 0.0,
     composites: bool = True,
+    recalled: Sequence[Array] = (),
 ) -> FeasibilityProblem:
     """The problem of a traced loss.
 
     Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each,
     which goes through time in order. With `composites`, softmax, normalization and the like are one node each.
+    `recalled` are the results of products of the forward pass that are known already.
     """
     graph = build(traced, data, not two_colored, composites)
     if two_colored:
         graph = with_identities(graph, identity(graph.values[0]))
-    env = forward(graph.program, [*traced.parameters, *traced.arguments])
+    env = forward(graph.program, [*traced.parameters, *traced.arguments], recalled)
     needed = {i for n in graph.nodes if n.function is not None for i in n.function.known}
     needed |= {i for e in graph.edges for i in e.view.known}
     needed |= {i for n in graph.nodes if n.equation is not None for i in _known_inputs(n)}

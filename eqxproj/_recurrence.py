@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
 from ._fusion import dependents
+from ._interpreter import forward, products
 from ._normal_form import Equation, Program, normal_form
 
 
@@ -70,13 +71,16 @@ class Recurrence:
         return jax.lax.scan(body, init, xs, self.length, reverse=self.reverse != backward)
 
     def walk(
-        self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any]
-    ) -> tuple[list[Array], list[Array], list[Array]]:
-        """The last carries, what is stacked, and the carries that enter each step, stacked too."""
+        self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any], with_products: bool = False
+    ) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
+        """The last carries, what is stacked, the carries that enter each step, and the body's products there."""
+        program = self.program()
+        wanted = products(program) if with_products else ()
 
         def step(carry, x):
-            new, ys = self.body(*constants, *carry, *x)
-            return new, (ys, carry)
+            env = forward(program, [*constants, *carry, *x])
+            out = [jnp.asarray(env[v.index]) for v in program.outputs]
+            return out[: self.carries], (out[self.carries :], carry, [env[v.index] for v in wanted])
 
-        last, (ys, entering) = self.scan(step, [jnp.asarray(c) for c in carries], list(slices))
-        return list(last), list(ys), list(entering)
+        last, (ys, entering, seen) = self.scan(step, [jnp.asarray(c) for c in carries], list(slices))
+        return list(last), list(ys), list(entering), list(seen)

@@ -34,6 +34,7 @@ def sweep(
     metric: Metric,
     copies: str,
     offset: float,
+    recalled: Sequence[Array] = (),
 ) -> list[Array]:
     """The duals of the inputs of a function, from those of its outputs.
 
@@ -45,6 +46,7 @@ def sweep(
     - `stiff`: for each input whether it is a parameter.
     - `metric`, `copies`: of the problem that the function is part of.
     - `offset`: the logarithm of the weight of the outputs.
+    - `recalled`: the function's products at these inputs, where they are known; see [`forward`][].
 
     **Returns:**
 
@@ -65,7 +67,8 @@ def sweep(
     if not depends(function, inputs):
         return zeros
     traced = trace(loss, list(inputs), (list(duals),), stiff=stiff)
-    problem = make_problem(traced, Metric(metric.grade, metric.parameter), copies, 1.0, "constant", False, offset)  # pyright: ignore[reportArgumentType]
+    own = Metric(metric.grade, metric.parameter)
+    problem = make_problem(traced, own, copies, 1.0, "constant", False, offset, recalled=recalled)  # pyright: ignore[reportArgumentType]
     solver = CyclicProjections()
     state = solver.step(problem, solver.init(problem))
     shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]

@@ -21,6 +21,7 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 
 from ._fusion import dependents
+from ._interpreter import products
 from ._names import VIEWS
 from ._normal_form import Equation, Fresh, Program, Variable, normal_form
 from ._recurrence import Recurrence
@@ -43,18 +44,19 @@ class Entering(Equation):
 
 @dataclass(frozen=True, eq=False)
 class Walked(Equation):
-    """A recurrence that is walked in order and keeps the carries that enter its steps, for the way back."""
+    """A recurrence that is walked in order and keeps, for the way back, what enters its steps and their products."""
 
     recurrence: Recurrence = field(kw_only=True)
     entering: tuple[Variable, ...] = field(kw_only=True)
+    products: tuple[Variable, ...] = field(kw_only=True)
 
     @property
     def kept(self) -> tuple[Variable, ...]:
-        return self.entering
+        return (*self.entering, *self.products)
 
     def bind(self, *operands: Any) -> list[Any]:
-        last, stacked, entering = self.recurrence.walk(*self.recurrence.split(operands))
-        return [*last, *stacked, *entering]
+        last, stacked, entering, seen = self.recurrence.walk(*self.recurrence.split(operands), with_products=True)
+        return [*last, *stacked, *entering, *seen]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +120,13 @@ def lay_out(program: Program, seeds: Sequence[Variable], in_order: bool) -> Layo
 
 
 def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:
-    carries = recurrence.split(equation.inputs)[1]
-    entering = tuple(fresh.variable((recurrence.length, *v.shape), v.dtype) for v in carries)
+    def stacked(variables: Sequence[Variable]) -> tuple[Variable, ...]:
+        return tuple(fresh.variable((recurrence.length, *v.shape), v.dtype) for v in variables)
+
+    entering = stacked(recurrence.split(equation.inputs)[1])
     fields = (equation.primitive, equation.params, equation.inputs, equation.outputs, equation.source)
-    return Walked(*fields, recurrence=recurrence, entering=entering)
+    seen = stacked(products(recurrence.program()))
+    return Walked(*fields, recurrence=recurrence, entering=entering, products=seen)
 
 
 def _stopped(equation: Equation, flags: Sequence[bool], fresh: Fresh, replaced: dict[int, Variable]) -> list[Equation]:

@@ -159,6 +159,17 @@ def test_cross_entropy_with_probabilities():
     np.testing.assert_array_equal(d, cross_entropy_displacement(z, labels, 2.0))
 
 
+@pytest.mark.parametrize("tau", [1e-4, 0.01, 0.039, 0.04])
+def test_small_steps_on_cross_entropy_are_exact_in_every_class(tau):
+    """On both sides of the step up to which no loop runs."""
+    z, labels = batch(8, (300, 7), 4.0)
+    wide, y = np.asarray(z, float), one_hot(np.asarray(labels), 7)
+    want = np.zeros_like(wide)
+    for _ in range(30):
+        want = tau * (y - softmax(wide + want))  # a contraction, by half of tau
+    np.testing.assert_allclose(cross_entropy_displacement(z, labels, tau), want, rtol=5e-6)
+
+
 @pytest.mark.parametrize("tau", [0.1, 3.0, 100.0])
 def test_cross_entropy_against_scipy(double, tau):
     rng = np.random.default_rng(7)

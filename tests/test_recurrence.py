@@ -77,6 +77,17 @@ def equations(function, *args):
     return count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+def test_on_the_way_back_no_product_of_the_forward_pass_is_computed_again():
+    model, x, y = case(7)
+    dynamic, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def count(direction):
+        step = jax.jit(lambda d: direction(loss)(eqx.combine(d, static), x, y))
+        return step.lower(dynamic).compile().as_text().count(" dot(")
+
+    assert count(eqxproj.filter_displacement) == count(eqx.filter_grad) > 0
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 def test_the_program_does_not_grow_with_the_number_of_steps(in_order):
     sizes = []

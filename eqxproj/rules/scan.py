@@ -50,25 +50,25 @@ class Scan(AbstractRule):
         walk = _Walk(recurrence, ctx.unknown)
         constants, carries, slices = recurrence.split(ctx.operands(inputs))
         if ctx.unmoved and ctx.equation.kept:
-            entering = [ctx.known[v.index] for v in ctx.equation.kept]
+            kept = [ctx.known[v.index] for v in ctx.equation.kept]
+            entering, seen = kept[: recurrence.carries], kept[recurrence.carries :]
         else:
-            entering = recurrence.walk(constants, carries, slices)[2]
+            entering, seen = recurrence.walk(constants, carries, slices, with_products=True)[2:]
         last = [d for d, u in zip(duals[: recurrence.carries], walk.unknown[1], strict=True) if u]
 
         def back(state, now):
             of_constants, of_carries = state
-            carry, x, of_ys = now
+            carry, x, of_ys, products = now
             full = walk.fill(1, of_carries, [jnp.zeros_like(c) for c in carry])
-            new_constants, new_carries, of_x = walk.step(constants, carry, x, full, of_ys, ctx)
+            new_constants, new_carries, of_x = walk.step(constants, carry, x, full, of_ys, ctx, products)
             added = [a + b for a, b in zip(of_constants, new_constants, strict=True)]
             return (added, new_carries), of_x
 
         zeros = [jnp.zeros_like(c) for c, u in zip(constants, walk.unknown[0], strict=True) if u]
-        xs = (entering, slices, list(duals[recurrence.carries :]))
+        xs = (entering, slices, list(duals[recurrence.carries :]), seen)
         (of_constants, of_carries), of_slices = recurrence.scan(back, (zeros, last), xs, backward=True)
         given = recurrence.split(ctx.unknown)[1]
-        kept = [u for u in walk.unknown[1]]
-        of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(kept)), given, strict=True) if u]
+        of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(given)), given, strict=True) if u]
         nus = [*of_constants, *of_init, *of_slices]
         moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
         return nus, ctx.function(*moved)
@@ -87,8 +87,8 @@ class _Walk:
         rest = iter(values)
         return [next(rest) if u else k for u, k in zip(self.unknown[kind], known, strict=True)]
 
-    def step(self, constants, carry, x, of_carries, of_ys, ctx: Context) -> tuple[list, list, list]:
-        """The duals of the unknown constants, carries and slices of one time step."""
+    def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, products=()) -> tuple[list, list, list]:
+        """The duals of the unknown constants, carries and slices of one time step, whose products may be at hand."""
         known = (constants, carry, x)
         start = [v for kind in range(3) for v, u in zip(known[kind], self.unknown[kind], strict=True) if u]
         counts = [sum(flags) for flags in self.unknown]
@@ -106,5 +106,5 @@ class _Walk:
         given = self.recurrence.split(ctx.unknown)
         likes = [[next(parameter, False) if u else False for u in flags] for flags in given]
         stiff = [likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u]
-        nus = sweep(function, start, duals, stiff, ctx.metric, ctx.copies, inner_offset(ctx))
+        nus = sweep(function, start, duals, stiff, ctx.metric, ctx.copies, inner_offset(ctx), products)
         return nus[: counts[0]], nus[counts[0] : counts[0] + counts[1]], nus[counts[0] + counts[1] :]
