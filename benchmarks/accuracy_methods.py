@@ -43,7 +43,7 @@ def _solver(solver: Callable[[], eqxproj.AbstractSolver]) -> list[Setting]:
 
 
 METHODS: dict[str, list[Setting]] = {
-    "adam": [_gradient("adam", optax.adam, rate) for rate in (3e-4, 1e-3, 3e-3)],
+    "adam": [_gradient("adam", optax.adam, rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)],
     "momentum": [_gradient("sgd, momentum 0.9,", _momentum, rate) for rate in (0.01, 0.03, 0.1)],
     "default": [Setting("defaults of train", dict)],
     "default-raw-steps": [Setting("defaults of train, no preconditioner", lambda: {"precondition": False})],
