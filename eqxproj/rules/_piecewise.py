@@ -1,13 +1,12 @@
-"""Piecewise affine functions of one scalar: an algebra to recognize them, and their exact projection.
+"""Piecewise affine functions of one scalar: an algebra to recognize them.
 
 [`PiecewiseAffine`][] holds a function that is affine on finitely many open intervals, together with its values at the
 breakpoints between them, in float64 and without any JAX. [`apply_primitive`][] interprets one elementwise JAX primitive
 on such functions, so that walking through the equations of `jax.nn.relu6`, of `jnp.sign` or of a user's own
-`jnp.where` yields the function in closed form. [`piecewise_affine_dual`][] then solves the scalar node exactly.
+`jnp.where` yields the function in closed form. `_piecewise_dual.py` then solves the scalar node exactly.
 
 Limits: at most 32 pieces; no function with infinitely many pieces (rounding); values are real numbers, so integer
-division and bitwise operations on anything else than 0 and 1 are not represented. Isolated values at a breakpoint
-(that of the sign function at 0) are evaluated but never chosen as a destination.
+division and bitwise operations on anything else than 0 and 1 are not represented.
 """
 
 import math
@@ -18,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import ArrayLike
 
 MAX_PIECES = 32
 _SAME_POINT = 1e-13  # relative distance below which two float64 breakpoints are one
@@ -85,14 +84,14 @@ class PiecewiseAffine:
         """Whether the limit from the left, and the one from the right, differ from the value at breakpoint `i`."""
         point, value = self.breakpoints[i], self.values[i]
         left, right = self._limits(i)
-        tolerance = _SAME_LIMIT * _scale(point, self._line(i), self._line(i + 1))
+        tolerance = _SAME_LIMIT * _scale(point, self.line(i), self.line(i + 1))
         return not abs(left - value) <= tolerance, not abs(right - value) <= tolerance
 
     @property
     def has_jumps(self) -> bool:
         """Whether the limits from the left and from the right differ at some breakpoint."""
         return any(
-            abs(right - left) > _SAME_LIMIT * _scale(point, self._line(i), self._line(i + 1))
+            abs(right - left) > _SAME_LIMIT * _scale(point, self.line(i), self.line(i + 1))
             for i, point in enumerate(self.breakpoints)
             for left, right in [self._limits(i)]
         )
@@ -116,23 +115,23 @@ class PiecewiseAffine:
             return "sign"
         return f"piecewise affine ({len(self.slopes)} pieces)"
 
-    def _line(self, j: int) -> _Line:
+    def line(self, j: int) -> _Line:
         return self.slopes[j], self.intercepts[j]
 
     def _limits(self, i: int) -> tuple[float, float]:
-        return _at(self._line(i), self.breakpoints[i]), _at(self._line(i + 1), self.breakpoints[i])
+        return at(self.line(i), self.breakpoints[i]), at(self.line(i + 1), self.breakpoints[i])
 
     def _line_at(self, s: float) -> _Line:
-        return self._line(bisect_left(self.breakpoints, s))
+        return self.line(bisect_left(self.breakpoints, s))
 
     def _value_at(self, s: float) -> float:
         for point, value in zip(self.breakpoints, self.values, strict=True):
             if _same_point(point, s):
                 return value
-        return _at(self._line_at(s), s)
+        return at(self._line_at(s), s)
 
 
-def _at(line: _Line, s: Any) -> Any:
+def at(line: _Line, s: Any) -> Any:
     return line[0] * s + line[1] if line[0] else line[1]
 
 
@@ -199,7 +198,7 @@ def _simplify(points: list[float], lines: list[_Line], values: list[float]) -> P
         tolerance = _SAME_VALUE * max(_scale(point, last, line), abs(value) if math.isfinite(value) else 0.0)
         same = abs(last[0] - line[0]) <= _SAME_VALUE * abs(line[0])
         same = same and (last[1] == line[1] or abs(last[1] - line[1]) <= tolerance)
-        same = same and (value == _at(line, point) or abs(value - _at(line, point)) <= tolerance)
+        same = same and (value == at(line, point) or abs(value - at(line, point)) <= tolerance)
         if not same:
             kept.append(point)
             kept_lines.append(line)
@@ -215,7 +214,7 @@ def _compare(f: PiecewiseAffine, g: PiecewiseAffine) -> PiecewiseAffine | None:
 
     def line(s: float, lines: list[_Line]) -> _Line:
         a, b = lines
-        difference = 0.0 if a == b else _at(a, s) - _at(b, s)
+        difference = 0.0 if a == b else at(a, s) - at(b, s)
         return 0.0, math.copysign(1.0, difference) if difference else 0.0
 
     def value(s: float, values: list[float]) -> float:
@@ -379,128 +378,3 @@ def apply_primitive(
     if name == "convert_element_type":
         return _convert(functions[0], params["new_dtype"])
     return _OPERATIONS[name](functions) if name in _OPERATIONS else None
-
-
-def piecewise_affine_dual(
-    phi: PiecewiseAffine,
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    kappa: Float[ArrayLike, "*#shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-) -> Float[Array, "*shape"]:
-    r"""Solves $\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$ exactly, for a piecewise affine $\phi$, in duals.
-
-    With $\lambda = (s - s_0)/\sigma$, $\mu = \kappa (y_0 - \phi(s_0))$, $q = \kappa\sigma$ and
-    $d = (\phi(s) - \phi(s_0))/\sigma$, the objective minus its value at $s_0$, over $\sigma$, is
-
-    $$E = \lambda^2 + q d^2 - 2 \mu d,$$
-
-    which holds neither $y_0$ nor a difference of large numbers. On piece $j$, $\phi(s) = m s + c$, hence
-    $d = m \lambda + g/\sigma$ with $g = m s_0 + c - \phi(s_0)$, and $E$ is smallest at
-
-    $$\lambda_j = m (\mu - q g/\sigma)/(1 + m^2 q), \qquad l \le s_0 + \sigma \lambda_j \le h,$$
-
-    clipped to the ends $l$, $h$ of the piece, since $E$ is convex there. Where $s_0$ lies in the piece, $g$ is exactly
-    zero: $\lambda = m \mu/(1 + m^2 q)$ at any magnitude. The answer is the $\lambda_j$ of lowest $E$; they are compared
-    after division by $\mu^2$, so that nothing underflows. At an end where $\phi$ jumps, the bound lies inside the piece
-    by a few units in the last place of $s_0$ and of the end, and by at least 1e-12: rounding does not undo the jump.
-
-    **Arguments:**
-
-    - `phi`: the function.
-    - `s0`: the present points.
-    - `mu`: the duals of the wanted values.
-    - `kappa`, `sigma`: the weights. Only `sigma` is read: it and `q` determine the rest.
-    - `q`: their exact product.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
-    """
-    del kappa
-    dtype = jnp.result_type(s0)
-    work = jnp.promote_types(dtype, jnp.float32)
-    eps = float(jnp.finfo(dtype).eps)
-    s0, mu, sigma, q = (jnp.asarray(x, work) for x in (s0, mu, sigma, q))
-    tiny = float(jnp.finfo(work).tiny)
-    unit = jnp.where(jnp.abs(mu) < tiny, tiny, mu)
-    now = _evaluate(phi, s0)
-    best = None if _covers(phi) else (jnp.zeros_like(now + mu), jnp.zeros_like(now + mu))
-    for j, intercept in enumerate(phi.intercepts):
-        if math.isfinite(intercept):
-            lam, cost = _candidate(phi, j, s0, mu, sigma, q, now, unit, eps)
-            if best is not None:
-                better = (cost < best[1]) | ((cost == best[1]) & (jnp.abs(lam) < jnp.abs(best[0])))
-                lam, cost = jnp.where(better, lam, best[0]), jnp.where(better, cost, best[1])
-            best = lam, cost
-    return finite_cast(best[0] if best else jnp.zeros_like(s0), dtype)
-
-
-def _covers(phi: PiecewiseAffine) -> bool:
-    """Whether every point lies in the closure of a finite piece that is continuous there: one of them can stay put."""
-    finite = all(math.isfinite(x) for x in (*phi.intercepts, *phi.values))
-    return finite and not any(all(phi.jumps(i)) for i in range(len(phi.breakpoints)))
-
-
-def _evaluate(phi: PiecewiseAffine, s: Array) -> Array:
-    out = jnp.zeros_like(s) + _at(phi._line(0), s)
-    for i, point in enumerate(phi.breakpoints):
-        left, right = phi.jumps(i)
-        out = jnp.where(s > point if right else s >= point, _at(phi._line(i + 1), s), out)
-        if left and right:
-            out = jnp.where(s == point, phi.values[i], out)
-    return out
-
-
-def _candidate(
-    phi: PiecewiseAffine, j: int, s0: Array, mu: Array, sigma: Array, q: Array, now: Array, unit: Array, eps: float
-) -> tuple[Array, Array]:
-    """The best dual on piece `j`, and its excess cost over $\\mu^2$."""
-    slope, intercept = phi._line(j)
-    large = float(jnp.finfo(jnp.result_type(s0)).max) / 4
-    ends = [(i, side) for i, side in ((j - 1, 1), (j, 0)) if 0 <= i < len(phi.breakpoints)]
-    # Whether s0 is in the piece, or at an end of it that belongs to it: then the piece passes through phi(s0).
-    own = jnp.asarray(True)
-    for i, side in ends:
-        gap = s0 - phi.breakpoints[i] if side else phi.breakpoints[i] - s0
-        own = own & (gap > 0 if phi.jumps(i)[side] else gap >= 0)
-    offset = jnp.where(own, 0.0, _at((slope, intercept), s0) - now) if ends else jnp.zeros_like(s0)
-    # Saturated before any further division: the compiler turns x/a/b into x/(a b), which is 0/0 where a b underflows.
-    offset = jnp.clip(offset / sigma, -large, large)
-    lam = jnp.zeros_like(s0 + mu)
-    if slope:
-        lam = slope * (mu - jnp.clip(q * offset, -large, large)) / (1 + slope**2 * q)
-    bounds = []
-    for i, side in ends:
-        point = phi.breakpoints[i]
-        bound = point - s0
-        if any(phi.jumps(i)):
-            margin = jnp.maximum(8 * eps * jnp.maximum(jnp.abs(s0), abs(point)), 1e-12)
-            inner = jnp.minimum(bound + margin, 0) if side else jnp.maximum(bound - margin, 0)
-            bound = jnp.where(own, inner, bound + margin if side else bound - margin)
-        bounds.append(bound)
-        lam = jnp.maximum(lam, bound / sigma) if side else jnp.minimum(lam, bound / sigma)
-    step = jnp.clip(lam / unit, -1e18, 1e18)
-    rise = jnp.clip(offset / unit, -1e18, 1e18)
-    rise = slope * step + rise if slope else rise
-    cost = step * step + rise * (q * rise - 2)
-    if len(ends) == 2 and any(any(phi.jumps(i)) for i, _ in ends):
-        cost = jnp.where(bounds[0] <= bounds[1], cost, jnp.inf)  # too narrow to land in
-    return lam, cost
-
-
-def finite_cast(lam: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
-    """Casts to a floating dtype, saturating where the value exceeds its range.
-
-    **Arguments:**
-
-    - `lam`: the values, not NaN.
-    - `dtype`: the dtype wanted.
-
-    **Returns:**
-
-    The finite values in that dtype.
-    """
-    large = float(jnp.finfo(dtype).max)
-    return jnp.clip(lam, -large, large).astype(dtype)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from ._piecewise import finite_cast
+from ._piecewise_dual import finite_cast
 
 Rounding = Literal["round", "floor", "ceil", "away"]
 _SCAN_POINTS = 8  # points scanned on each side

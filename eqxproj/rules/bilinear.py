@@ -16,7 +16,7 @@ that do not return to consensus need; then the same code runs on the product of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import jax
@@ -259,6 +259,25 @@ def _degenerate(form: BilinearForm, a: Array, square_a: Array, out: Array, dual:
     return *moves_a, form.spread_w(-beta), form.spread_w(sign * apart * tilt)
 
 
+def _descend(a: Array, first: Array, goal: Callable[[Array], Array], costs: Callable[[Array], Array]) -> Array:
+    """Moves of an operand, from none toward one goal after another, each part only as far as its cost falls."""
+
+    def body(carry):
+        start, end, count = carry
+        d, cost = start, costs(start)
+        for scale in (1.0, 0.5, 0.2, 0.05):
+            trial = start + scale * (end - start)
+            found = costs(trial)
+            d, cost = jnp.where(found < cost, trial, d), jnp.minimum(cost, found)
+        return d, goal(d), count + 1
+
+    def more(carry):
+        start, end, count = carry
+        return (count < _AGAIN) & jnp.any(jnp.abs(end - start) > 1e-4 * jnp.max(jnp.abs(a + start)))
+
+    return jax.lax.while_loop(more, body, (jnp.zeros_like(a), first, 0))[0]
+
+
 def _sample(ctx: Context, form: BilinearForm, a, w, dual, kappa, ratio_a, ratio_w, copied_first: bool):
     r"""Every row owns a copy of the weights and its products share `a`.
 
@@ -313,20 +332,7 @@ def _sample(ctx: Context, form: BilinearForm, a, w, dual, kappa, ratio_a, ratio_
         return back(solve(right, form.sum_a(at * at), back, forward)) / alpha
 
     def again(nu, _):
-        def body(carry):
-            start, end, count = carry
-            d, cost = start, best(start)[1]
-            for scale in (1.0, 0.5, 0.2, 0.05):
-                trial = start + scale * (end - start)
-                found = best(trial)[1]
-                d, cost = jnp.where(found < cost, trial, d), jnp.minimum(cost, found)
-            return d, goal(d), count + 1
-
-        def more(carry):
-            start, end, count = carry
-            return (count < _AGAIN) & jnp.any(jnp.abs(end - start) > 1e-4 * jnp.max(jnp.abs(a + start)))
-
-        d = jax.lax.while_loop(more, body, (jnp.zeros_like(a), nu / alpha, 0))[0]
+        d = _descend(a, nu / alpha, goal, lambda d: best(d)[1])
         return d * alpha, best(d)[0]
 
     multiplier = solve(dual, form.sum_a(a * a), lambda x: form.back_a(x, w), lambda v: form.f(v, w))

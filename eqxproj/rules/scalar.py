@@ -24,7 +24,8 @@ from jaxtyping import Array
 from .._interpreter import Fragment
 from .._normal_form import Equation, Variable
 from ._noise import expected_slope, expected_slope_of_pieces, has_jump
-from ._piecewise import PiecewiseAffine, apply_primitive, piecewise_affine_dual
+from ._piecewise import PiecewiseAffine, apply_primitive
+from ._piecewise_dual import piecewise_affine_dual
 from ._rule import AbstractRule, Context, is_steep
 from ._scalar_solver import generic_dual, round_dual, square_dual
 
