@@ -11,8 +11,8 @@ Every run is a process of its own, so that its peak memory is its own, and write
 Runs whose file is there are not run again: an interrupted benchmark goes on where it was. Rates and settings are
 chosen with the first seed, by the value that is reached on a validation split (the last tenth of the training data);
 reported is the test set, after the last step. Seconds are those of training, without compilation and evaluation;
-`to 99%` are the seconds until the validation value comes within one percent of Adam's best. Written are `table.md`,
-`results.json` and `accuracy.png`.
+`to 99%` are the seconds until the validation value comes within one percent of Adam's best with the same seed.
+Written are `table.md`, `results.json` and `accuracy.png`.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ class Bench:
         return [best, *(r for r in rest if r is not None)]
 
 
-def seconds_to(runs: Sequence[Run], goal: float, sign: int) -> float:
-    """Mean seconds until the validation value, times `sign`, reaches the goal; infinite where a run does not."""
+def seconds_to(runs: Sequence[Run], goals: Mapping[int, float], sign: int) -> float:
+    """Mean seconds until the validation value, times `sign`, reaches the seed's goal; infinite where a run does not."""
     found = []
     for each in runs:
-        history = each["history"]
+        history, goal = each["history"], goals[each["seed"]]
         reached = [s for s, v in zip(history["seconds"], history["eval_value"], strict=True) if sign * v >= goal]
         found.append(reached[0] if reached else float("inf"))
     return float(np.mean(found))
@@ -127,10 +127,10 @@ def seconds_to(runs: Sequence[Run], goal: float, sign: int) -> float:
 
 def rows(task: Task, name: str, runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     """The lines of a task's table."""
-    goal = None
-    if runs.get("adam"):
-        best = max(task.sign * v for r in runs["adam"] for v in r["history"]["eval_value"][1:])
-        goal = best - 0.01 * abs(best)
+    goals = {}
+    for other in runs.get("adam", ()):
+        best = max(task.sign * v for v in other["history"]["eval_value"][1:])
+        goals[other["seed"]] = best - 0.01 * abs(best)
     found = []
     for method, each in runs.items():
         if not each:
@@ -145,7 +145,9 @@ def rows(task: Task, name: str, runs: Mapping[str, Sequence[Run]]) -> list[dict[
                 "test": float(np.mean(tests)),
                 "spread": float(np.std(tests)),
                 "seconds": float(np.mean([r["seconds"] for r in each])),
-                "seconds_to_99": None if goal is None else seconds_to(each, goal, task.sign),
+                "seconds_to_99": seconds_to(each, goals, task.sign)
+                if goals.keys() >= {r["seed"] for r in each}
+                else None,
                 "peak_mb": float(np.mean([r["peak_mb"] for r in each])),
             }
         )
