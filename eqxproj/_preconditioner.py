@@ -262,13 +262,15 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
 def _statistics(inputs: Array, layer: Layer, rank: int) -> tuple[Array, Array]:
     """The mean of a layer's inputs, shaped to multiply a weight of that rank, and one over their deviation.
 
-    Of n rows the mean is taken times 1 - 1/n, so that the weights still move along the inputs where there is one.
+    Of n rows the mean is taken times 1 - 1/n, so that the weights still move along the inputs where there is one. For a
+    weight without a bias the deviation is that from zero.
     """
     rows = tuple(a for a in range(inputs.ndim) if a not in layer.axes)
     count = math.prod(inputs.shape[a] for a in rows)
     kind = jnp.promote_types(inputs.dtype, jnp.float32)
     mean = jnp.mean(inputs, rows, dtype=kind)
-    variance = jnp.mean(jnp.square(inputs.astype(kind))) - jnp.mean(jnp.square(mean))
+    square = jnp.mean(jnp.square(inputs.astype(kind)))
+    variance = square if layer.bias is None else square - jnp.mean(jnp.square(mean))
     left = sorted(layer.axes)
     mean = jnp.transpose(mean, [left.index(a) for a in layer.axes])
     sizes = dict(zip(layer.along, mean.shape, strict=True))

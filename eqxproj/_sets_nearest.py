@@ -281,6 +281,22 @@ def _times(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def _decomposed(x: Float[Array, "m n"]) -> tuple[Array, Array, Array]:
+    r"""$U$, $\sigma$ and $V^T$.
+
+    The divide and conquer of LAPACK does not always converge where singular values lie close together, as those of a
+    nearly orthogonal matrix do, and then answers NaN. The transposed matrix is another problem to it.
+    """
+    u, s, v = jnp.linalg.svd(x, full_matrices=False)
+
+    def transposed():
+        u, s, v = jnp.linalg.svd(x.T, full_matrices=False)
+        return v.T, s, u.T
+
+    found = jnp.all(jnp.isfinite(u)) & jnp.all(jnp.isfinite(s)) & jnp.all(jnp.isfinite(v))
+    return jax.lax.cond(found, lambda: (u, s, v), transposed)
+
+
 def polar(x: Float[Array, "m n"], dtype: jnp.dtype) -> Float[Array, "m n"]:
     r"""The nearest matrix with orthonormal rows, or columns where these are fewer.
 
@@ -290,7 +306,7 @@ def polar(x: Float[Array, "m n"], dtype: jnp.dtype) -> Float[Array, "m n"]:
     """
     if x.shape[0] > x.shape[1]:
         return polar(x.T, dtype).T
-    u, _, v = jnp.linalg.svd(x, full_matrices=False)
+    u, _, v = _decomposed(x)
     identity = jnp.eye(x.shape[0], dtype=x.dtype)
     y = _times(u, v)
     y = 1.5 * y - 0.5 * _times(_times(y, y.T), y)
@@ -304,7 +320,7 @@ def truncated(x: Float[Array, "m n"], rank: int, dtype: jnp.dtype) -> Float[Arra
     It is the sum $\sum_{i \le r} \sigma_i u_i v_i^T$ over the largest singular values (Eckart and Young, *The
     approximation of one matrix by another of lower rank*, Psychometrika 1, 1936).
     """
-    u, s, v = jnp.linalg.svd(x, full_matrices=False)
+    u, s, v = _decomposed(x)
     error = rounding(dtype) + 16 * float(jnp.finfo(x.dtype).eps)  # that of the entries, and of the decomposition
     inside = jnp.sum(s[rank:] ** 2) <= error**2 * jnp.sum(s**2)
     return _returned(inside, x, _times(u[:, :rank] * s[:rank], v[:rank]), dtype)

@@ -310,6 +310,14 @@ def test_wider_sets_under_vmap(name):
         assert contains(np.asarray(got, np.float64), error_of(jnp.float32))
 
 
+@pytest.mark.parametrize("chosen", [sets.orthogonal(), sets.low_rank(2)])
+def test_a_decomposition_that_does_not_converge_is_taken_of_the_transposed_matrix(monkeypatch, chosen):
+    x, svd = jax.random.normal(jax.random.key(0), (4, 7)), jnp.linalg.svd
+    want = chosen(x)
+    monkeypatch.setattr(jnp.linalg, "svd", lambda a, **how: tuple(p + jnp.nan * (len(a) == 4) for p in svd(a, **how)))
+    np.testing.assert_allclose(chosen(x), want, rtol=1e-4, atol=1e-6)
+
+
 def test_large_arrays_keep_their_sets():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(500, 400)), jnp.float32)
     for name in ("l1", "l2", "l2_columns", "sphere", "simplex", "simplex_all", "increasing", "two_bits", "sign_scale"):
