@@ -7,7 +7,7 @@ The same model, initial parameters, batches, steps and optimizer (the default of
 estimator takes the derivative of something smooth in the place of the step's: of the identity between -1 and 1 for
 signs, of the identity for rounding, of softmax for positions of maxima. Gradients as they are pass nothing through the
 step. Printed is the accuracy on the test set: mean and spread over the seeds. Without `--data-dir` on the digits of the
-package. With `--method` two-color solvers as well, at SETTING; they are several times slower.
+package. With `--method` two-color solvers as well, in a steep metric; they are several times slower.
 """
 
 from __future__ import annotations
