@@ -149,8 +149,8 @@ TASKS: dict[str, Callable[[int, jax.Array], Any]] = {
 }
 
 
-def _two_color(solver: eqxproj.AbstractSolver, sweeps: int, **options: Any) -> dict[str, Any]:
-    return {"solver": solver, "solver_steps": sweeps, "metric": eqxproj.Metric(1e3, 1e4), "tau": 0.1, **options}
+def _two_color(solver: eqxproj.AbstractSolver, sweeps: int) -> dict[str, Any]:
+    return {"solver": solver, "solver_steps": sweeps, "metric": eqxproj.Metric(1e3, 1e4), "tau": 0.1}
 
 
 METHODS: dict[str, tuple[bool, dict[str, Any]]] = {

@@ -14,8 +14,8 @@ price is the mean and the variance of each input; no matrix is kept or factored.
 (Centered units: Schraudolph, Centering neural network gradient factors, 1998; Raiko, Valpola and LeCun, AISTATS 2012.)
 
 Its limits: products and convolutions of an input with a parameter that stands in no other operation, and a bias that is
-added to that product and to nothing else; a weight without such a bias is only scaled. Weights inside of a scan, those
-that constraints act on, grouped and transposed convolutions are left as they are.
+added to that product and to nothing else; a weight without such a bias is only scaled, by the deviation from zero.
+Weights inside of a scan, those that constraints act on, grouped and transposed convolutions are left as they are.
 """
 
 from __future__ import annotations

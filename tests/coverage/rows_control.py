@@ -264,7 +264,7 @@ BRANCHES = {
     "cond under vmap, unknown": unknown_cond_of_each,
 }
 STEPS = {"scan from an unknown carry": 400}
-"""Where 200 steps, leave either method far from the end."""
+"""Where 200 steps leave either method far from the end."""
 FUNCTIONS = {"checkpoint": checkpointed, "custom_jvp": with_jvp, "custom_vjp": with_vjp}
 
 ROWS = [
