@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from ._metric import Metric
 from ._normal_form import Equation
 from ._trace import trace
 from .rules._rule import Context
+
+if TYPE_CHECKING:
+    from ._problem import FeasibilityProblem
 
 _linear = custom_loss(lambda output, dual: -(output * dual), lambda output, dual, tau: tau * dual)
 
@@ -54,25 +57,38 @@ def sweep(
 
     **Raises:** `UnsupportedPrimitiveError` as [`feasibility_problem`][].
     """
-    # The problem's own modules import the rules, and this one is part of a rule.
-    from ._problem import make_problem
-    from .solvers.cyclic import CyclicProjections
+    from .solvers.cyclic import CyclicProjections  # which imports the rules, and this module is part of a rule
 
     zeros = [jnp.zeros_like(x) for x in inputs]
+    if not depends(function, inputs):
+        return zeros
+    problem = problem_of(function, inputs, duals, stiff, metric, copies, offset, recalled)
+    solver = CyclicProjections()
+    state = solver.step(problem, solver.init(problem))
+    shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
+    return [z if s is None else s.astype(z.dtype) for z, s in zip(zeros, shifts, strict=True)]
+
+
+def problem_of(
+    function: Callable[..., Sequence[Array]],
+    inputs: Sequence[Array],
+    duals: Sequence[Array],
+    stiff: Sequence[bool],
+    metric: Metric,
+    copies: str,
+    offset: float,
+    recalled: Sequence[Array] = (),
+) -> FeasibilityProblem:
+    """The problem that [`sweep`][] runs through, of the same arguments. The inputs are its parameters, in order."""
+    from ._problem import make_problem  # which imports the rules, and this module is part of a rule
 
     def loss(values: Sequence[Array], duals: Sequence[Array]) -> Array:
         outputs = function(*values)
         return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
 
-    if not depends(function, inputs):
-        return zeros
     traced = trace(loss, list(inputs), (list(duals),), stiff=stiff)
     own = Metric(metric.grade, metric.parameter)
-    problem = make_problem(traced, own, copies, 1.0, "constant", False, offset, recalled=recalled)  # pyright: ignore[reportArgumentType]
-    solver = CyclicProjections()
-    state = solver.step(problem, solver.init(problem))
-    shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
-    return [z if s is None else s.astype(z.dtype) for z, s in zip(zeros, shifts, strict=True)]
+    return make_problem(traced, own, copies, 1.0, "constant", False, offset, recalled=recalled)  # pyright: ignore[reportArgumentType]
 
 
 def depends(function: Callable[..., Sequence[Array]], inputs: Sequence[Array]) -> bool:

@@ -209,3 +209,124 @@ def test_it_is_on_with_the_default_optimizer_alone():
 def test_gradients_have_no_inputs_to_go_by():
     with pytest.raises(ValueError, match='needs `method="projection"`'):
         trained(precondition=True, method="gradient")
+
+
+SERIES = 0.5 + jax.random.normal(KEYS[1], (7, 5, 6))
+
+
+def along_time(m, x):
+    """A recurrent network over the first axis of `x`, whose states are those of [`states_of`][]."""
+
+    def cell(h, row):
+        h = jnp.tanh(row @ m.cell.weight + m.cell.bias + h @ m.back.weight)
+        return h, h
+
+    return jax.lax.scan(cell, jnp.zeros((x.shape[1], 4)), x)[1]
+
+
+def in_a_map(m, x):
+    return jax.lax.map(lambda row: jnp.tanh(row @ m.cell.weight + m.cell.bias) @ m.back.weight, x)
+
+
+def nested(m, x):
+    def outer(h, row):
+        h = jax.lax.scan(lambda g, r: (jnp.tanh(r @ m.cell.weight + m.cell.bias + g @ m.back.weight), None), h, row)[0]
+        return h, h
+
+    return jax.lax.scan(outer, jnp.zeros((x.shape[2], 4)), x)[1]
+
+
+class Recurrent(eqx.Module):
+    cell: Pair
+    back: Pair
+
+
+RECURRENT = Recurrent(Pair(W, B), Pair(jax.random.normal(KEYS[0], (4, 4))))
+
+
+def states_of(m, x):
+    """The state before each step, in a plain loop."""
+    h, found = jnp.zeros((x.shape[1], 4)), []
+    for row in x:
+        found.append(h)
+        h = jnp.tanh(row @ m.cell.weight + m.cell.bias + h @ m.back.weight)
+    return jnp.stack(found)
+
+
+def summed(m, x):
+    """Two products that share a bias."""
+    return x @ m.cell.weight + jnp.cos(x) @ m.back.weight + m.cell.bias
+
+
+def test_products_may_share_a_bias():
+    model = Recurrent(Pair(W, B), Pair(2 * W))
+    found = of(loss_of(summed), model, X)
+    assert [(layer.weight, layer.bias) for layer in found.layers] == [(0, 1), (2, 1)]
+    leaves, treedef = jtu.tree_flatten(random_like(model, KEYS[0]))
+    update = found.applied(jtu.tree_unflatten(treedef, [leaves[0], jnp.zeros(4), leaves[2]]))
+    change = summed(eqx.apply_updates(model, update), X) - summed(model, X)
+    assert float(jnp.max(jnp.abs(jnp.mean(change, 0)))) < 0.1 * float(jnp.sqrt(jnp.mean(change**2)))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_inside_of_a_scan_the_inputs_are_those_of_all_steps(reverse):
+    def outputs(m, x):
+        return along_time(m, x[::-1] if reverse else x)
+
+    found = of(loss_of(outputs, 0.01), RECURRENT, SERIES)
+    assert [(layer.weight, layer.bias) for layer in found.layers] == [(0, 1), (2, 1)]
+    inputs = np.asarray(SERIES).reshape(-1, 6)
+    states = np.asarray(states_of(RECURRENT, SERIES[::-1] if reverse else SERIES)).reshape(-1, 4)
+    for i, each in enumerate((inputs, states)):
+        np.testing.assert_allclose(found.means[i][:, 0], (1 - 1 / 35) * each.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(found.scales[i], 1 / np.sqrt(each.var(0).mean()), rtol=1e-4)
+
+
+def test_inside_of_a_map_and_of_a_scan_in_a_scan():
+    mapped = of(loss_of(in_a_map), RECURRENT, SERIES)
+    assert [(layer.weight, layer.bias) for layer in mapped.layers] == [(0, 1), (2, None)]
+    hidden = np.tanh(np.asarray(SERIES) @ np.asarray(W) + np.asarray(B))
+    np.testing.assert_allclose(mapped.scales[1], 1 / np.sqrt((hidden**2).mean()), rtol=1e-4)
+    twice = of(loss_of(nested), RECURRENT, SERIES.reshape(7, 5, 1, 6))
+    flat = of(loss_of(along_time), RECURRENT, SERIES.reshape(35, 1, 6))
+    assert [(layer.weight, layer.bias) for layer in twice.layers] == [(0, 1), (2, 1)]
+    for one, other in zip((*twice.means, *twice.scales), (*flat.means, *flat.scales), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_a_recurrence_laid_out_over_time_has_the_same_inputs():
+    laid, kept = (of(loss_of(along_time), RECURRENT, SERIES, in_order=order) for order in (False, True))
+    by_weight = {layer.weight: scale for layer, scale in zip(kept.layers, kept.scales, strict=True)}
+    assert {layer.weight for layer in laid.layers} <= by_weight.keys()
+    for layer, scale in zip(laid.layers, laid.scales, strict=True):
+        np.testing.assert_allclose(scale, by_weight[layer.weight], rtol=1e-4)
+
+
+def test_what_has_no_coordinates_inside_of_a_scan():
+    twice = of(loss_of(lambda m, x: along_time(m, x) @ m.back.weight), RECURRENT, SERIES)
+    assert [layer.weight for layer in twice.layers] == [0]  # the other is read inside and outside
+
+    def of_the_state(m, x):
+        """A state that is multiplied with a parameter, or that multiplies, is no layer's weight."""
+        cell = lambda h, row: (jnp.tanh(h * m.bias + h @ h.T @ row[:, :4]), None)  # noqa: E731
+        return jax.lax.scan(cell, jnp.ones((x.shape[1], 4)), x)[0] @ m.weight
+
+    assert [layer.weight for layer in of(loss_of(of_the_state), Pair(jnp.eye(4), B), SERIES).layers] == [0]
+
+
+def test_a_first_state_and_slices_that_are_parameters_are_no_layers():
+    def outputs(m, x):
+        cell = lambda h, w: (jnp.tanh(x[0] @ m.cell.weight + h @ w), None)  # noqa: E731
+        return jax.lax.scan(cell, m.back.weight, m.back.bias)[0]
+
+    stacked = Recurrent(Pair(W, B), Pair(jnp.ones((5, 4)), jnp.ones((3, 4, 4))))
+    found = of(loss_of(outputs), stacked, SERIES)
+    assert [(layer.weight, layer.bias) for layer in found.layers] == [(0, None)]
+
+
+def test_a_scan_without_steps_has_no_inputs():
+    def outputs(m, x):
+        cell = lambda h, row: (jnp.tanh(h @ m.back.weight + row @ m.cell.weight), None)  # noqa: E731
+        return jax.lax.scan(cell, jnp.ones((5, 4)), x[:0])[0] + m.cell.bias
+
+    assert of(loss_of(outputs), RECURRENT, SERIES).layers == ()

@@ -10,17 +10,21 @@ This is what cyclic projections use. The two-color solvers project all time step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._errors import Unsupported
 from .._normal_form import Equation
 from .._recurrence import Recurrence
-from .._sweep import inner_offset, missing_in, sweep
+from .._sweep import inner_offset, missing_in, problem_of, sweep
 from ._rule import AbstractRule, Context, step
+
+if TYPE_CHECKING:
+    from .._problem import FeasibilityProblem
 
 
 class Scan(AbstractRule):
@@ -37,7 +41,7 @@ class Scan(AbstractRule):
         walk = _Walk(recurrence, unknown)
 
         def once(*operands):
-            x = [operands[i][0] for i in slices]
+            x = [jnp.zeros(operands[i].shape[1:], operands[i].dtype) for i in slices]  # there may be no step at all
             _, ys = recurrence.body(*(operands[i] for i in (*constants, *carries)), *x)
             entering = [operands[i] for i in carries]
             return walk.step([operands[i] for i in constants], entering, x, entering, ys, Context.plain(unknown))
@@ -45,15 +49,8 @@ class Scan(AbstractRule):
         return missing_in(once, equation)
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
-        assert ctx.equation is not None
-        recurrence = Recurrence.of(ctx.equation)
-        walk = _Walk(recurrence, ctx.unknown)
-        constants, carries, slices = recurrence.split(ctx.operands(inputs))
-        if ctx.unmoved and ctx.equation.kept:
-            kept = [ctx.known[v.index] for v in ctx.equation.kept]
-            entering, seen = kept[: recurrence.carries], kept[recurrence.carries :]
-        else:
-            entering, seen = recurrence.walk(constants, carries, slices, with_products=True)[2:]
+        walk, constants, (entering, slices, seen) = _walked(ctx, inputs)
+        recurrence = walk.recurrence
         last = [d for d, u in zip(duals[: recurrence.carries], walk.unknown[1], strict=True) if u]
 
         def back(state, now):
@@ -73,6 +70,35 @@ class Scan(AbstractRule):
         moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
         return nus, ctx.function(*moved)
 
+    def over_time(
+        self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], list[Array]]
+    ) -> list[Array]:
+        """What `look` finds in the body's problem at each time step, stacked along the first axis.
+
+        The problem's parameters are the unknown constants, carries and slices.
+        """
+        walk, constants, along = _walked(ctx, inputs)
+
+        def once(carry, x, products):
+            function, start, stiff = walk.function(constants, carry, x, ctx)
+            zeros = [jnp.zeros_like(y) for y in function(*start)]
+            return look(problem_of(function, start, zeros, stiff, ctx.metric, ctx.copies, inner_offset(ctx), products))
+
+        return jax.vmap(once)(*along)
+
+
+def _walked(ctx: Context, inputs: Sequence[Array]) -> tuple[_Walk, list[Array], tuple[list[Array], ...]]:
+    """The walk, its constants, and for all time steps the entering carries, the slices and the body's products."""
+    assert ctx.equation is not None
+    recurrence = Recurrence.of(ctx.equation)
+    constants, carries, slices = recurrence.split(ctx.operands(inputs))
+    if ctx.unmoved and ctx.equation.kept:
+        kept = [ctx.known[v.index] for v in ctx.equation.kept]
+        entering, seen = kept[: recurrence.carries], kept[recurrence.carries :]
+    else:
+        entering, seen = recurrence.walk(constants, carries, slices, with_products=True)[2:]
+    return _Walk(recurrence, ctx.unknown), constants, (entering, slices, seen)
+
 
 class _Walk:
     """One step back in time. `unknown` says of the constants, carries and slices of the body which are unknown."""
@@ -87,24 +113,33 @@ class _Walk:
         rest = iter(values)
         return [next(rest) if u else k for u, k in zip(self.unknown[kind], known, strict=True)]
 
-    def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, products=()) -> tuple[list, list, list]:
-        """The duals of the unknown constants, carries and slices of one time step, whose products may be at hand."""
+    def function(self, constants, carry, x, ctx: Context) -> tuple[Callable[..., list[Array]], list[Array], list[bool]]:
+        """One time step as a function of its unknown operands; their values, and which of them are parameters.
+
+        Its outputs are the unknown carries, then the stacked outputs that are floats.
+        """
         known = (constants, carry, x)
         start = [v for kind in range(3) for v, u in zip(known[kind], self.unknown[kind], strict=True) if u]
         counts = [sum(flags) for flags in self.unknown]
-        carried = [i for i, u in enumerate(self.unknown[1]) if u]
-        shown = [i for i, mu in enumerate(of_ys) if jnp.issubdtype(mu.dtype, jnp.inexact)]
 
         def function(*values):
             parts = [values[: counts[0]], values[counts[0] : counts[0] + counts[1]], values[counts[0] + counts[1] :]]
             full = [v for kind in range(3) for v in self.fill(kind, parts[kind], known[kind])]
             new, ys = self.recurrence.body(*full)
-            return [new[i] for i in carried] + [ys[i] for i in shown]
+            carried = [c for c, u in zip(new, self.unknown[1], strict=True) if u]
+            return carried + [y for y in ys if jnp.issubdtype(y.dtype, jnp.inexact)]
 
-        duals = [of_carries[i] for i in carried] + [of_ys[i] for i in shown]
         parameter = iter(ctx.weight_like)
         given = self.recurrence.split(ctx.unknown)
         likes = [[next(parameter, False) if u else False for u in flags] for flags in given]
         stiff = [likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u]
+        return function, start, stiff
+
+    def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, products=()) -> tuple[list, list, list]:
+        """The duals of the unknown constants, carries and slices of one time step, whose products may be at hand."""
+        function, start, stiff = self.function(constants, carry, x, ctx)
+        duals = [mu for mu, u in zip(of_carries, self.unknown[1], strict=True) if u]
+        duals += [mu for mu in of_ys if jnp.issubdtype(mu.dtype, jnp.inexact)]
         nus = sweep(function, start, duals, stiff, ctx.metric, ctx.copies, inner_offset(ctx), products)
-        return nus[: counts[0]], nus[counts[0] : counts[0] + counts[1]], nus[counts[0] + counts[1] :]
+        first, second, _ = map(sum, self.unknown)
+        return nus[:first], nus[first : first + second], nus[first + second :]
