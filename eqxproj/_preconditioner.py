@@ -11,6 +11,10 @@ loses $\delta_b \bar x^T$, the optimizer acts, and its update of $W$ is divided 
 $\Delta b = \Delta c - \Delta W \bar x$. So a step no longer depends on the origin and unit of a layer's inputs. The
 price is the mean and the variance of each input; no matrix is kept or factored.
 
+An optimizer like Adam gives all entries of an update about the same size. A row of n such entries changes an output
+$\sqrt n$ times as much as one, so that the update of W is divided by $\sqrt{n / 128}$ too where n is above 128: one
+rate then suits layers of any width. (Of narrower layers the steps are not made larger: nothing was gained by that.)
+
 (Centered units: Schraudolph, Centering neural network gradient factors, 1998; Raiko, Valpola and LeCun, AISTATS 2012.)
 
 Its limits: what [`layers`][] finds, also inside of a `scan`, where the inputs are those of all time steps. A weight
@@ -36,13 +40,16 @@ from ._state import context, shown
 from .rules.scan import Scan
 
 _LEAST = 0.1
-"""The least deviation of inputs that a step is divided by, in the units of the inputs: what hardly varies is noise."""
+"""The least number that a step is divided by: what hardly varies is noise."""
+_WIDTH = 128
+"""The number of inputs from which on steps are smaller: that of the layers that the default rate was chosen with."""
 
 
 class Preconditioner(eqx.Module):
     """Displacements and updates in the coordinates of the layers' inputs.
 
-    - `means`: for each layer the mean of its inputs, shaped to multiply the weight. `scales`: one over their deviation.
+    - `means`: for each layer the mean of its inputs, shaped to multiply the weight.
+    - `scales`: what its updates are multiplied with, one over the deviation of its inputs and the root of their number.
     """
 
     means: tuple[Array, ...]
@@ -85,7 +92,7 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
     found, means, scales = [], [], []
     for layer, inputs in _with_inputs(problem, owner):
         if inputs.size and layer.weight not in excluded and layer.bias not in excluded:
-            mean, scale = _statistics(inputs, layer, problem.trace.parameters[layer.weight].ndim)
+            mean, scale = _statistics(inputs, layer, problem.trace.parameters[layer.weight].shape)
             found.append(layer)
             means.append(mean)
             scales.append(scale)
@@ -134,8 +141,8 @@ def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) 
     return [(replace(layer, axes=tuple(a + 1 for a in layer.axes)), x) for layer, x in zip(found, inputs, strict=True)]
 
 
-def _statistics(inputs: Array, layer: Layer, rank: int) -> tuple[Array, Array]:
-    """The mean of a layer's inputs, shaped to multiply a weight of that rank, and one over their deviation.
+def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The mean of a layer's inputs, shaped to multiply a weight of that shape, and the factor of its updates.
 
     Of n rows the mean is taken times 1 - 1/n, so that the weights still move along the inputs where there is one. For a
     weight without a bias the deviation is that from zero.
@@ -149,5 +156,7 @@ def _statistics(inputs: Array, layer: Layer, rank: int) -> tuple[Array, Array]:
     left = sorted(layer.axes)
     mean = jnp.transpose(mean, [left.index(a) for a in layer.axes])
     sizes = dict(zip(layer.along, mean.shape, strict=True))
-    shape = [sizes.get(a, 1) for a in range(rank)]
-    return (1.0 - 1.0 / count) * mean.reshape(shape), 1.0 / jnp.sqrt(jnp.maximum(variance, _LEAST**2))
+    mean = mean.reshape([sizes.get(a, 1) for a in range(len(shape))])
+    summed = math.prod(shape[a] for a in layer.along) if layer.out is None else math.prod(shape) / shape[layer.out]
+    size = jnp.sqrt(jnp.maximum(variance * max(1.0, summed / _WIDTH), _LEAST**2))
+    return (1.0 - 1.0 / count) * mean, 1.0 / size
