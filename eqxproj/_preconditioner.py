@@ -25,7 +25,7 @@ and those that a `scan` goes through, one a step, are left as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import equinox as eqx
@@ -41,6 +41,8 @@ from .rules.scan import Scan
 
 _LEAST = 0.1
 """The least number that a step is divided by: what hardly varies is noise."""
+_ROWS = 2048
+"""How many rows of inputs the mean and the deviation are taken of, where there are more."""
 _WIDTH = 128
 """The number of inputs from which on steps are smaller: that of the layers that the default rate was chosen with."""
 
@@ -137,7 +139,8 @@ def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) 
         return [inputs for _, inputs in pairs]
 
     operands = [shown(problem, problem.start(False), e) for e in node.edges]
-    inputs = node.rule.over_time(context(problem, number, False), operands, look) if held else []
+    ctx = replace(context(problem, number, False), unmoved=True)  # as on the forward pass
+    inputs = node.rule.over_time(ctx, operands, look) if held else []
     return [(replace(layer, axes=tuple(a + 1 for a in layer.axes)), x) for layer, x in zip(found, inputs, strict=True)]
 
 
@@ -148,6 +151,7 @@ def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Ar
     weight without a bias the deviation is that from zero.
     """
     rows = tuple(a for a in range(inputs.ndim) if a not in layer.axes)
+    inputs = _thinned(inputs, rows)
     count = math.prod(inputs.shape[a] for a in rows)
     kind = jnp.promote_types(inputs.dtype, jnp.float32)
     mean = jnp.mean(inputs, rows, dtype=kind)
@@ -160,3 +164,11 @@ def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Ar
     summed = math.prod(shape[a] for a in layer.along) if layer.out is None else math.prod(shape) / shape[layer.out]
     size = jnp.sqrt(jnp.maximum(variance * max(1.0, summed / _WIDTH), _LEAST**2))
     return (1.0 - 1.0 / count) * mean, 1.0 / size
+
+
+def _thinned(inputs: Array, rows: Sequence[int]) -> Array:
+    """Evenly spaced rows: every second along the longest of the axes `rows`, again and again until they are few."""
+    while math.prod(inputs.shape[a] for a in rows) > _ROWS:
+        longest = max(rows, key=lambda a: inputs.shape[a])
+        inputs = inputs[tuple(slice(None, None, 2) if a == longest else slice(None) for a in range(inputs.ndim))]
+    return inputs
