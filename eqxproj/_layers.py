@@ -25,6 +25,7 @@ class Layer:
     - `axes`: the axes of the inputs that meet the axes `along` of the weight, in their order.
     - `out`: the one axis of the weight that the product does not sum over, `None` where there are none or several.
     - `factor`: the coefficient of the product over that of the bias, in their sum.
+    - `stacked`: whether the parameters are those of many layers along a first axis, which the other axes do not count.
     """
 
     weight: int
@@ -35,6 +36,7 @@ class Layer:
     along: tuple[int, ...]
     out: int | None
     factor: float = 1.0
+    stacked: bool = False
 
 
 def layers(graph: Graph, owner: Mapping[int, int]) -> tuple[Layer, ...]:

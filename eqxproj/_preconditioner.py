@@ -18,21 +18,25 @@ rate then suits layers of any width. (Of narrower layers the steps are not made 
 (Centered units: Schraudolph, Centering neural network gradient factors, 1998; Raiko, Valpola and LeCun, AISTATS 2012.)
 
 Its limits: what [`layers`][] finds, also inside of a `scan`, where the inputs are those of all time steps. A weight
-without a bias is only scaled, by the deviation from zero. Weights that constraints act on, those inside of `cond`,
-and those that a `scan` goes through, one a step, are left as they are.
+without a bias is only scaled, by the deviation from zero. Weights that constraints act on, and those inside of `cond`,
+are left as they are.
 """
 
 from __future__ import annotations
 
+import functools as ft
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._graph import Graph, Node
 from ._layers import Layer, layers, only_reader
 from ._problem import FeasibilityProblem
 from ._recurrence import Recurrence
@@ -63,26 +67,37 @@ class Preconditioner(eqx.Module):
         leaves, treedef = jtu.tree_flatten(moved)
         for layer, mean in zip(self.layers, self.means, strict=True):
             if layer.bias is not None:
-                weight = leaves[layer.weight]
-                shape = [n if a == layer.out else 1 for a, n in enumerate(weight.shape)]
-                part = layer.factor * leaves[layer.bias].reshape(shape) * mean
-                leaves[layer.weight] = weight - part.astype(weight.dtype)
+                leaves[layer.weight] = _each(_centered, layer)(leaves[layer.weight], leaves[layer.bias], mean)
         return jtu.tree_unflatten(treedef, leaves)
 
     def applied(self, updates: PyTree) -> PyTree:
         """Updates of the parameters, from those in the coordinates of the inputs."""
         leaves, treedef = jtu.tree_flatten(updates)
         for layer, mean, scale in zip(self.layers, self.means, self.scales, strict=True):
-            weight = leaves[layer.weight]
-            leaves[layer.weight] = weight = weight * scale.astype(weight.dtype)
+            scaled = _each(lambda _, w, s: w * s.astype(w.dtype), layer)(leaves[layer.weight], scale)
+            leaves[layer.weight] = scaled
             if layer.bias is not None:
-                bias = leaves[layer.bias]
-                assert layer.out is not None
-                full = jnp.broadcast_to(mean, [1 if a == layer.out else n for a, n in enumerate(weight.shape)])
-                rows = jnp.moveaxis(weight, layer.out, 0).reshape(bias.size, -1)
-                part = layer.factor * (rows @ full.reshape(-1).astype(weight.dtype))
-                leaves[layer.bias] = bias - part.reshape(bias.shape).astype(bias.dtype)
+                leaves[layer.bias] = _each(_offset, layer)(scaled, leaves[layer.bias], mean)
         return jtu.tree_unflatten(treedef, leaves)
+
+
+def _each(function: Callable[..., Any], layer: Layer) -> Callable[..., Any]:
+    """A function of a layer and arrays, of the arrays alone; with the first axis mapped where layers are stacked."""
+    bound = ft.partial(function, layer)
+    return jax.vmap(bound) if layer.stacked else bound
+
+
+def _centered(layer: Layer, weight: Array, bias: Array, mean: Array) -> Array:
+    shape = [n if a == layer.out else 1 for a, n in enumerate(weight.shape)]
+    return weight - (layer.factor * bias.reshape(shape) * mean).astype(weight.dtype)
+
+
+def _offset(layer: Layer, weight: Array, bias: Array, mean: Array) -> Array:
+    assert layer.out is not None
+    full = jnp.broadcast_to(mean, [1 if a == layer.out else n for a, n in enumerate(weight.shape)])
+    rows = jnp.moveaxis(weight, layer.out, 0).reshape(bias.size, -1)
+    part = layer.factor * (rows @ full.reshape(-1).astype(weight.dtype))
+    return bias - part.reshape(bias.shape).astype(bias.dtype)
 
 
 def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) -> Preconditioner:
@@ -94,7 +109,8 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
     found, means, scales = [], [], []
     for layer, inputs in _with_inputs(problem, owner):
         if inputs.size and layer.weight not in excluded and layer.bias not in excluded:
-            mean, scale = _statistics(inputs, layer, problem.trace.parameters[layer.weight].shape)
+            shape = problem.trace.parameters[layer.weight].shape[int(layer.stacked) :]
+            mean, scale = _each(lambda layer, x, shape=shape: _statistics(x, layer, shape), layer)(inputs)
             found.append(layer)
             means.append(mean)
             scales.append(scale)
@@ -120,16 +136,12 @@ def _with_inputs(problem: FeasibilityProblem, owner: Mapping[int, int]) -> list[
 
 
 def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) -> list[tuple[Layer, Array]]:
-    """The layers inside of a recurrence, each with its inputs of all time steps along a new first axis."""
-    graph = problem.graph
-    node = graph.nodes[number]
-    assert node.equation is not None and isinstance(node.rule, Scan)
-    held = {}
-    constants = sum(node.unknown[: Recurrence.of(node.equation).constants])
-    for place, edge in enumerate(graph.edges[e] for e in node.edges[:constants]):
-        for value, position in owner.items():
-            if only_reader(graph, value, owner) is edge and edge.view.is_identity:
-                held[place] = position
+    """The layers inside of a recurrence, each with its inputs of all time steps along a new first axis.
+
+    Parameters that it goes through, one a step, are those of stacked layers.
+    """
+    node = problem.graph.nodes[number]
+    held, slices = _held(problem.graph, node, owner)
     found: list[Layer] = []
 
     def look(body: FeasibilityProblem) -> list[Array]:
@@ -140,8 +152,39 @@ def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) 
 
     operands = [shown(problem, problem.start(False), e) for e in node.edges]
     ctx = replace(context(problem, number, False), unmoved=True)  # as on the forward pass
+    assert isinstance(node.rule, Scan)
     inputs = node.rule.over_time(ctx, operands, look) if held else []
-    return [(replace(layer, axes=tuple(a + 1 for a in layer.axes)), x) for layer, x in zip(found, inputs, strict=True)]
+    pairs = []
+    for layer, x in zip(found, inputs, strict=True):
+        sliced = {position in slices for position in (layer.weight, layer.bias) if position is not None}
+        if sliced == {False}:
+            later = replace(layer, axes=tuple(a + 1 for a in layer.axes))
+            pairs.append((later, jnp.moveaxis(x, 0, 1) if layer.stacked else x))
+        elif sliced == {True} and not layer.stacked:
+            pairs.append((replace(layer, stacked=True), x))
+    return pairs
+
+
+def _held(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int, int], set[int]]:
+    """The parameters that a recurrence reads as they stand, and nothing else does.
+
+    **Returns:**
+
+    For each of them its place among the unknown operands of the body; and the positions of those that are slices.
+    """
+    assert node.equation is not None
+    recurrence = Recurrence.of(node.equation)
+    constants, carries, _ = map(sum, recurrence.split(node.unknown))
+    late = sum(recurrence.unknown_carries(node.unknown)) - carries  # carries that become unknown on the way
+    held, slices = {}, set()
+    for place, edge in enumerate(graph.edges[e] for e in node.edges):
+        for value, position in owner.items():
+            if constants <= place < constants + carries or not edge.view.is_identity:
+                continue
+            if only_reader(graph, value, owner) is edge:
+                held[place if place < constants else place + late] = position
+                slices |= {position} if place >= constants else set()
+    return held, slices
 
 
 def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -153,6 +153,29 @@ def test_statistics_are_those_of_the_inputs():
     np.testing.assert_allclose(quiet.scales[0], 10.0, rtol=1e-4)  # the least deviation is 0.1
 
 
+@pytest.mark.parametrize(("inputs", "factor"), [(30, 1.0), (128, 1.0), (512, 0.5), (2048, 0.25)])
+def test_steps_of_wide_layers_are_smaller(inputs, factor):
+    x = jax.random.normal(KEYS[0], (64, inputs))
+    found = of(loss_of(rows), Pair(jnp.ones((inputs, 4)), B), x)
+    np.testing.assert_allclose(found.scales[0], factor / np.sqrt(np.asarray(x).var(0).mean()), rtol=1e-4)
+    window = jax.random.normal(KEYS[0], (4, 32, 6, 6))
+    convolution = of(loss_of(linear), eqx.nn.Conv2d(32, 3, 4, key=KEYS[0]), window)  # 512 inputs an output
+    deviation = np.sqrt(np.asarray(window).var((0, 2, 3)).mean())
+    np.testing.assert_allclose(convolution.scales[0], 0.5 / deviation, rtol=1e-4)
+
+
+def test_of_many_rows_some_are_enough():
+    x = 1.5 + jax.random.normal(KEYS[0], (5000, 6))
+    found = of(loss_of(rows), Pair(W, B), x)
+    np.testing.assert_allclose(found.scales[0], 1 / np.sqrt(np.asarray(x).var(0).mean()), rtol=0.05)
+    kept = np.asarray(x)[::4]
+    np.testing.assert_allclose(found.means[0][:, 0], (1 - 1 / 1250) * kept.mean(0), rtol=1e-5)
+    images = jax.random.normal(KEYS[1], (9, 2, 40, 32))
+    image = of(loss_of(linear), eqx.nn.Conv2d(2, 3, 3, key=KEYS[2]), images)
+    some = np.asarray(images)[:, :, ::4, ::2]
+    np.testing.assert_allclose(image.means[0].ravel(), (1 - 1 / some[:, 0].size) * some.mean((0, 2, 3)), atol=1e-6)
+
+
 def test_one_row_still_moves_its_weight():
     found = of(loss_of(rows), Pair(W, B), X[:1])
     np.testing.assert_array_equal(found.means[0], 0.0)
@@ -314,14 +337,71 @@ def test_what_has_no_coordinates_inside_of_a_scan():
     assert [layer.weight for layer in of(loss_of(of_the_state), Pair(jnp.eye(4), B), SERIES).layers] == [0]
 
 
-def test_a_first_state_and_slices_that_are_parameters_are_no_layers():
+def test_a_first_state_that_is_a_parameter_is_no_layer():
     def outputs(m, x):
-        cell = lambda h, w: (jnp.tanh(x[0] @ m.cell.weight + h @ w), None)  # noqa: E731
-        return jax.lax.scan(cell, m.back.weight, m.back.bias)[0]
+        cell = lambda h, row: (jnp.tanh(row @ m.cell.weight + h @ m.cell.bias), None)  # noqa: E731
+        return jax.lax.scan(cell, m.back.weight, x)[0] @ m.back.bias
 
-    stacked = Recurrent(Pair(W, B), Pair(jnp.ones((5, 4)), jnp.ones((3, 4, 4))))
-    found = of(loss_of(outputs), stacked, SERIES)
-    assert [(layer.weight, layer.bias) for layer in found.layers] == [(0, None)]
+    model = Recurrent(Pair(W, jnp.eye(4)), Pair(jnp.ones((5, 4)), jnp.ones((4, 4))))
+    found = of(loss_of(outputs), model, SERIES)
+    assert [(layer.weight, layer.bias) for layer in found.layers] == [(3, None), (0, None), (1, None)]
+
+
+DEEP = Pair(jax.random.normal(KEYS[0], (3, 6, 6)), jax.random.normal(KEYS[1], (3, 6)))
+
+
+def through_layers(m, x, reverse=False):
+    cell = lambda h, layer: (jnp.tanh(h @ layer[0] + layer[1]), None)  # noqa: E731
+    return jax.lax.scan(cell, x, (m.weight, m.bias), reverse=reverse)[0]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_layers_that_a_scan_goes_through(reverse):
+    """Their coordinates and steps are those of the same layers, one after the other."""
+
+    def one_by_one(ms, x):
+        for m in ms[:: -1 if reverse else 1]:
+            x = jnp.tanh(x @ m.weight + m.bias)
+        return x
+
+    apart = [Pair(w, b) for w, b in zip(DEEP.weight, DEEP.bias, strict=True)]
+    stacked = of(loss_of(lambda m, x: through_layers(m, x, reverse), 0.01), DEEP, X)
+    several = of(loss_of(one_by_one, 0.01), apart, X)
+    assert [(layer.weight, layer.bias, layer.stacked) for layer in stacked.layers] == [(0, 1, True)]
+    np.testing.assert_allclose(stacked.means[0], jnp.stack(several.means), rtol=1e-5)
+    np.testing.assert_allclose(stacked.scales[0], jnp.stack(several.scales), rtol=1e-5)
+    update = random_like(DEEP, KEYS[2])
+    parts = [Pair(update.weight[i], update.bias[i]) for i in range(3)]
+    for name in ("centered", "applied"):
+        one, others = getattr(stacked, name)(update), getattr(several, name)(parts)
+        np.testing.assert_allclose(one.weight, jnp.stack([m.weight for m in others]), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(one.bias, jnp.stack([m.bias for m in others]), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_a_scan_goes_through_at_each_step_of_another():
+    def outputs(m, x):
+        cell = lambda h, row: (through_layers(m, h + row), None)  # noqa: E731
+        return jax.lax.scan(cell, jnp.zeros((5, 6)), x)[0]
+
+    found = of(loss_of(outputs), DEEP, SERIES)
+    assert [(layer.weight, layer.bias, layer.stacked) for layer in found.layers] == [(0, 1, True)]
+    h, inputs = jnp.zeros((5, 6)), [[], [], []]
+    for row in SERIES:
+        h = h + row
+        for i in range(3):
+            inputs[i].append(h)
+            h = jnp.tanh(h @ DEEP.weight[i] + DEEP.bias[i])
+    for i in range(3):
+        each = np.concatenate([np.asarray(x) for x in inputs[i]])
+        np.testing.assert_allclose(found.means[0][i, :, 0], (1 - 1 / 35) * each.mean(0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.scales[0][i], 1 / np.sqrt(each.var(0).mean()), rtol=1e-4)
+
+
+def test_a_bias_for_all_of_the_layers_that_a_scan_goes_through():
+    def outputs(m, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w + m.bias), None), x, m.weight)[0]
+
+    assert of(loss_of(outputs), Pair(DEEP.weight, DEEP.bias[0]), X).layers == ()
 
 
 def test_a_scan_without_steps_has_no_inputs():
