@@ -14,12 +14,22 @@ from eqxproj.rules._noise import expected_slope, expected_slope_of_pieces, has_j
 from eqxproj.rules.scalar import recognize
 
 FUNCTIONS = {
-    "sign": jnp.sign,
-    "step": lambda s: jnp.where(s > 0.3, 2.0, -1.0),
-    "three levels": lambda s: jnp.where(s > 0.5, 1.0, jnp.where(s < -0.5, -1.0, 0.0)),
-    "jump and slope": lambda s: jnp.where(s > 0, s + 1.0, 0.5 * s),
-    "band": lambda s: jnp.where(jnp.abs(s) < 1, s, 0.0),
+    "sign": (jnp.sign, {0.0: jnp.sign}),
+    "step": (lambda s: jnp.where(s > 0.3, 2.0, -1.0), {0.3: lambda s: jnp.where(s > 0.3, 2.0, -1.0)}),
+    "three levels": (
+        lambda s: jnp.where(s > 0.5, 1.0, jnp.where(s < -0.5, -1.0, 0.0)),
+        {0.5: lambda s: jnp.where(s > 0.5, 1.0, 0.0), -0.5: lambda s: jnp.where(s < -0.5, -1.0, 0.0)},
+    ),
+    "jump and slope": (
+        lambda s: jnp.where(s > 0, s + 1.0, 0.5 * s),
+        {0.0: lambda s: jnp.where(s > 0, s + 1.0, 0.5 * s)},
+    ),
+    "band": (
+        lambda s: jnp.where(jnp.abs(s) < 1, s, 0.0),
+        {-1.0: lambda s: jnp.where(s > -1, s, 0.0), 1.0: lambda s: jnp.where(s > 1, -s, 0.0)},
+    ),
 }
+"""Functions, and their parts by breakpoint."""
 POINTS = np.array([-3.0, -1.0, -0.2, 0.0, 0.3, 0.7, 2.5])
 
 
@@ -30,24 +40,51 @@ def fragment(f):
     return Fragment(equations, program.inputs, program.outputs), program
 
 
-def slope_by_integration(f, s):
+def slope_by_integration(f, s, size):
     def integrand(e):
-        return e * float(f(jnp.float32(s + e))) * norm.pdf(e)
+        return e * float(f(jnp.float32(s + size * e))) * norm.pdf(e) / size
 
-    breaks = [b - s for b in (-1.0, -0.5, 0.0, 0.3, 0.5, 1.0)]
-    return quad(integrand, -6, 6, points=breaks, limit=100)[0]
+    breaks = [(b - s) / size for b in (-1.0, -0.5, 0.0, 0.3, 0.5, 1.0)]
+    return quad(integrand, -6, 6, points=[b for b in breaks if -6 < b < 6], limit=200)[0]
+
+
+def pieces_of(f):
+    phi, program = fragment(f)
+    pieces = recognize(phi, program.static)
+    assert pieces is not None and pieces.has_jumps
+    return pieces
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_slope_of_the_expectation(name):
-    f = FUNCTIONS[name]
-    phi, program = fragment(f)
-    pieces = recognize(phi, program.static)
-    assert pieces is not None and pieces.has_jumps
-    wanted = np.array([slope_by_integration(f, s) for s in POINTS])
-    closed = expected_slope_of_pieces(pieces, jnp.asarray(POINTS, jnp.float32))
-    np.testing.assert_allclose(closed, wanted, atol=2e-4)
+    f, parts = FUNCTIONS[name]
+    sizes = {b: 0.4 * np.sqrt(np.mean((POINTS - b) ** 2)) for b in parts}
+    wanted = np.array([sum(slope_by_integration(g, s, sizes[b]) for b, g in parts.items()) for s in POINTS])
+    closed = expected_slope_of_pieces(pieces_of(f), jnp.asarray(POINTS, jnp.float32))
+    np.testing.assert_allclose(closed, wanted, atol=4e-4)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_quadrature_sees_functions_through_noise_of_unit_size(name):
+    f = FUNCTIONS[name][0]
+    wanted = np.array([slope_by_integration(f, s, 1.0) for s in POINTS])
     np.testing.assert_allclose(expected_slope(f, jnp.asarray(POINTS, jnp.float32)), wanted, atol=0.15)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_a_jump_is_seen_alike_in_any_unit(unit):
+    s = jnp.asarray(POINTS, jnp.float32)
+    changed = pieces_of(lambda s: jnp.where(s > 0.3 * unit, 2.0, -1.0))
+    expected = expected_slope_of_pieces(pieces_of(FUNCTIONS["step"][0]), s)
+    np.testing.assert_allclose(unit * expected_slope_of_pieces(changed, unit * s), expected, rtol=1e-3)
+
+
+def test_a_jump_is_seen_where_all_or_none_are_near_it():
+    sign = pieces_of(jnp.sign)
+    np.testing.assert_allclose(expected_slope_of_pieces(sign, jnp.zeros(3)), 2 * norm.pdf(0.0), rtol=1e-5)
+    assert np.all(expected_slope_of_pieces(sign, jnp.full(3, 50.0)) > 1e-4)
+    masked = expected_slope_of_pieces(sign, jnp.array([1.0, -1.0, jnp.inf, -jnp.inf]))
+    np.testing.assert_allclose(masked, [*[2 * norm.pdf(2.5) / 0.4] * 2, 0.0, 0.0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("f", [lambda s: 2 * s + 1, lambda s: s], ids=["affine", "identity"])

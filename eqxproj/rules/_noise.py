@@ -1,15 +1,18 @@
 r"""Functions with jumps, seen through noise: the slope of their expectation.
 
 In a steep metric no wish is worth a move across a jump, and on the flat parts of a sign or a rounding the nearest
-point answers nothing. But the expectation $\bar\phi(s) = \mathbb{E}\,\phi(s + \varepsilon)$ under Gaussian noise
-$\varepsilon$ of unit variance is smooth, and to a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$ is
-needed: by Stein's identity $\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + \varepsilon)$, which has a closed form
-where $\phi$ is affine on pieces: with slopes $m_j$ between breakpoints $b_j$ and jumps $h_j$ at them,
+point answers nothing. But the expectation $\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise
+$\varepsilon$ of unit variance is smooth, and to a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$
+is needed: by Stein's identity $t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed
+form where $\phi$ is affine on pieces. With slope $m$ before all breakpoints $b_j$, changes $m_j$ of slope and jumps $h_j$
+there, $\phi$ is a sum of one part a breakpoint, and each is seen through noise of its own size $t_j$:
 
-$$\bar\phi'(s) = \sum_j m_j \big(\Phi(b_j - s) - \Phi(b_{j-1} - s)\big) + \sum_j h_j\,\varphi(b_j - s),$$
+$$\bar\phi'(s) = m + \sum_j m_j\,\Phi\Big(\frac{s - b_j}{t_j}\Big) + \frac{h_j}{t_j}\,\varphi\Big(\frac{s - b_j}{t_j}\Big),$$
 
-where $\Phi$ and $\varphi$ are the normal distribution and density. For the sign that is twice the density, and for
-rounding it is one to eight digits. The noise has the unit of the function's argument.
+where $\Phi$ and $\varphi$ are the normal distribution and density, and $t_j$ is a share of the root mean square of the
+distances $s - b_j$, of all elements: a jump is seen from where the arguments are, in any unit of them, and the more
+sharply the more of them are near. (With noise of unit size networks of signs learn less, `benchmarks/discrete.py`.)
+Functions of which no such form is known are seen through noise of unit size, in the unit of their argument.
 """
 
 from __future__ import annotations
@@ -29,22 +32,33 @@ _REACH, _POINTS = 4.0, 33  # of the quadrature
 _RANGE, _SHIFT, _COARSE, _FINE, _SUSPECTS = 8.0, 1e-3, 4097, 513, 8  # of the search for jumps; off round numbers
 
 
+_SHARE = 0.4
+"""Of the distances from a breakpoint, the size of the noise that it is seen through."""
+
+
 def expected_slope_of_pieces(phi: PiecewiseAffine, s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The slope of the expectation of a function that is affine on pieces, in closed form."""
-    edges = [-np.inf, *phi.breakpoints, np.inf]
-    total = jnp.zeros_like(s)
-    for slope, low, high in zip(phi.slopes, edges, edges[1:], strict=False):
-        if slope:
-            total = total + slope * (norm.cdf(high - s) - norm.cdf(low - s))
+    total = jnp.full_like(s, phi.slopes[0])
     for i, point in enumerate(phi.breakpoints):
-        left, right = (m * point + c if m else c for m, c in ((phi.slopes[k], phi.intercepts[k]) for k in (i, i + 1)))
-        if np.isfinite(right - left):
-            total = total + (right - left) * norm.pdf(point - s)
+        size = _noise(s - point)
+        (m0, c0), (m1, c1) = ((phi.slopes[k], phi.intercepts[k]) for k in (i, i + 1))
+        if m1 != m0:
+            total = total + (m1 - m0) * norm.cdf((s - point) / size)
+        jump = ((m1 * point if m1 else 0.0) + c1) - ((m0 * point if m0 else 0.0) + c0)
+        if np.isfinite(jump) and jump:
+            total = total + jump * norm.pdf((s - point) / size) / size
     return total
 
 
+def _noise(distance: Array) -> Array:
+    """The size of the noise that a breakpoint is seen through; one where all elements are on it."""
+    finite = jnp.isfinite(distance)
+    square = jnp.sum(jnp.where(finite, distance, 0.0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
+    return jnp.where(square > 0, _SHARE * jnp.sqrt(square), 1.0).astype(distance.dtype)
+
+
 def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""The slope of the expectation of any function, by quadrature of Stein's identity.
+    r"""The slope of the expectation of any function under noise of unit size, by quadrature of Stein's identity.
 
     Values that are not finite are left out.
     """
