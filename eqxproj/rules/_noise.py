@@ -4,10 +4,10 @@ In a steep metric no wish is worth a move across a jump, and on the flat parts o
 point answers nothing. But the expectation $\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise
 $\varepsilon$ of unit variance is smooth, and to a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$
 is needed: by Stein's identity $t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed
-form where $\phi$ is affine on pieces. With slope $m$ before all breakpoints $b_j$, changes $m_j$ of slope and jumps $h_j$
-there, $\phi$ is a sum of one part a breakpoint, and each is seen through noise of its own size $t_j$:
+form where $\phi$ is affine on pieces. With slope $m$ before all breakpoints $b_j$, and changes $m_j$ of slope and jumps
+$h_j$ there, $\phi$ is a sum of one part a breakpoint, and each is seen through noise of its own size $t_j$:
 
-$$\bar\phi'(s) = m + \sum_j m_j\,\Phi\Big(\frac{s - b_j}{t_j}\Big) + \frac{h_j}{t_j}\,\varphi\Big(\frac{s - b_j}{t_j}\Big),$$
+$$\bar\phi'(s) = m + \sum_j m_j\,\Phi(u_j) + \frac{h_j}{t_j}\,\varphi(u_j), \qquad u_j = \frac{s - b_j}{t_j},$$
 
 where $\Phi$ and $\varphi$ are the normal distribution and density, and $t_j$ is a share of the root mean square of the
 distances $s - b_j$, of all elements: a jump is seen from where the arguments are, in any unit of them, and the more
