@@ -29,14 +29,19 @@ def _momentum(rate: float) -> optax.GradientTransformation:
 
 
 def _solver(solver: Callable[[], eqxproj.AbstractSolver]) -> list[Setting]:
-    """A solver from the forward pass: a steep metric and one flatter, and few sweeps or many."""
+    """A solver from the forward pass: a steep metric and two flatter ones, and few sweeps or many.
+
+    Solvers that remember their copies get one constraint for a whole product: a copy a neuron would be N x N x M numbers
+    a layer.
+    """
     found = []
     for grade, parameter in ((1e3, 1e4), (5.0, 1e4), (1.0, 1e2)):
         for sweeps in (8, 24):
 
             def options(grade=grade, parameter=parameter, sweeps=sweeps):
                 metric = eqxproj.Metric(grade, parameter)
-                return {"solver": solver(), "metric": metric, "solver_steps": sweeps, "tau": 0.1}
+                copies = "none" if solver().memory else "neuron"
+                return {"solver": solver(), "metric": metric, "solver_steps": sweeps, "tau": 0.1, "copies": copies}
 
             found.append(Setting(f"grade {grade:g}, parameter {parameter:g}, {sweeps} sweeps", options))
     return found
