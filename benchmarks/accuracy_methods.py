@@ -31,8 +31,7 @@ def _momentum(rate: float) -> optax.GradientTransformation:
 def _solver(solver: Callable[[], eqxproj.AbstractSolver]) -> list[Setting]:
     """A solver from the forward pass: a steep metric and two flatter ones, and few sweeps or many.
 
-    Solvers that remember their copies get one constraint for a whole product: a copy a neuron would be N x N x M numbers
-    a layer.
+    Solvers that remember their copies get one constraint for a whole product: a copy for each neuron takes too long.
     """
     found = []
     for grade, parameter in ((1e3, 1e4), (5.0, 1e4), (1.0, 1e2)):

@@ -95,8 +95,8 @@ def train(
         falling with a cosine to a hundredth of that over the last four tenths of the `steps`.
     - `metric`, `copies`, `tau`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
         [`filter_value_and_displacement`][].
-    - `precondition`: whether the steps of layers are measured by what they change, given the mean and the deviation of
-        the layers' inputs (centered and scaled steps, which no origin or unit of the inputs changes); by default
+    - `precondition`: whether the steps of layers are measured by what they change, given the mean, deviation and number
+        of the layers' inputs (centered and scaled steps, which no origin or unit of the inputs changes); by default
         wherever the default optimizer runs on displacements. Rates then mean more than without.
     - `method`: `"projection"`, or `"gradient"` to run the same loop on gradients.
     - `eval_data`: further data, evaluated before the first step, every `eval_every` steps (a twentieth of `steps` by
