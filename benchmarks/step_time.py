@@ -103,7 +103,7 @@ def steps_of(make):
     def trained(method, precondition):
         run = _Run(classification, None, default_optimizer(1000), None, None, None, 1, method, False)
         run.excluded = frozenset() if precondition else None
-        update = run.step(())
+        update = run.step((), parameters)
 
         def step(carry, batch):
             reached, state, bad = carry

@@ -83,7 +83,8 @@ def train(
 
     **Arguments:**
 
-    - `model`: any pytree; its inexact arrays are trained.
+    - `model`: any pytree; its inexact arrays are trained. Those of bfloat16 or float16 are kept in float32 between the
+        steps, and so is the state of the optimizer; the model runs, and is returned, in its own types.
     - `data`: `(x, y)`, or any tuple of pytrees of arrays with one entry a sample along their first axis.
     - `loss`: `loss(model, *batch)`, a scalar: what is given to `equinox.filter_value_and_grad` otherwise. A loss with
         an argument named `key` gets a fresh PRNG key each step.
@@ -285,20 +286,26 @@ class _Run:
                 f"parameters are finite.{hint}"
             )
 
-    def step(self, constraints: Sequence[Constraint]):
-        """The jitted step: `(model arrays, optimizer state, bad step, step, batch, key) -> ...`."""
+    def step(self, constraints: Sequence[Constraint], like: PyTree):
+        """The jitted step: `(widened parameters, optimizer state, bad step, step, batch, key) -> ...`.
+
+        The model is run with parameters of the types of `like`.
+        """
 
         kept, others = ([c for c in constraints if c[1].keeps is flag] for flag in (True, False))
 
         def update(static, parameters, opt_state, bad, number, batch, key):
-            model = apply_constraints(eqx.combine(parameters, static), kept)
+            model = apply_constraints(eqx.combine(_cast(parameters, like), static), kept)
             value, moved, inputs = self.direction(model, batch, key)
+            moved = _cast(moved, parameters)
             moved = moved if inputs is None else inputs.centered(moved)
             updates, new_state = self.optimizer.update(moved, opt_state, parameters)
             updates = updates if inputs is None else inputs.applied(updates)
             new = eqx.apply_updates(parameters, updates)
             new = eqx.filter(apply_constraints(eqx.combine(new, static), others), eqx.is_inexact_array)
-            finite = [jnp.isfinite(value)] + [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves((moved, new))]
+            finite = [jnp.isfinite(value)] + [
+                jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves((moved, _cast(new, like)))
+            ]
             ok = jnp.all(jnp.stack(finite)) & (bad < 0)
             keep = lambda a, b: jnp.where(ok, a, b) if eqx.is_array(a) else a  # noqa: E731
             new, new_state = jtu.tree_map(keep, new, parameters), jtu.tree_map(keep, new_state, opt_state)
@@ -318,6 +325,15 @@ class _Run:
         state = run(problem, self.solver, self.solver_steps)
         bad = first_bad(problem, jax.device_get(finite_nodes(problem, state)))
         return "the optimizer's update" if bad is None else problem.describe(bad)
+
+
+def _widened(parameters: PyTree) -> PyTree:
+    """Parameters as training keeps them, in float32 at least: small steps would be lost to the rounding of bfloat16."""
+    return jtu.tree_map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), parameters)
+
+
+def _cast(parameters: PyTree, like: PyTree) -> PyTree:
+    return jtu.tree_map(lambda p, q: p.astype(q.dtype), parameters, like)
 
 
 def _extremes(data: Sequence[PyTree], count: int) -> list[int]:
@@ -371,12 +387,13 @@ def _loop(
     progress: bool,
 ) -> TrainResult:
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
-    opt_state = run_.optimizer.init(parameters)
-    state = (parameters, opt_state, jnp.asarray(-1))
+    like = jtu.tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), parameters)
+    wide = _widened(parameters)
+    state = (wide, run_.optimizer.init(wide), jnp.asarray(-1))
     projected = eqx.filter_jit(lambda model: apply_constraints(model, constraints)) if constraints else lambda m: m
 
     def shown() -> PyTree:
-        return projected(eqx.combine(state[0], static))
+        return projected(eqx.combine(_cast(state[0], like), static))
 
     seconds, value, done = 0.0, float("nan"), 0
     bar = tqdm(total=steps, desc=run_.method, disable=not progress, leave=True)
@@ -385,7 +402,7 @@ def _loop(
     recent: list[tuple[np.ndarray, Array]] = []
     try:
         start = time.perf_counter()
-        step = _compiled(run_.step(constraints), static, state, batch, batch_key)
+        step = _compiled(run_.step(constraints, like), static, state, batch, batch_key)
         watch.compile_seconds = time.perf_counter() - start
         watch.record(0, value, 0.0, shown())
         start = time.perf_counter()

@@ -295,6 +295,36 @@ def test_the_scale_of_the_loss_does_not_matter(scale, method):
     assert not eqx.tree_equal(adam, train(steps=20, method=method, optimizer=optax.adam(3e-3)).model, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_small_steps_of_small_types_are_not_lost(method, dtype):
+    """At 1 a bfloat16 has steps of 1/128; a hundred of 1e-4 each still add up to one hundredth."""
+    seen = set()
+
+    def linear(p, x):
+        seen.add(str(p.dtype))
+        return jnp.mean(squared_error((p * x).astype(jnp.float32), jnp.zeros_like(x, jnp.float32)))
+
+    x = np.ones((4, 1), np.float32)
+    result = eqxproj.train(jnp.ones(1, dtype), (x,), linear, steps=100, method=method, optimizer=optax.sign_sgd(1e-4))
+    assert result.model.dtype == dtype and seen == {str(jnp.dtype(dtype))}
+    np.testing.assert_allclose(np.asarray(result.model, np.float32), 0.99, atol=4e-3)
+
+
+def test_an_overflow_of_a_small_type_stops_training():
+    """The parameter that training keeps is finite in float32, but not in the model's type."""
+    with pytest.raises(eqxproj.NonFiniteError) as error:
+        eqxproj.train(
+            jnp.ones(1, jnp.float16),
+            (np.ones((4, 1), np.float32),),
+            lambda p, x: -jnp.mean(p.astype(jnp.float32) * x),
+            steps=5,
+            method="gradient",
+            optimizer=optax.sgd(2e4),
+        )
+    assert np.all(np.isfinite(error.value.model)) and error.value.model.dtype == jnp.float16
+
+
 @pytest.mark.slow
 def test_a_hundred_layers_learn():
     """By the defaults, all of them."""
