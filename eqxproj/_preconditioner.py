@@ -176,14 +176,16 @@ def _held(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int,
     recurrence = Recurrence.of(node.equation)
     constants, carries, _ = map(sum, recurrence.split(node.unknown))
     late = sum(recurrence.unknown_carries(node.unknown)) - carries  # carries that become unknown on the way
+    reads = {only_reader(graph, value, owner): position for value, position in owner.items()}
     held, slices = {}, set()
     for place, edge in enumerate(graph.edges[e] for e in node.edges):
-        for value, position in owner.items():
-            if constants <= place < constants + carries or not edge.view.is_identity:
-                continue
-            if only_reader(graph, value, owner) is edge:
-                held[place if place < constants else place + late] = position
-                slices |= {position} if place >= constants else set()
+        if edge not in reads or not edge.view.is_identity:
+            continue
+        if place < constants:
+            held[place] = reads[edge]
+        elif place >= constants + carries:
+            held[place + late] = reads[edge]
+            slices.add(reads[edge])
     return held, slices
 
 
