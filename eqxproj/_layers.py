@@ -54,7 +54,8 @@ def layers(graph: Graph, owner: Mapping[int, int]) -> tuple[Layer, ...]:
 def only_reader(graph: Graph, value: int, owner: Mapping[int, int]) -> Edge | None:
     """The one edge that shows a value, maybe through identities, to a node; `None` where there are several.
 
-    Penalties of parameters do not count: objectives, and nodes other than products that read nothing but parameters.
+    Penalties of parameters do not count: objectives, and nodes other than products and recurrences that read only
+    parameters.
     """
     found, stack = [], [value]
     while stack:

@@ -11,7 +11,7 @@ $$\bar\phi'(s) = m + \sum_j m_j\,\Phi(u_j) + \frac{h_j}{t_j}\,\varphi(u_j), \qqu
 
 where $\Phi$ and $\varphi$ are the normal distribution and density, and $t_j$ is a share of the root mean square of the
 distances $s - b_j$, of all elements: a jump is seen from where the arguments are, in any unit of them, and the more
-sharply the more of them are near. (With noise of unit size networks of signs learn less, `benchmarks/discrete.py`.)
+sharply the more of them are near.
 Functions of which no such form is known are seen through noise of unit size, in the unit of their argument.
 """
 
