@@ -150,7 +150,10 @@ TASKS: dict[str, Callable[[int, jax.Array], Any]] = {
 
 
 def _two_color(solver: eqxproj.AbstractSolver, sweeps: int) -> dict[str, Any]:
-    return {"solver": solver, "solver_steps": sweeps, "metric": eqxproj.Metric(1e3, 1e4), "tau": 0.1}
+    """Solvers that remember their copies get one constraint for a whole product: a copy for each neuron takes long."""
+    copies = "none" if solver.memory else "neuron"
+    options = {"solver": solver, "solver_steps": sweeps, "metric": eqxproj.Metric(1e3, 1e4), "tau": 0.1}
+    return {**options, "copies": copies}
 
 
 METHODS: dict[str, tuple[bool, dict[str, Any]]] = {

@@ -1,8 +1,9 @@
 """Layers of a graph: weights with what they are multiplied with, and their biases.
 
 A layer is a product or a convolution of an input with a parameter that stands in no other operation; its bias is a
-parameter that is added to that product, maybe among others, and to nothing else. Penalties of parameters, such as
-weight decay, do not count. Grouped and transposed convolutions are no layers.
+parameter that is added to that product, maybe among others, and to nothing else. Each of them may be converted to
+another type on the way (mixed precision). Penalties of parameters, such as weight decay, do not count. Grouped and
+transposed convolutions are no layers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from ._graph import Edge, Graph, Node
 from ._interpreter import View
 from ._normal_form import Equation, Variable
+from .rules.scalar import Scalar
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def layers(graph: Graph, owner: Mapping[int, int]) -> tuple[Layer, ...]:
 
 
 def only_reader(graph: Graph, value: int, owner: Mapping[int, int]) -> Edge | None:
-    """The one edge that shows a value, maybe through identities, to a node; `None` where there are several.
+    """The one edge that shows a value, maybe through identities and conversions, to a node; `None` for several.
 
     Penalties of parameters do not count: objectives, and nodes other than products and recurrences that read only
     parameters.
@@ -62,7 +64,7 @@ def only_reader(graph: Graph, value: int, owner: Mapping[int, int]) -> Edge | No
         for number in graph.readers[stack.pop()]:
             edge = graph.edges[number]
             node = graph.nodes[edge.consumer]
-            if node.kind == "identity":
+            if _repeats(graph, node):
                 stack.extend(node.outputs)
             elif value not in owner or not _is_penalty(graph, node, owner):
                 found.append(edge)
@@ -84,10 +86,20 @@ def _keeps_layers(node: Node) -> bool:
 
 
 def _original(graph: Graph, value: int) -> int:
-    """The value that a value repeats, through identities."""
-    while (maker := graph.nodes[graph.producers[value]]).kind == "identity":
+    """The value that a value repeats, through identities and conversions."""
+    while _repeats(graph, maker := graph.nodes[graph.producers[value]]):
         value = graph.edges[maker.edges[0]].sources[0]
     return value
+
+
+def _repeats(graph: Graph, node: Node) -> bool:
+    """Whether a node puts out what it reads: an identity, or a conversion to another type, as of mixed precision."""
+    if node.kind == "identity":
+        return True
+    if not isinstance(node.rule, Scalar) or not node.rule.repeats:
+        return False
+    (edge,) = (graph.edges[e] for e in node.edges)
+    return edge.view.is_identity and len(edge.sources) == 1 and not edge.delayed
 
 
 def _product_of(node: Node) -> Equation | None:

@@ -42,6 +42,12 @@ def weighted(m, x):
     return 2.0 * (x @ m.weight) - m.bias
 
 
+def converted(m, x):
+    """As in mixed precision: the parameters are kept in one type and used in another."""
+    w, b = (p.astype(jnp.bfloat16) for p in (m.weight, m.bias))
+    return x @ w.astype(jnp.float32) + b.astype(jnp.float32)
+
+
 def several_axes(m, x):
     """Contracts two axes of the inputs, in another order than that of the weight."""
     return jnp.tensordot(x, m.weight, ((1, 2), (1, 0))) + m.bias
@@ -66,6 +72,8 @@ LAYERS = {
     "linear": (linear, eqx.nn.Linear(6, 4, key=KEYS[2]), X, 0.0),
     "matmul": (rows, Pair(W, B), X, 0.0),
     "matmul, penalty": (rows, Pair(W, B), X, 0.1),
+    "converted": (converted, Pair(W, B), X, 0.0),
+    "converted, penalty": (converted, Pair(W, B), X, 0.1),
     "coefficients": (weighted, Pair(W, B), X, 0.0),
     "two axes": (
         several_axes,
@@ -303,6 +311,31 @@ def test_inside_of_a_scan_the_inputs_are_those_of_all_steps(reverse):
     for i, each in enumerate((inputs, states)):
         np.testing.assert_allclose(found.means[i][:, 0], (1 - 1 / 35) * each.mean(0), rtol=1e-5)
         np.testing.assert_allclose(found.scales[i], 1 / np.sqrt(each.var(0).mean()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_parameters_of_a_smaller_type_than_the_states_have_the_same_inputs(inside):
+    """Converted at each step, or before the recurrence."""
+
+    def wide(m):
+        return jtu.tree_map(lambda p: p.astype(jnp.float32), m)
+
+    def outputs(m, x):
+        if not inside:
+            return along_time(wide(m), x)
+
+        def cell(h, row):
+            own = wide(m)
+            h = jnp.tanh(row @ own.cell.weight + own.cell.bias + h @ own.back.weight)
+            return h, h
+
+        return jax.lax.scan(cell, jnp.zeros((x.shape[1], 4)), x)[1]
+
+    half = jtu.tree_map(lambda p: p.astype(jnp.bfloat16), RECURRENT)
+    small, large = of(loss_of(outputs), half, SERIES), of(loss_of(along_time), wide(half), SERIES)
+    assert [(layer.weight, layer.bias) for layer in small.layers] == [(0, 1), (2, 1)]
+    for one, other in zip((*small.means, *small.scales), (*large.means, *large.scales), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
 def test_inside_of_a_map_and_of_a_scan_in_a_scan():

@@ -69,6 +69,16 @@ def test_solvers_run_on_the_cycle(solver):
     assert np.all(np.isfinite(solution.stats["violation"])) and solution.stats["change"][0] > 0
 
 
+def test_sums_over_many_steps_are_not_kept_in_a_small_type():
+    """In bfloat16 a sum of ones stops at 256."""
+
+    def total(w, x):
+        return jax.lax.scan(lambda h, _: (h + w.astype(jnp.float32), None), jnp.zeros(2), length=1000)[0] @ x
+
+    found = eqxproj.filter_displacement(total)(jnp.ones(2, jnp.bfloat16), jnp.asarray([1.0, -2.0]))
+    np.testing.assert_allclose(found.astype(jnp.float32), [1000.0, -2000.0], rtol=0.01)
+
+
 def equations(function, *args):
     def count(jaxpr):
         inner = [p for e in jaxpr.eqns for p in jax.tree.leaves(e.params, is_leaf=lambda v: hasattr(v, "jaxpr"))]

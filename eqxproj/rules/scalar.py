@@ -104,14 +104,20 @@ class Scalar(AbstractRule):
         special = _special(phi)
         return cls(terms, head, phi, None if special else recognize(phi, static), special, static)
 
-    def describe(self, equation: Equation | None) -> str:
+    @property
+    def repeats(self) -> bool:
+        """Whether the output is the one operand as it stands, maybe of another type, and maybe plus a known constant."""
         first = self.terms[0]
-        if self.pieces is not None:
-            name = self.pieces.describe()
-            if name == "identity":
-                return "affine" if len(self.terms) > 1 or first.scale != 1 or first.axes or first.factors else name
+        plain = len(self.terms) == 1 and first.scale == 1 and not first.axes and not first.factors
+        return plain and self.pieces is not None and self.pieces.describe() == "identity"
+
+    def describe(self, equation: Equation | None) -> str:
+        if self.pieces is None:
+            return f"scalar: {self.special or 'generic solver'}"
+        name = self.pieces.describe()
+        if name != "identity":
             return f"scalar: {name}"
-        return f"scalar: {self.special or 'generic solver'}"
+        return name if self.repeats else "affine"
 
     def _coefficients(self, ctx: Context, inputs: Sequence[Array]) -> list[tuple[float | Array, int, tuple[int, ...]]]:
         """For each operand its coefficient, how many elements of it one output adds up, and over which axes."""

@@ -61,12 +61,13 @@ class Scan(AbstractRule):
             added = [a + b for a, b in zip(of_constants, new_constants, strict=True)]
             return (added, new_carries), of_x
 
-        zeros = [jnp.zeros_like(c) for c, u in zip(constants, walk.unknown[0], strict=True) if u]
+        held = [c for c, u in zip(constants, walk.unknown[0], strict=True) if u]
+        zeros = [jnp.zeros(c.shape, jnp.promote_types(c.dtype, jnp.float32)) for c in held]  # bfloat16 loses long sums
         xs = (entering, slices, list(duals[recurrence.carries :]), seen)
         (of_constants, of_carries), of_slices = recurrence.scan(back, (zeros, last), xs, backward=True)
         given = recurrence.split(ctx.unknown)[1]
         of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(given)), given, strict=True) if u]
-        nus = [*of_constants, *of_init, *of_slices]
+        nus = [*(nu.astype(c.dtype) for nu, c in zip(of_constants, held, strict=True)), *of_init, *of_slices]
         moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
         return nus, ctx.function(*moved)
 
