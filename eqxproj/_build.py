@@ -30,6 +30,7 @@ from .rules import _builtin as _builtin
 from .rules._objective import CustomObjective, GenericObjective
 from .rules._rule import AbstractRule
 from .rules.custom import Custom
+from .rules.derivative import CustomDerivative
 from .rules.local import FLAT, LocalSolver, is_differentiable
 from .rules.scalar import AffineTerm, Scalar
 from .rules.selection import POSITIONS, Selection
@@ -119,7 +120,27 @@ class GraphBuilder:
         return self._dependents(data)
 
     def _region(self, ends: Sequence[Variable]) -> frozenset[int]:
-        """The equations, by the number of their first output, downstream of the last that holds a parameter."""
+        """The equations, by the number of their first output, downstream of the last that holds a parameter.
+
+        What they read from outside is real: complex numbers, predicates and positions are no values of the graph.
+        """
+        scope = live(self.equations, list(ends))
+        makers = {v.index: e.outputs[0].index for e in scope for v in e.outputs}
+        staying = self._staying(scope)
+        while True:
+            inside = self._downstream(scope, ends, staying)
+
+            def reads_more(e: Equation, inside=inside) -> bool:
+                odd = [v.index for v in e.inputs if v.index in self.unknown and not v.is_float]
+                return e.outputs[0].index in inside and any(makers.get(i) not in inside for i in odd)
+
+            found = {id(e) for e in scope if reads_more(e)}
+            if not found:
+                return inside
+            staying |= found
+
+    def _downstream(self, scope: Sequence[Equation], ends: Sequence[Variable], staying: set[int]) -> frozenset[int]:
+        """Those of a scope, without the ones that stay nodes and what leads to these."""
         of_data = self._of_data()
         inside: set[int] = set()
         idle: set[int] = set()  # equations that only lead to stopped values
@@ -131,8 +152,6 @@ class GraphBuilder:
             for v in equation.inputs:
                 readers.setdefault(v.index, []).append(equation)
         stops = {id(t.custom) for t in self.custom}
-        scope = live(self.equations, list(ends))
-        staying = self._staying(scope)
         for equation in reversed(scope):
             outs = [v.index for v in equation.outputs if v.index in self.unknown]
             after = [r for i in outs for r in readers.get(i, ()) if r in scope or id(r) in stops]
@@ -160,7 +179,7 @@ class GraphBuilder:
     def _stays(self, equation: Equation) -> bool:
         """Operations that are never part of the objective: a local solver is blind to them, or a user has a rule."""
         rule = RULES.get(equation.name)
-        return equation.name in (*FLAT, *POSITIONS) or isinstance(rule, (Custom, RegisteredRule))
+        return equation.name in (*FLAT, *POSITIONS) or isinstance(rule, (Custom, CustomDerivative, RegisteredRule))
 
     def _staying(self, equations: Sequence[Equation]) -> set[int]:
         """Those, and what reads their positions up to the next floating-point values."""

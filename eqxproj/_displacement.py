@@ -18,17 +18,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._metric import Metric, check_metric
+from ._normal_form import Program
 from ._problem import RAW_TAU, Copies, FeasibilityProblem, check_copies, check_tau, make_problem
 from ._solve import check_positive, check_solver
 from ._state import State, conformed, moved_by, settled
 from ._trace import trace
 from .solvers import AbstractSolver, CyclicProjections
 
-DEFAULT_METRIC = Metric(grade=1e5, parameter=1e4)
+DEFAULT_METRIC = Metric(grade=1e12, parameter=1e4)
 """Steep: close to the gradient where there is one, at any depth. On MNIST it learns as flatter ones do, or better. With
 a grade of 1e3, wide layers still damp what comes back through them enough to hold up a deep autoencoder."""
-DEFAULT_TAU = 0.01
-"""So small that the prox of a loss of high curvature, such as a cosine of small vectors, is close to its slope."""
+DEFAULT_TAU = 1e-6
+"""So small that the prox of a loss of high curvature is close to its slope: of a cosine of small vectors, or of a
+Gaussian likelihood with learned variances, whose prox at 0.01 narrows them until training diverges."""
+HALF_TAU = 0.01
+"""That of a loss with float16 in it, where the duals of a smaller one, which are proportional to it, would be lost."""
+
+
+def default_tau(program: Program) -> float:
+    """The default tau of a program of the loss."""
+    variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
+    return HALF_TAU if any(v.dtype == jnp.float16 for v in variables) else DEFAULT_TAU
 
 
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
@@ -87,7 +97,8 @@ def filter_value_and_displacement(
     - `solver`: one cyclic sweep by default. `steps` of it are taken from the forward pass.
     - `metric`: a [`Metric`][]; by default a steep one, or with `raw` the unit metric.
     - `copies`: `"neuron"`, `"sample"` or `"none"`, see [`feasibility_problem`][].
-    - `tau`: factor of one sample's loss in the prox of the objective; by default 0.01, or with `raw` 0.1.
+    - `tau`: factor of one sample's loss in the prox of the objective; by default 1e-6 (0.01 where the loss
+        computes in float16), or with `raw` 0.1.
     - `raw`: return $x - P(x)$ itself, unscaled: `optax.sgd(1.0)` then replaces x by P(x).
     - `has_aux`: as in `equinox.filter_value_and_grad`.
 
@@ -104,14 +115,15 @@ def filter_value_and_displacement(
     check_solver(solver)
     check_positive("steps", steps)
     check_copies(copies)
-    factor = tau if tau is not None else (RAW_TAU if raw else DEFAULT_TAU)
-    check_tau(factor)
+    check_tau(RAW_TAU if tau is None else tau)
     chosen = metric if metric is not None else (Metric() if raw else DEFAULT_METRIC)
     check_metric(chosen)
 
     @eqx.filter_jit
     def compute(model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
+        factor = RAW_TAU if raw else default_tau(traced.program)
+        factor = factor if tau is None else tau
         problem = make_problem(traced, chosen, copies, factor, "constant", needs_identities(solver))
         moved = displacement_of(problem, run(problem, solver, steps), raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._normal_form import Equation, Program, Variable
@@ -71,8 +72,25 @@ class Fragment:
     def __call__(self, known: Mapping[int, Any], values: Sequence[Array]) -> list[Array]:
         env = {index: known[index] for index in self.known}
         env.update((v.index, x) for v, x in zip(self.operands, values, strict=True))
-        evaluate(self.equations, env)
+        for equation in self.equations:
+            if equation.name == "max":
+                env[equation.outputs[0].index] = self._maximum(equation, env)
+            else:
+                evaluate([equation], env)
         return [env[v.index] for v in self.outputs]
+
+    def _maximum(self, equation: Equation, env: Mapping[int, Any]) -> Array:
+        """A maximum; over something known as the choice that it is.
+
+        Its value is the same, but where the known one is chosen, a derivative of what follows that is not finite
+        (of the root of a relu) is left out and not multiplied by zero, as by the derivative of `jax.nn.relu`.
+        """
+        flags = [v.index in self.known for v in equation.inputs]
+        x, y = (env[v.index] for v in equation.inputs)
+        if flags[0] == flags[1]:
+            return equation.bind(x, y)[0]
+        known, unknown = (x, y) if flags[0] else (y, x)
+        return jnp.where(unknown <= known, known, unknown)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 `normal_form` transforms a closed jaxpr into a [`Program`][]:
 
-- calls (`jit`, `custom_jvp_call`, `custom_vjp_call`, `remat2`, `closed_call`) are inlined, and the constants of
-  inner jaxprs are lifted to the program's own;
+- calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, and the constants of inner jaxprs are lifted
+  to the program's own;
 - every variable is numbered afresh, so that an inner jaxpr that is called twice gives two sets of variables;
 - implicit broadcasting of elementwise operations is made explicit: a vmapped `add f32[4,8] f32[1,8]` is a
   `broadcast_in_dim` and an addition of equal shapes;
@@ -29,8 +29,9 @@ from jax.extend.core import primitives as jp
 
 from ._names import ELEMENTWISE
 
-_CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat2", "checkpoint", "remat")
+_CALLS = ("jit", "pjit", "custom_jvp_call", "remat2", "checkpoint", "remat")
 _CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
+_WITH_DERIVATIVE = ("custom_vjp_call", "custom_vjp_call_jaxpr")  # which stay whole where all outputs are real
 _ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _LIBRARIES = tuple(
@@ -143,15 +144,20 @@ class _Builder:
         self.constants[variable.index] = array
         is_number = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
         if not isinstance(array, jax.core.Tracer) and array.size == 1 and is_number:
-            self.static[variable.index] = float(np.asarray(array).reshape(()))
+            self._note(variable, array)
         return variable
 
     def literal(self, literal: Literal) -> Variable:
         variable = self.variable(np.shape(literal.val), literal.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         self.constants[variable.index] = np.asarray(literal.val, literal.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         if np.size(literal.val) == 1:
-            self.static[variable.index] = float(np.asarray(literal.val).reshape(()))
+            self._note(variable, literal.val)
         return variable
+
+    def _note(self, variable: Variable, number: Any) -> None:
+        """Notes the value of a constant of one element, if it is real."""
+        if not np.iscomplexobj(number):
+            self.static[variable.index] = float(np.asarray(number).reshape(()))
 
     def emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str):
         outputs = tuple(self.variable(aval.shape, aval.dtype) for aval in avals)
@@ -175,7 +181,8 @@ class _Builder:
 
 
 def _inner_jaxpr(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
-    if equation.primitive.name not in _CALLS:
+    odd = any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in equation.outvars)
+    if equation.primitive.name not in (*_CALLS, *(_WITH_DERIVATIVE if odd else ())):
         return None
     for key in _INNER:
         inner = equation.params.get(key)

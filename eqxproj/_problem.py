@@ -53,6 +53,8 @@ class FeasibilityProblem(eqx.Module):
     tau: float = eqx.field(static=True)
     offset: float = eqx.field(static=True, default=0.0)
     """The logarithm of the weight of the objective's own edges."""
+    outer_unit: float | None = eqx.field(static=True, default=None)
+    """The unit of the duals, where the problem is part of another."""
 
     @property
     def log_weights(self) -> tuple[float, ...]:
@@ -72,6 +74,11 @@ class FeasibilityProblem(eqx.Module):
     def gradient_scale(self) -> float:
         """What divides an accumulated dual to give it the size of the gradient of the loss."""
         return (1.0 if self.graph.hard else self.tau) / self.graph.largest
+
+    @property
+    def unit(self) -> float:
+        """What divides any dual to give it the size of a gradient of the loss."""
+        return self.gradient_scale if self.outer_unit is None else self.outer_unit
 
     def start(self, memory: bool) -> State:
         """The state of the forward pass: every copy equals the value that it copies."""
@@ -137,7 +144,7 @@ class _Stub:
 
     def __init__(self, graph, known, copies, metric, log_weights):
         self.graph, self.known, self.copies, self.metric, self.log_weights = graph, known, copies, metric, log_weights
-        self.tau = 1.0
+        self.tau = self.unit = 1.0
         self.as_published = False
         self.shares = ((1.0,) * len(graph.values),) * 2
 

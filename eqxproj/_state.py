@@ -22,7 +22,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from ._metric import clamped, ratio
-from .rules._rule import Context
+from .rules._rule import Context, step
 
 if TYPE_CHECKING:
     from ._problem import FeasibilityProblem
@@ -121,6 +121,7 @@ def context(problem: FeasibilityProblem, node: int, memory: bool) -> Context:
         weight_like=tuple(graph.edges[e].is_parameter for e in spec.edges),
         scale=spec.scale * problem.tau,
         metric=problem.metric,
+        unit=problem.unit,
         as_published=problem.as_published,
     )
 
@@ -145,7 +146,7 @@ def moved_by(problem: FeasibilityProblem, state: State, value: int) -> Array | N
     if shift is None:
         return None
     scale, share = kappa_of(problem, value, state.memory)
-    return shift / (_positive(share) * clamped(scale))
+    return step(_positive(share) * clamped(scale), shift)
 
 
 def shown(problem: FeasibilityProblem, state: State, edge: int) -> Array:
@@ -168,7 +169,7 @@ def operand(problem: FeasibilityProblem, state: State, edge: int) -> Array:
     if state.memory:
         u = expanded(problem, edge, u)
     dual = state.duals[edge]
-    return u if dual is None else u + (dual / clamped(problem.log_weights[edge])).astype(u.dtype)
+    return u if dual is None else u + step(clamped(problem.log_weights[edge]), dual).astype(u.dtype)
 
 
 def collapsed(problem: FeasibilityProblem, state: State, edge: int) -> Array | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,9 +35,7 @@ def sweep(
     inputs: Sequence[Array],
     duals: Sequence[Array],
     stiff: Sequence[bool],
-    metric: Metric,
-    copies: str,
-    offset: float,
+    ctx: Context,
     recalled: Sequence[Array] = (),
 ) -> list[Array]:
     """The duals of the inputs of a function, from those of its outputs.
@@ -47,8 +46,7 @@ def sweep(
     - `inputs`: where to start from.
     - `duals`: weight times wanted change of each output.
     - `stiff`: for each input whether it is a parameter.
-    - `metric`, `copies`: of the problem that the function is part of.
-    - `offset`: the logarithm of the weight of the outputs.
+    - `ctx`: the node whose function it is, or part of it.
     - `recalled`: the function's products at these inputs, where they are known; see [`forward`][].
 
     **Returns:**
@@ -62,7 +60,7 @@ def sweep(
     zeros = [jnp.zeros_like(x) for x in inputs]
     if not depends(function, inputs):
         return zeros
-    problem = problem_of(function, inputs, duals, stiff, metric, copies, offset, recalled)
+    problem = problem_of(function, inputs, duals, stiff, ctx, recalled)
     solver = CyclicProjections()
     state = solver.step(problem, solver.init(problem))
     shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
@@ -74,9 +72,7 @@ def problem_of(
     inputs: Sequence[Array],
     duals: Sequence[Array],
     stiff: Sequence[bool],
-    metric: Metric,
-    copies: str,
-    offset: float,
+    ctx: Context,
     recalled: Sequence[Array] = (),
 ) -> FeasibilityProblem:
     """The problem that [`sweep`][] runs through, of the same arguments. The inputs are its parameters, in order."""
@@ -87,8 +83,9 @@ def problem_of(
         return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
 
     traced = trace(loss, list(inputs), (list(duals),), stiff=stiff)
-    own = Metric(metric.grade, metric.parameter)
-    return make_problem(traced, own, copies, 1.0, "constant", False, offset, recalled=recalled)  # pyright: ignore[reportArgumentType]
+    own = Metric(ctx.metric.grade, ctx.metric.parameter)
+    problem = make_problem(traced, own, ctx.copies, 1.0, "constant", False, _offset(ctx), recalled=recalled)  # pyright: ignore[reportArgumentType]
+    return replace(problem, outer_unit=ctx.unit)
 
 
 def depends(function: Callable[..., Sequence[Array]], inputs: Sequence[Array]) -> bool:
@@ -101,7 +98,7 @@ def depends(function: Callable[..., Sequence[Array]], inputs: Sequence[Array]) -
     return any(v.index in found for v in program.outputs)
 
 
-def inner_offset(ctx: Context) -> float:
+def _offset(ctx: Context) -> float:
     """The logarithm of the weight of a node's outputs, from those of its operands, one step farther back."""
     stiffness = math.log(ctx.metric.parameter)
     logs = [log - stiff * stiffness for log, stiff in zip(ctx.log_weights, ctx.weight_like, strict=True)]

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ._build import check_dependence
 from ._data import batches, check_data, check_model, take
-from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, displacement_of, needs_identities, run
+from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, default_tau, displacement_of, needs_identities, run
 from ._errors import NonFiniteError, TrainingInterrupted
 from ._metric import Metric, check_metric
 from ._preconditioner import preconditioner
@@ -102,7 +102,7 @@ def train(
     - `method`: `"projection"`, or `"gradient"` to run the same loop on gradients.
     - `eval_data`: further data, evaluated before the first step, every `eval_every` steps (a twentieth of `steps` by
         default) and after the last, in one call of each function of `evaluate`.
-    - `evaluate`: name to `function(model, *eval_data) -> scalar`; the loss by default.
+    - `evaluate`: name to `function(model, *eval_data) -> scalar`, which is compiled; the loss by default.
     - `constraints`: pairs `(where, set)`: `where(model)` picks an array, as in `equinox.tree_at`, and the array is
         projected onto the set after every step, or, for sets of isolated pieces (`sparse`, `quantized`), before every
         step, from an array that is kept for it. The returned model satisfies the constraints exactly.
@@ -121,6 +121,8 @@ def train(
         raise TypeError(f"`loss` must be a function `loss(model, *batch) -> scalar`, got {loss!r}.")
     if evaluate is not None and not (isinstance(evaluate, Mapping) and all(map(callable, evaluate.values()))):
         raise TypeError(f"`evaluate` must map names to functions `(model, *eval_data) -> scalar`, got {evaluate!r}.")
+    if evaluate is not None and eval_data is None:
+        raise ValueError("`evaluate` was given without data. Pass those that it is to be evaluated on as `eval_data`.")
     arrays, count = check_data(data, "data")
     batch_size = _check_batch_size(batch_size, count)
     check_model(model)
@@ -192,7 +194,7 @@ def _in_first_units() -> optax.GradientTransformation:
     """Divides by the largest entry of the first updates, so that Adam's epsilon means the same at any scale of loss."""
 
     def init(params: PyTree) -> Array:
-        return jnp.asarray(0.0)
+        return jnp.asarray(0.0, jnp.float32)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         leaves = [jnp.max(jnp.abs(u), initial=0.0).astype(jnp.float32) for u in jtu.tree_leaves(updates)]
@@ -226,10 +228,10 @@ class _Run:
             raise TypeError(f"`optimizer` must be an optax transformation, got {self.optimizer!r}.")
         self.metric = DEFAULT_METRIC if metric is None else metric
         self.copies: Copies = "neuron" if copies is None else copies
-        self.tau = DEFAULT_TAU if tau is None else tau
+        self.tau = tau
         check_metric(self.metric)
         check_copies(self.copies)
-        check_tau(self.tau)
+        check_tau(DEFAULT_TAU if tau is None else tau)
         self.solver_steps = solver_steps
         self.keyed = takes_key(loss)
         self.excluded: frozenset[int] | None = None
@@ -247,7 +249,8 @@ class _Run:
 
     def problem(self, model: PyTree, batch: Sequence[PyTree], extra: dict[str, Array]) -> FeasibilityProblem:
         traced = trace(self.loss, model, batch, extra, has_aux=self.has_aux)
-        return make_problem(traced, self.metric, self.copies, self.tau, "constant", needs_identities(self.solver))
+        tau = default_tau(traced.program) if self.tau is None else self.tau
+        return make_problem(traced, self.metric, self.copies, tau, "constant", needs_identities(self.solver))
 
     def extra(self, key: Array) -> dict[str, Array]:
         return {"key": key} if self.keyed else {}
@@ -264,7 +267,7 @@ class _Run:
                 *batch,
                 copies=self.copies,
                 metric=self.metric,
-                tau=self.tau,
+                tau=DEFAULT_TAU if self.tau is None else self.tau,
                 has_aux=self.has_aux,
                 kwargs=extra,
             )
@@ -292,6 +295,7 @@ class _Run:
         The model is run with parameters of the types of `like`.
         """
 
+        optimizer = optax.with_extra_args_support(self.optimizer)  # some go by the value of the loss
         kept, others = ([c for c in constraints if c[1].keeps is flag] for flag in (True, False))
 
         def update(static, parameters, opt_state, bad, number, batch, key):
@@ -299,7 +303,7 @@ class _Run:
             value, moved, inputs = self.direction(model, batch, key)
             moved = _cast(moved, parameters)
             moved = moved if inputs is None else inputs.centered(moved)
-            updates, new_state = self.optimizer.update(moved, opt_state, parameters)
+            updates, new_state = optimizer.update(moved, opt_state, parameters, value=value)
             updates = updates if inputs is None else inputs.applied(updates)
             new = eqx.apply_updates(parameters, updates)
             new = eqx.filter(apply_constraints(eqx.combine(new, static), others), eqx.is_inexact_array)
@@ -389,7 +393,7 @@ def _loop(
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
     like = jtu.tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), parameters)
     wide = _widened(parameters)
-    state = (wide, run_.optimizer.init(wide), jnp.asarray(-1))
+    state = (wide, run_.optimizer.init(wide), jnp.asarray(-1, jnp.int32))
     projected = eqx.filter_jit(lambda model: apply_constraints(model, constraints)) if constraints else lambda m: m
 
     def shown() -> PyTree:

@@ -355,3 +355,81 @@ def test_size_does_not_depend_on_tau_to_first_order(tau):
     for (_, d), (_, g) in zip(leaves(moved), leaves(gradient), strict=True):
         assert cosine(d, g) > (0.999 if tau < 1 else 0.8)
         assert 0.02 < float(jnp.linalg.norm(d) / jnp.linalg.norm(g)) < 1.1
+
+
+SQUARE = {name: 0.3 * jax.random.normal(jax.random.key(i), (8, 8)) for i, name in enumerate("ab")}
+ROWS, WANTED = jax.random.normal(jax.random.key(7), (16, 8)), jax.random.normal(jax.random.key(8), (16, 8))
+HALF_MASK = jnp.tril(jnp.ones((8, 8)))
+
+
+def fitted(outputs):
+    return lambda m, x, y: jnp.mean((outputs(m, x) - y) ** 2)
+
+
+def gaussian(m, x, y):
+    """Learned variances, some of them small."""
+    log_variance = x @ m["b"] - 5.0
+    return jnp.mean(log_variance + (y - x @ m["a"]) ** 2 * jnp.exp(-log_variance))
+
+
+def in_float16(m, x):
+    h = jnp.tanh(x.astype(jnp.float16) @ m["a"].astype(jnp.float16))
+    return jax.nn.relu(h @ m["b"].astype(jnp.float16)).astype(jnp.float32)
+
+
+def convolved(m, x):
+    spectrum = jnp.fft.rfft(jnp.tanh(x @ m["a"])) * (m["b"][0, :5] + 1j * m["b"][1, :5])
+    return jnp.fft.irfft(spectrum, 8)
+
+
+LOSSES = {
+    "gaussian likelihood": (gaussian, 0.05),
+    "root of a relu": (lambda m, x, y: jnp.mean(jnp.sqrt(jax.nn.relu(x @ m["a"] @ m["b"]))), 0.05),
+    "norm of relus": (lambda m, x, y: jnp.mean(jnp.linalg.norm(jax.nn.relu(x @ m["a"]) @ m["b"], axis=-1)), 0.05),
+    "large gain": (fitted(lambda m, x: jnp.tanh(1e3 * (x @ (m["a"] / 1e3))) @ m["b"]), 0.02),
+    "masked weight": (fitted(lambda m, x: x @ (m["a"] * HALF_MASK) + x @ m["b"]), 0.02),
+    "inverse": (fitted(lambda m, x: jnp.tanh(x @ jnp.linalg.inv(jnp.eye(8) + 0.1 * m["a"])) @ m["b"]), 0.02),
+    "first of qr": (fitted(lambda m, x: jnp.tanh(x @ jnp.linalg.qr(m["a"])[0]) @ m["b"]), 0.02),
+    "second of eigh": (fitted(lambda m, x: jnp.tanh(x @ jnp.linalg.eigh(m["a"] + m["a"].T)[1]) @ m["b"]), 0.05),
+    "float16 inside": (fitted(in_float16), 0.1),
+    "complex numbers inside": (fitted(convolved), 0.02),
+    "product of spectra": (
+        fitted(lambda m, x: jnp.fft.irfft(jnp.fft.rfft(jnp.tanh(x @ m["a"])) * jnp.fft.rfft(m["b"][0]), 8)),
+        0.02,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_losses_that_gradients_train_have_about_their_gradient(name):
+    """By defaults, and relative to the largest entry."""
+    loss, tolerance = LOSSES[name]
+    wanted = jax.grad(loss)(SQUARE, ROWS, WANTED)
+    found = eqxproj.filter_displacement(loss)(SQUARE, ROWS, WANTED)
+    for key, g in wanted.items():
+        size = float(jnp.max(jnp.abs(g)))
+        assert size > 0
+        np.testing.assert_allclose(found[key] / size, g / size, atol=tolerance)
+
+
+def test_a_likelihood_with_learned_variances_trains():
+    t = np.linspace(-1, 1, 256, dtype=np.float32)[:, None]
+    y = np.sin(4 * t) + 0.1 * np.random.default_rng(0).normal(size=t.shape).astype(np.float32)
+
+    def loss(model, t, y):
+        mean, log_variance = jnp.split(jax.vmap(model)(t), 2, -1)
+        return jnp.mean(0.5 * (log_variance + (y - mean) ** 2 * jnp.exp(-log_variance)))
+
+    model = eqx.nn.MLP(1, 2, 32, 2, jnp.tanh, key=jax.random.key(0))
+    result = eqxproj.train(model, (t, y), loss, steps=300, batch_size=64)
+    assert loss(result.model, t, y) < -1.2
+
+
+def test_a_derivative_that_is_not_finite_stops_training():
+    def loss(model, x):
+        z = jax.vmap(model)(x)
+        return jnp.mean(jnp.where(z > 0, jnp.sqrt(z), 0.0))
+
+    model = eqx.nn.Linear(8, 3, key=jax.random.key(0))
+    with pytest.raises(eqxproj.NonFiniteError):
+        eqxproj.train(model, (np.asarray(ROWS),), loss, steps=2)

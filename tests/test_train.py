@@ -1,5 +1,9 @@
 """Training: what is seeded, what each sample is seen for, what the history holds, and what is passed on."""
 
+import os
+import subprocess
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -341,3 +345,30 @@ def test_a_hundred_layers_learn():
     result = eqxproj.train(model, (x, y), deep, steps=200, eval_data=(x, y))
     assert result.history["eval_loss"][-1] < 0.5 * result.history["eval_loss"][0]
     assert all(float(jnp.max(jnp.abs(a - b))) > 1e-3 for a, b in zip(model, result.model))
+
+
+def test_in_double_precision():
+    code = """
+import equinox as eqx, eqxproj, jax, jax.numpy as jnp, numpy as np
+x = np.random.default_rng(0).normal(size=(64, 3))
+loss = lambda m, x, y: jnp.mean((jax.vmap(m)(x) - y) ** 2)
+model = eqx.nn.MLP(3, 1, 8, 1, key=jax.random.key(0))
+assert model.layers[0].weight.dtype == jnp.float64
+for method in ("projection", "gradient"):
+    history = eqxproj.train(model, (x, x[:, :1]), loss, steps=40, method=method).history["loss"]
+    assert history[-1] < 0.9 * history[1], history
+"""
+    environment = {**os.environ, "JAX_ENABLE_X64": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_functions_to_evaluate_need_data():
+    with pytest.raises(ValueError, match="as `eval_data`"):
+        train(steps=2, evaluate={"loss": loss})
+
+
+def test_optimizers_may_go_by_the_value_of_the_loss():
+    optimizer = optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau())
+    result = train(steps=3, optimizer=optimizer)
+    assert np.isfinite(result.history["loss"][-1])

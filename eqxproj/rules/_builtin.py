@@ -7,6 +7,7 @@ from ._objective import CustomObjective
 from .bilinear import Bilinear
 from .branch import Branch
 from .custom import Custom
+from .derivative import CustomDerivative
 from .maximum import Maximum
 from .scan import Scan
 
@@ -17,4 +18,6 @@ for _name in ("max", "min", "reduce_max", "reduce_min", "reduce_window_max", "re
 RULES["scan"] = Scan()
 RULES["cond"] = Branch()
 RULES["custom_projection"] = Custom()
+for _name in ("custom_vjp_call", "custom_vjp_call_jaxpr"):
+    RULES[_name] = CustomDerivative()
 RULES["custom_loss"] = CustomObjective()

@@ -99,7 +99,11 @@ _OUTER, _INNER, _HALVINGS = 12, 12, 8
 
 
 def _prox(loss, start: list[Array]) -> list[Array]:
-    r"""Minimizes $\tfrac12|d|^2 + l(d)$ over d, from d = 0."""
+    r"""Minimizes $\tfrac12|d|^2 + l(d)$ over d, from d = 0.
+
+    Where no step lowers the cost, as where second derivatives are not finite, the answer is $-\nabla l(0)$, the limit
+    of a small $l$. It is not finite where that is not.
+    """
     gradient = jax.grad(loss)
 
     def residual(d):
@@ -145,7 +149,9 @@ def _prox(loss, start: list[Array]) -> list[Array]:
     def more(carry):
         return (size(carry[1]) > 1e-5 * scale) & ~carry[2] & (carry[3] < _OUTER)
 
-    return jax.lax.while_loop(more, body, (zero, r, jnp.asarray(False), jnp.asarray(0)))[0]
+    found = jax.lax.while_loop(more, body, (zero, r, jnp.asarray(False), jnp.asarray(0)))[0]
+    stuck = size(found) == 0
+    return jtu.tree_map(lambda d, first: jnp.where(stuck, first, d), found, r)
 
 
 def integer_labels(equation: Equation) -> tuple[int, int] | None:

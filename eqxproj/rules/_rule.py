@@ -43,6 +43,7 @@ class Context:
     - `weight_like`: for each unknown operand, whether it shows a parameter and nothing else.
     - `scale`: for an objective, the factor of the loss in its prox.
     - `metric`: of the problem, for rules that hold a problem of their own.
+    - `unit`: what divides a dual to give it the size of a gradient of the loss.
     - `unmoved`: whether the operands are those of the forward pass, so that what it kept for the rule holds.
     - `as_published`: whether to follow the software of arXiv 2506.05878 where it departs from the projection.
     """
@@ -60,6 +61,7 @@ class Context:
     weight_like: tuple[bool, ...] = ()
     scale: float = 1.0
     metric: Metric = Metric()
+    unit: float = 1.0
     as_published: bool = False
     unmoved: bool = False
 
@@ -157,6 +159,7 @@ def is_steep(ctx: Context) -> bool:
     return ctx.metric.grade >= _STEEP
 
 
-def step(weight: float, dual: Array) -> Array:
-    """The displacement that belongs to a dual."""
-    return dual / jnp.asarray(weight, dual.dtype)
+def step(weight: Scale, dual: Array) -> Array:
+    """The displacement that belongs to a dual. Weights are beyond what float16 holds."""
+    wide = jnp.promote_types(dual.dtype, jnp.float32)
+    return (dual.astype(wide) / jnp.asarray(weight, wide)).astype(dual.dtype)

@@ -28,7 +28,7 @@ from ._conjugate_gradients import conjugate_gradients
 from ._forms import BilinearForm, ConvForm, CopyForm, DotForm, ElementForm
 from ._multiplier import published_multiplier, solve_multiplier
 from ._rows import Rows
-from ._rule import AbstractRule, Context, is_steep
+from ._rule import AbstractRule, Context, is_steep, step
 from .local import LocalSolver
 
 _AGAIN = 8
@@ -161,11 +161,11 @@ def _affine(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, r
         diagonal = jnp.broadcast_to(1.0 / (1.0 + ratio * square), dual.shape).astype(dual.dtype)
         multiplier = root * conjugate_gradients(operator, dual / root, diagonal, tol=1e-6, max_steps=100)
         back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
-        change = (form.f(back, w) if moves_a else form.f(a, back)) / ctx.weights[0]
+        change = step(ctx.weights[0], form.f(back, w) if moves_a else form.f(a, back))
         return [back], p + change.astype(p.dtype)
     multiplier = dual / (1.0 + ratio * square).astype(dual.dtype)
     back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
-    return [back], p + (multiplier * (square / ctx.weights[0])).astype(p.dtype)
+    return [back], p + (multiplier * step(ctx.weights[0], square)).astype(p.dtype)
 
 
 def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, kappa, ratio_a, ratio_w):
@@ -184,7 +184,7 @@ def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, k
     if steep >= (_STEEP_ENOUGH if is_steep(ctx) else _STEEP):
         multiplier = dual / (1.0 + q)
         nu_a, nu_w = form.back_a(multiplier, w), form.back_w(a, multiplier)
-        return [nu_a, nu_w], p + ((dual - multiplier) / kappa).astype(p.dtype)
+        return [nu_a, nu_w], p + step(kappa, dual - multiplier).astype(p.dtype)
     # Only elementwise work stands inside the branches: XLA runs convolutions inside them far slower on a CPU.
     sizes = jnp.sqrt(jnp.stack([jnp.max(square_a, initial=0.0), jnp.max(square_w, initial=0.0)]))
     small = jnp.max(jnp.abs(dual), initial=0.0) * jnp.max(sizes) < _SMALL * steep * jnp.min(sizes)
@@ -198,7 +198,7 @@ def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, k
     rest = 1.0 - part * part
     stuck = rest <= 0
     scaled = jnp.where(stuck, 0.0, multiplier / jnp.where(stuck, 1.0, rest))
-    out = p + ((dual - multiplier) / kappa).astype(p.dtype)
+    out = p + step(kappa, dual - multiplier).astype(p.dtype)
     zero = (jnp.zeros_like(form.spread_a(dual)),) * 2 + (jnp.zeros_like(form.spread_w(dual)),) * 2
     along_a, apart_a, along_w, apart_w = jax.lax.cond(
         jnp.any(stuck), lambda: _degenerate(form, a, square_a, out, dual, stuck, tilt), lambda: zero

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from .._errors import Unsupported
 from .._normal_form import Equation
-from .._sweep import inner_offset, missing_in, sweep
+from .._sweep import missing_in, sweep
 from ._rule import AbstractRule, Context, step
 
 
@@ -36,7 +36,7 @@ class Branch(AbstractRule):
             def once(index, *operands, branch=branch):
                 start = [x for x, u in zip(operands, unknown[1:], strict=True) if u]
                 function = _function(branch, operands, unknown[1:])
-                return sweep(function, start, function(*start), [False] * len(start), ctx.metric, ctx.copies, 0.0)
+                return sweep(function, start, function(*start), [False] * len(start), ctx)
 
             found.extend(missing_in(once, equation))
         return found
@@ -53,7 +53,7 @@ class Branch(AbstractRule):
 
             def back(start, duals, function=function):
                 outputs = lambda *values: [function(*values)[i] for i in shown]  # noqa: E731
-                return sweep(outputs, start, duals, ctx.weight_like, ctx.metric, ctx.copies, inner_offset(ctx))
+                return sweep(outputs, start, duals, ctx.weight_like, ctx)
 
             choices.append(back)
         nus = jax.lax.switch(jnp.asarray(index, jnp.int32), choices, list(inputs), [duals[i] for i in shown])

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from .._interpreter import Fragment
 from .._normal_form import Program
 from ._conjugate_gradients import conjugate_gradients
-from ._rule import AbstractRule, Context, Scale, is_steep
+from ._rule import AbstractRule, Context, Scale, is_steep, step
 
 _OUTER, _HALVINGS, _SMALL = 6, 5, 1e-3
 
@@ -76,7 +76,7 @@ class LocalSolver(AbstractRule):
 
 
 def _divide(nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
-    return [nu / jnp.asarray(w, nu.dtype) for nu, w in zip(nus, weights, strict=True)]
+    return [step(w, nu) for nu, w in zip(nus, weights, strict=True)]
 
 
 def _moved(inputs: Sequence[Array], nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
@@ -92,8 +92,8 @@ def _linearized(ctx: Context, at: Sequence[Array], right: Sequence[Array]) -> li
     r"""The multiplier of the constraint linearized at `at`, as $\lambda = \sqrt\kappa m$: that makes it symmetric."""
     forward = jax.linearize(ctx.function, *at)[1]
     back = jax.vjp(ctx.function, *at)[1]
-    top = _largest(ctx.kappa)
-    ratios = [_largest([r[i] for r in ctx.ratios]) for i in range(len(at))]
+    top = largest(ctx.kappa)
+    ratios = [largest([r[i] for r in ctx.ratios]) for i in range(len(at))]
     roots = [jnp.sqrt(jnp.asarray(k / top, r.dtype)) for k, r in zip(ctx.kappa, right, strict=True)]
 
     def operator(m):
@@ -101,12 +101,18 @@ def _linearized(ctx: Context, at: Sequence[Array], right: Sequence[Array]) -> li
         images = forward(*(p * jnp.asarray(ratio, p.dtype) for p, ratio in zip(pulled, ratios, strict=True)))
         return [x + root * image for x, root, image in zip(m, roots, images, strict=True)]
 
-    scaled = [r / root for r, root in zip(right, roots, strict=True)]
+    scaled = [_quotient(r, root) for r, root in zip(right, roots, strict=True)]
     found = conjugate_gradients(operator, scaled, [jnp.ones_like(x) for x in scaled], tol=1e-5, max_steps=30)
     return [x * root for x, root in zip(found, roots, strict=True)]
 
 
-def _largest(values: Sequence[Scale]) -> Scale:
+def _quotient(x: Array, divisor: Scale) -> Array:
+    """Zero where the divisor is: of an output without readers nothing is wanted, and it weighs nothing."""
+    divisor = jnp.asarray(divisor, x.dtype)
+    return jnp.where(divisor > 0, x / jnp.where(divisor > 0, divisor, 1.0), 0.0)
+
+
+def largest(values: Sequence[Scale]) -> Scale:
     """The largest of numbers, or of the elements of arrays."""
     if all(isinstance(x, (int, float)) for x in values):
         return max(values)
@@ -119,7 +125,7 @@ def _cost(ctx: Context, inputs, duals, nus) -> Array:
     total = sum(jnp.vdot(nu, d) for nu, d in zip(nus, steps, strict=True))
     before, after = ctx.function(*inputs), ctx.function(*[x + d for x, d in zip(inputs, steps, strict=True)])
     for y, new, dual, kappa in zip(before, after, duals, ctx.kappa, strict=True):
-        gap = (new - y) - dual / kappa
+        gap = (new - y) - _quotient(dual, kappa)
         total = total + jnp.sum(kappa * gap * gap)
     return jnp.where(jnp.isfinite(total), total, jnp.inf)
 

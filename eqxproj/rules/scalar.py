@@ -106,7 +106,7 @@ class Scalar(AbstractRule):
 
     @property
     def repeats(self) -> bool:
-        """Whether the output is the one operand as it stands, maybe of another type, and maybe plus a known constant."""
+        """Whether the output is the one operand, maybe of another type, and maybe plus a known constant."""
         first = self.terms[0]
         plain = len(self.terms) == 1 and first.scale == 1 and not first.axes and not first.factors
         return plain and self.pieces is not None and self.pieces.describe() == "identity"
@@ -142,16 +142,17 @@ class Scalar(AbstractRule):
         for i, (c, count, _) in enumerate(coefficients):
             q = q + c * c * count * ctx.ratio(i)
             sigma = sigma + c * c * count / ctx.weights[i]
-        sigma = jnp.clip(jnp.asarray(sigma, s0.dtype), 1e-30, 1e30)
-        multiplier = self._solve(ctx, s0, dual, jnp.asarray(q, s0.dtype), sigma)
+        wide = jnp.promote_types(s0.dtype, jnp.float32)  # no weight fits into float16
+        sigma = jnp.clip(jnp.asarray(sigma, wide), 1e-30, 1e30)
+        multiplier = self._solve(ctx, s0, dual, jnp.asarray(q, wide), sigma).astype(s0.dtype)
         nus = []
         for (c, _, axes), x in zip(coefficients, inputs, strict=True):
             nu = (c * multiplier).astype(x.dtype)
             nus.append(jnp.broadcast_to(jnp.expand_dims(nu, axes), x.shape) if axes else nu)
-        return nus, self.phi(ctx.known, [s0 + sigma * multiplier])
+        return nus, self.phi(ctx.known, [(s0 + sigma * multiplier).astype(s0.dtype)])
 
     def _solve(self, ctx: Context, s0: Array, dual: Array, q: Array, sigma: Array) -> Array:
-        kappa = jnp.asarray(ctx.kappa[0], s0.dtype)
+        kappa = jnp.asarray(ctx.kappa[0], sigma.dtype)
         if ctx.as_published and self.pieces is not None and self.pieces.describe() == "relu":
             return _published_relu(s0, dual, kappa, sigma)
         if not ctx.as_published and is_steep(ctx):

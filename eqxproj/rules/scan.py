@@ -20,7 +20,7 @@ from jaxtyping import Array
 from .._errors import Unsupported
 from .._normal_form import Equation
 from .._recurrence import Recurrence
-from .._sweep import inner_offset, missing_in, problem_of, sweep
+from .._sweep import missing_in, problem_of, sweep
 from ._rule import AbstractRule, Context, step
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Scan(AbstractRule):
         def once(carry, x, products):
             function, start, stiff = walk.function(constants, carry, x, ctx)
             zeros = [jnp.zeros_like(y) for y in function(*start)]
-            return look(problem_of(function, start, zeros, stiff, ctx.metric, ctx.copies, inner_offset(ctx), products))
+            return look(problem_of(function, start, zeros, stiff, ctx, products))
 
         return jax.vmap(once)(*along)
 
@@ -141,6 +141,6 @@ class _Walk:
         function, start, stiff = self.function(constants, carry, x, ctx)
         duals = [mu for mu, u in zip(of_carries, self.unknown[1], strict=True) if u]
         duals += [mu for mu in of_ys if jnp.issubdtype(mu.dtype, jnp.inexact)]
-        nus = sweep(function, start, duals, stiff, ctx.metric, ctx.copies, inner_offset(ctx), products)
+        nus = sweep(function, start, duals, stiff, ctx, products)
         first, second, _ = map(sum, self.unknown)
         return nus[:first], nus[first : first + second], nus[first + second :]
