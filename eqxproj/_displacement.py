@@ -31,14 +31,16 @@ a grade of 1e3, wide layers still damp what comes back through them enough to ho
 DEFAULT_TAU = 1e-6
 """So small that the prox of a loss of high curvature is close to its slope: of a cosine of small vectors, or of a
 Gaussian likelihood with learned variances, whose prox at 0.01 narrows them until training diverges."""
-HALF_TAU = 0.01
-"""That of a loss with float16 in it, where the duals of a smaller one, which are proportional to it, would be lost."""
+LARGE_TAU = 0.01
+"""In a metric that is not steep, where a step wants states to move, and may want them to cross a jump; and for a loss
+with float16 in it, where the duals of a smaller one, which are proportional to it, would be lost."""
 
 
-def default_tau(program: Program) -> float:
+def default_tau(program: Program, metric: Metric) -> float:
     """The default tau of a program of the loss."""
     variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
-    return HALF_TAU if any(v.dtype == jnp.float16 for v in variables) else DEFAULT_TAU
+    small = metric.is_steep and not any(v.dtype == jnp.float16 for v in variables)
+    return DEFAULT_TAU if small else LARGE_TAU
 
 
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
@@ -97,8 +99,8 @@ def filter_value_and_displacement(
     - `solver`: one cyclic sweep by default. `steps` of it are taken from the forward pass.
     - `metric`: a [`Metric`][]; by default a steep one, or with `raw` the unit metric.
     - `copies`: `"neuron"`, `"sample"` or `"none"`, see [`feasibility_problem`][].
-    - `tau`: factor of one sample's loss in the prox of the objective; by default 1e-6 (0.01 where the loss
-        computes in float16), or with `raw` 0.1.
+    - `tau`: factor of one sample's loss in the prox of the objective; by default 1e-6 (0.01 in a metric
+        with a grade below 100, and where the loss computes in float16), or with `raw` 0.1.
     - `raw`: return $x - P(x)$ itself, unscaled: `optax.sgd(1.0)` then replaces x by P(x).
     - `has_aux`: as in `equinox.filter_value_and_grad`.
 
@@ -122,7 +124,7 @@ def filter_value_and_displacement(
     @eqx.filter_jit
     def compute(model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-        factor = RAW_TAU if raw else default_tau(traced.program)
+        factor = RAW_TAU if raw else default_tau(traced.program, chosen)
         factor = factor if tau is None else tau
         problem = make_problem(traced, chosen, copies, factor, "constant", needs_identities(solver))
         moved = displacement_of(problem, run(problem, solver, steps), raw)

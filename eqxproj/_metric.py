@@ -14,6 +14,7 @@ from typing import Literal
 import equinox as eqx
 
 _CLAMP = 69.0
+_STEEP = 100.0
 
 
 class Metric(eqx.Module):
@@ -41,6 +42,11 @@ class Metric(eqx.Module):
         if fan_out not in ("sum", "mean"):
             raise ValueError(f'`fan_out` must be "sum" or "mean", got {fan_out!r}.')
         self.grade, self.parameter, self.fan_out = float(grade), float(parameter), fan_out
+
+    @property
+    def is_steep(self) -> bool:
+        """Whether no node moves farther than its function is straight, or across a jump."""
+        return self.grade >= _STEEP
 
     def log_weight(self, depth: int, is_parameter: bool) -> float:
         """The logarithm of the weight of an edge into a node of this depth."""

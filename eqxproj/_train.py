@@ -249,7 +249,7 @@ class _Run:
 
     def problem(self, model: PyTree, batch: Sequence[PyTree], extra: dict[str, Array]) -> FeasibilityProblem:
         traced = trace(self.loss, model, batch, extra, has_aux=self.has_aux)
-        tau = default_tau(traced.program) if self.tau is None else self.tau
+        tau = default_tau(traced.program, self.metric) if self.tau is None else self.tau
         return make_problem(traced, self.metric, self.copies, tau, "constant", needs_identities(self.solver))
 
     def extra(self, key: Array) -> dict[str, Array]:

@@ -101,8 +101,8 @@ _OUTER, _INNER, _HALVINGS = 12, 12, 8
 def _prox(loss, start: list[Array]) -> list[Array]:
     r"""Minimizes $\tfrac12|d|^2 + l(d)$ over d, from d = 0.
 
-    Where no step lowers the cost, as where second derivatives are not finite, the answer is $-\nabla l(0)$, the limit
-    of a small $l$. It is not finite where that is not.
+    Where no Newton step lowers the cost, as where second derivatives are not finite, but $-\nabla l(0)$ does, the limit
+    of a small $l$, that is the answer. It is also where it is not finite: that is for the caller to find out.
     """
     gradient = jax.grad(loss)
 
@@ -150,8 +150,13 @@ def _prox(loss, start: list[Array]) -> list[Array]:
         return (size(carry[1]) > 1e-5 * scale) & ~carry[2] & (carry[3] < _OUTER)
 
     found = jax.lax.while_loop(more, body, (zero, r, jnp.asarray(False), jnp.asarray(0)))[0]
-    stuck = size(found) == 0
-    return jtu.tree_map(lambda d, first: jnp.where(stuck, first, d), found, r)
+
+    def first():
+        before = cost(zero)
+        return ~jnp.isfinite(scale) | (cost(r) <= before + 1e-6 * jnp.abs(before))
+
+    plain = jax.lax.cond(size(found) == 0, first, lambda: jnp.asarray(False))
+    return jtu.tree_map(lambda a, b: jnp.where(plain, a, b), r, found)
 
 
 def integer_labels(equation: Equation) -> tuple[int, int] | None:

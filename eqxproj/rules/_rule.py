@@ -151,12 +151,9 @@ class AbstractRule(abc.ABC):
         return 1.0
 
 
-_STEEP = 100.0
-
-
 def is_steep(ctx: Context) -> bool:
     """Whether the metric is so steep that no node moves farther than its function is straight, or across a jump."""
-    return ctx.metric.grade >= _STEEP
+    return ctx.metric.is_steep
 
 
 def step(weight: Scale, dual: Array) -> Array:
