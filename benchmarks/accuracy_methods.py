@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optax
+from shared import copies_for
 
 import eqxproj
 
@@ -29,17 +30,14 @@ def _momentum(rate: float) -> optax.GradientTransformation:
 
 
 def _solver(solver: Callable[[], eqxproj.AbstractSolver]) -> list[Setting]:
-    """A solver from the forward pass: a steep metric and two flatter ones, and few sweeps or many.
-
-    Solvers that remember their copies get one constraint for a whole product: a copy for each neuron takes too long.
-    """
+    """A solver from the forward pass: a steep metric and two flatter ones, and few sweeps or many."""
     found = []
     for grade, parameter in ((1e3, 1e4), (5.0, 1e4), (1.0, 1e2)):
         for sweeps in (8, 24):
 
             def options(grade=grade, parameter=parameter, sweeps=sweeps):
                 metric = eqxproj.Metric(grade, parameter)
-                copies = "none" if solver().memory else "neuron"
+                copies = copies_for(solver())
                 return {"solver": solver(), "metric": metric, "solver_steps": sweeps, "tau": 0.1, "copies": copies}
 
             found.append(Setting(f"grade {grade:g}, parameter {parameter:g}, {sweeps} sweeps", options))

@@ -20,7 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shared import write
+from shared import copies_for, write
 
 import eqxproj
 
@@ -150,10 +150,8 @@ TASKS: dict[str, Callable[[int, jax.Array], Any]] = {
 
 
 def _two_color(solver: eqxproj.AbstractSolver, sweeps: int) -> dict[str, Any]:
-    """Solvers that remember their copies get one constraint for a whole product: a copy for each neuron takes long."""
-    copies = "none" if solver.memory else "neuron"
     options = {"solver": solver, "solver_steps": sweeps, "metric": eqxproj.Metric(1e3, 1e4), "tau": 0.1}
-    return {**options, "copies": copies}
+    return {**options, "copies": copies_for(solver)}
 
 
 METHODS: dict[str, tuple[bool, dict[str, Any]]] = {

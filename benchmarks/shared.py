@@ -21,6 +21,11 @@ def classification(model, x, y):
     return jnp.mean(eqxproj.losses.cross_entropy(jax.vmap(model)(x), y))
 
 
+def copies_for(solver: eqxproj.AbstractSolver) -> str:
+    """A copy a neuron; for solvers that remember their copies one constraint a whole product, which is faster."""
+    return "none" if solver.memory else "neuron"
+
+
 def projection_step(model, x, y, **options: Any):
     """One step of alternating projections on `classification`, from a state of its loop.
 

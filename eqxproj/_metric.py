@@ -45,7 +45,7 @@ class Metric(eqx.Module):
 
     @property
     def is_steep(self) -> bool:
-        """Whether no node moves farther than its function is straight, or across a jump."""
+        """Whether it is so steep that no node moves farther than its function is straight, or across a jump."""
         return self.grade >= _STEEP
 
     def log_weight(self, depth: int, is_parameter: bool) -> float:

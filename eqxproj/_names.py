@@ -40,3 +40,6 @@ ONE_TO_ONE: frozenset[str] = frozenset(
 
 AFFINE: frozenset[str] = frozenset("add add_any sub neg mul div convert_element_type copy".split())
 """Elementwise operations that may be affine in their unknown operands."""
+
+OWN_DERIVATIVE: tuple[str, ...] = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+"""Calls of functions with `jax.custom_vjp`, which stay whole where all outputs are real."""

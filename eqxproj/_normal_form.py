@@ -27,11 +27,10 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
-from ._names import ELEMENTWISE
+from ._names import ELEMENTWISE, OWN_DERIVATIVE
 
 _CALLS = ("jit", "pjit", "custom_jvp_call", "remat2", "checkpoint", "remat")
 _CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
-_WITH_DERIVATIVE = ("custom_vjp_call", "custom_vjp_call_jaxpr")  # which stay whole where all outputs are real
 _ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _LIBRARIES = tuple(
@@ -182,7 +181,7 @@ class _Builder:
 
 def _inner_jaxpr(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
     odd = any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in equation.outvars)
-    if equation.primitive.name not in (*_CALLS, *(_WITH_DERIVATIVE if odd else ())):
+    if equation.primitive.name not in (*_CALLS, *(OWN_DERIVATIVE if odd else ())):
         return None
     for key in _INNER:
         inner = equation.params.get(key)

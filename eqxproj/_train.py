@@ -231,7 +231,8 @@ class _Run:
         self.tau = tau
         check_metric(self.metric)
         check_copies(self.copies)
-        check_tau(DEFAULT_TAU if tau is None else tau)
+        if tau is not None:
+            check_tau(tau)
         self.solver_steps = solver_steps
         self.keyed = takes_key(loss)
         self.excluded: frozenset[int] | None = None

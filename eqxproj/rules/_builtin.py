@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .._names import OWN_DERIVATIVE
 from .._registry import RULES
 from ._objective import CustomObjective
 from .bilinear import Bilinear
@@ -18,6 +19,6 @@ for _name in ("max", "min", "reduce_max", "reduce_min", "reduce_window_max", "re
 RULES["scan"] = Scan()
 RULES["cond"] = Branch()
 RULES["custom_projection"] = Custom()
-for _name in ("custom_vjp_call", "custom_vjp_call_jaxpr"):
+for _name in OWN_DERIVATIVE:
     RULES[_name] = CustomDerivative()
 RULES["custom_loss"] = CustomObjective()

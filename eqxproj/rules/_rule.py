@@ -151,11 +151,6 @@ class AbstractRule(abc.ABC):
         return 1.0
 
 
-def is_steep(ctx: Context) -> bool:
-    """Whether the metric is so steep that no node moves farther than its function is straight, or across a jump."""
-    return ctx.metric.is_steep
-
-
 def step(weight: Scale, dual: Array) -> Array:
     """The displacement that belongs to a dual. Weights are beyond what float16 holds."""
     wide = jnp.promote_types(dual.dtype, jnp.float32)

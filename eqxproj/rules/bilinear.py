@@ -28,7 +28,7 @@ from ._conjugate_gradients import conjugate_gradients
 from ._forms import BilinearForm, ConvForm, CopyForm, DotForm, ElementForm
 from ._multiplier import published_multiplier, solve_multiplier
 from ._rows import Rows
-from ._rule import AbstractRule, Context, is_steep, step
+from ._rule import AbstractRule, Context, step
 from .local import LocalSolver
 
 _AGAIN = 8
@@ -181,7 +181,7 @@ def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, k
         return _published(ctx, form, a, w, p, hp, q, dual, (unit, tilt))
 
     steep = unit * min(tilt, 1.0 / tilt)
-    if steep >= (_STEEP_ENOUGH if is_steep(ctx) else _STEEP):
+    if steep >= (_STEEP_ENOUGH if ctx.metric.is_steep else _STEEP):
         multiplier = dual / (1.0 + q)
         nu_a, nu_w = form.back_a(multiplier, w), form.back_w(a, multiplier)
         return [nu_a, nu_w], p + step(kappa, dual - multiplier).astype(p.dtype)

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from .._interpreter import Fragment
 from .._normal_form import Program
 from ._conjugate_gradients import conjugate_gradients
-from ._rule import AbstractRule, Context, Scale, is_steep, step
+from ._rule import AbstractRule, Context, Scale, step
 
 _OUTER, _HALVINGS, _SMALL = 6, 5, 1e-3
 
@@ -65,7 +65,7 @@ class LocalSolver(AbstractRule):
         inputs, duals = list(inputs), list(duals)
         multiplier = _linearized(ctx, inputs, duals)
         nus = _pull(ctx, inputs, multiplier)
-        if is_steep(ctx):
+        if ctx.metric.is_steep:
             return nus, ctx.function(*_moved(inputs, nus, ctx.weights))
         steps = _divide(nus, ctx.weights)
         large = [

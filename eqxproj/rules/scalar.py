@@ -26,7 +26,7 @@ from .._normal_form import Equation, Variable
 from ._noise import expected_slope, expected_slope_of_pieces, has_jump
 from ._piecewise import PiecewiseAffine, apply_primitive
 from ._piecewise_dual import piecewise_affine_dual
-from ._rule import AbstractRule, Context, is_steep
+from ._rule import AbstractRule, Context
 from ._scalar_solver import generic_dual, round_dual, square_dual
 
 Special = Literal["square", "round", "floor", "ceil"]
@@ -155,7 +155,7 @@ class Scalar(AbstractRule):
         kappa = jnp.asarray(ctx.kappa[0], sigma.dtype)
         if ctx.as_published and self.pieces is not None and self.pieces.describe() == "relu":
             return _published_relu(s0, dual, kappa, sigma)
-        if not ctx.as_published and is_steep(ctx):
+        if not ctx.as_published and ctx.metric.is_steep:
             slope = self._expected_slope(ctx, s0)
             if slope is not None:
                 return slope * dual / (1.0 + slope * slope * q)
@@ -170,7 +170,9 @@ class Scalar(AbstractRule):
             return square_dual(s0, dual, kappa, sigma, q)
         if self.special is not None:
             return round_dual(s0, dual, kappa, sigma, q, self.special)
-        return generic_dual(lambda s: self.phi(ctx.known, [s])[0], s0, dual, kappa, sigma, q, search=not is_steep(ctx))
+        return generic_dual(
+            lambda s: self.phi(ctx.known, [s])[0], s0, dual, kappa, sigma, q, search=not ctx.metric.is_steep
+        )
 
     def _expected_slope(self, ctx: Context, s0: Array) -> Array | None:
         """The slope of the expectation under noise, of functions with jumps; `None` for all others."""

@@ -27,7 +27,7 @@ from jaxtyping import Array
 
 from .._interpreter import Fragment
 from .._normal_form import Equation
-from ._rule import AbstractRule, Context, is_steep, step
+from ._rule import AbstractRule, Context, step
 from .local import LocalSolver
 
 POSITIONS = ("argmax", "argmin", "top_k", "sort")
@@ -111,7 +111,7 @@ class Selection(AbstractRule):
 
         value, apart = jax.lax.map(worth, jnp.arange(x.shape[-1]))
         value, apart = jnp.moveaxis(value, 0, -1), jnp.moveaxis(apart, 0, -1)
-        if is_steep(ctx):
+        if ctx.metric.is_steep:
             p = jax.nn.softmax(x, -1)
             return p * (value - jnp.sum(p * value, -1, keepdims=True))
         slot = [v.index for v in self.fragment.operands].index(equation.inputs[0].index)
