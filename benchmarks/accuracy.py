@@ -13,6 +13,8 @@ chosen with the first seed, by the value that is reached on a validation split (
 reported is the test set, after the last step. Seconds are those of training, without compilation and evaluation;
 `to 99%` are the seconds until the validation value comes within one percent of Adam's best with the same seed, `to end`
 those until it is the one that Adam ends with.
+Two-color solvers take up to hundreds of times as long as the defaults; with `--limit`, a run that is not done after so
+many seconds, all included, is stopped and left out of the choice, which is said.
 Written are `table.md`, `results.json` and `accuracy.png`.
 """
 
@@ -89,11 +91,20 @@ class Bench:
         steps = self.options.steps
         name = f"{task}-{method}-{setting}-{seed}" + ("" if steps is None else f"-{steps}")
         path = self.folder / f"{name}.json"
+        late = path.with_suffix(".late")
+        if late.exists() and float(late.read_text()) >= (self.options.limit or float("inf")):
+            print(f"{name:36} left out: took longer than {late.read_text()} s", flush=True)
+            return None
         if not path.exists():
             words = [sys.executable, __file__, "--one", task, method, str(setting), str(seed), "--write", str(path)]
             words += [] if steps is None else ["--steps", str(steps)]
             words += [] if self.options.data_dir is None else ["--data-dir", self.options.data_dir]
-            done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
+            try:
+                done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=self.options.limit)
+            except subprocess.TimeoutExpired:
+                late.write_text(f"{self.options.limit:g}")
+                print(f"{name:36} left out: took longer than {self.options.limit:g} s", flush=True)
+                return None
             if done.returncode:
                 print(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
                 return None
@@ -199,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="accuracy", help="folder of the results (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="other than the task's own")
+    parser.add_argument("--limit", type=float, help="seconds after which a run is stopped and left out")
     parser.add_argument("--quick", action="store_true", help="digits, one seed, 100 steps")
     parser.add_argument("--one", nargs=4, metavar=("TASK", "METHOD", "SETTING", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument("--write", type=pathlib.Path, help=argparse.SUPPRESS)

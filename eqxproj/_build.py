@@ -429,7 +429,9 @@ class GraphBuilder:
         if any(e.name in POSITIONS for e in equations):
             rule = Selection(fragment)
         if not outputs or not all(v.is_float for v in operands) or not is_differentiable(fragment, self.program):
-            self.missing.append(Unsupported(equation.name, equation.source))
+            jumps = dict.fromkeys(e.name for e in equations if e.name in FLAT and e.outputs[0].is_float)
+            why = f"which reads positions that come of unknowns by {' and '.join(jumps)}" if jumps else ""
+            self.missing.append(Unsupported(equation.name, equation.source, why))
         name = "+".join(dict.fromkeys(e.name for e in equations if e.name not in VIEWS or e is equation))
         self.add("operation", name, equation.source, rule, operands, fragment, outputs)
 

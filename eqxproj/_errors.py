@@ -9,15 +9,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Unsupported:
-    """An operation without a projection rule, and where it stands in the user's code."""
+    """An operation without a projection rule, where it stands in the user's code, and why, where that is not plain."""
 
     primitive: str
     source: str
+    why: str = ""
 
 
 _LOOP = (
     "\nA `while_loop` over unknowns has no fixed number of steps: write it with `jax.lax.scan`, or as a `fori_loop` "
     "whose bounds are known when it is traced."
+)
+
+_JUMPS = (
+    "\nA derivative takes positions that are rounded from unknowns for fixed, and so may you: put "
+    "`jax.lax.stop_gradient` around what rounds them, or, where that is not your code, give the function around it a "
+    "`jax.custom_vjp`, which is asked for its own answer."
 )
 
 
@@ -29,14 +36,16 @@ class UnsupportedPrimitiveError(NotImplementedError):
 
     def __init__(self, missing: Sequence[Unsupported]):
         self.missing = tuple(dict.fromkeys(missing))
-        lines = [f"  - {m.primitive!r} at {m.source}" for m in self.missing]
+        lines = [f"  - {m.primitive!r} at {m.source}{m.why and ', ' + m.why}" for m in self.missing]
         example = self.missing[0].primitive
         super().__init__(
             "These operations on unknowns have no projection rule, and no derivative to do without one:\n"
             + "\n".join(lines)
             + f"\nRegister a rule with `@eqxproj.register_projection({example!r})`, give the enclosing function a "
             "projection of its own with `@eqxproj.custom_projection`, or wrap the operand in `jax.lax.stop_gradient` "
-            "to hold it at its value." + (_LOOP if any(m.primitive == "while" for m in self.missing) else "")
+            "to hold it at its value."
+            + (_LOOP if any(m.primitive == "while" for m in self.missing) else "")
+            + (_JUMPS if any(m.why for m in self.missing) else "")
         )
 
 

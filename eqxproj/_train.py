@@ -135,6 +135,7 @@ def train(
     if eval_every is not None:
         check_positive("eval_every", eval_every)
     run_.check(model, arrays, count)
+    run_.check_optimizer(model)
     key = jax.random.key(0) if key is None else key
     model = apply_constraints(model, [c for c in constraints if not c[1].keeps])
     watch = _Watch(held, {"loss": _plain(loss, has_aux)} if evaluate is None else evaluate, eval_every, steps)
@@ -289,6 +290,26 @@ class _Run:
                 f"`loss` is {float(value)} at the initial parameters, on samples {rows.tolist()}, though data and "
                 f"parameters are finite.{hint}"
             )
+
+    def check_optimizer(self, model: PyTree) -> None:
+        """Traces a first update."""
+        parameters = _widened(eqx.filter(model, eqx.is_inexact_array))
+
+        def first(parameters):
+            state = self.optimizer.init(parameters)
+            update = optax.with_extra_args_support(self.optimizer).update
+            return update(parameters, state, parameters, value=jnp.asarray(0.0))[0]
+
+        try:
+            jax.eval_shape(first, parameters)
+        except Exception as error:
+            raise TypeError(
+                "`optimizer` must take an update like the parameters, its state, the parameters, and the value of the "
+                f"loss as `value`, but it raised {type(error).__name__}: {error}. Optimizers with a line search "
+                "evaluate the loss on their own, which `train` does not offer: turn it off, as in "
+                "`optax.lbfgs(1e-2, linesearch=None)`, or write the loop yourself, with "
+                "`eqxproj.filter_value_and_displacement`."
+            ) from error
 
     def step(self, constraints: Sequence[Constraint], like: PyTree):
         """The jitted step: `(widened parameters, optimizer state, bad step, step, batch, key) -> ...`.

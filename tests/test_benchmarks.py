@@ -33,6 +33,14 @@ def test_accuracy_is_resumed(tmp_path):
         assert 0.5 < row["test"] <= 1 and row["seconds"] > 0 and row["peak_mb"] > 0
 
 
+def test_a_run_over_the_limit_is_stopped_and_said(tmp_path):
+    words = ("accuracy.py", "--quick", "--method", "default", "--out", str(tmp_path))
+    for _ in range(2):
+        assert "left out: took longer than 1 s" in run(*words, "--limit", "1")
+    assert not [*tmp_path.glob("digits-*.json")]
+    assert "| digits (accuracy) | default |" in run(*words)  # without the limit it is run
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [

@@ -7,6 +7,7 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
+from jax.scipy.ndimage import map_coordinates
 
 import eqxproj
 from eqxproj import NonFiniteError, TrainingInterrupted, UnsupportedPrimitiveError
@@ -292,6 +293,11 @@ def test_bad_constraints(error, constraint, part, untyped, no_training):
     raises(error, "`constraints[0]`", part, call=train, constraints=[constraint])
 
 
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+def test_an_optimizer_that_evaluates_the_loss_itself(method, no_training):
+    raises(TypeError, "`optimizer`", "value_fn", "linesearch=None", call=train, optimizer=optax.lbfgs(), method=method)
+
+
 # Operations without a rule.
 
 
@@ -340,6 +346,32 @@ def test_an_operation_at_one_place_is_named_once():
     with pytest.raises(UnsupportedPrimitiveError) as caught:
         problem(loss=repeated)
     assert [m.primitive for m in caught.value.missing] == ["while"]
+
+
+def interpolated(place):
+    """Between the entries of a table, at learned places."""
+    return map_coordinates(jnp.arange(5.0) ** 2, [place], order=1, mode="nearest")
+
+
+@jax.custom_vjp
+def answering(place):
+    return interpolated(place)
+
+
+answering.defvjp(lambda place: jax.vjp(interpolated, place), lambda back, cotangent: back(cotangent))
+
+
+def test_positions_rounded_from_unknowns_say_so_and_the_remedy_works():
+    def loss(p, function):
+        return cross_entropy(jax.vmap(function)(2 + jnp.tanh(X @ p["a"])) @ p["d"], Y).mean()
+
+    with pytest.raises(UnsupportedPrimitiveError, match="'gather' at .*, which reads positions .* by floor") as caught:
+        eqxproj.filter_value_and_displacement(loss)(MODEL, interpolated)
+    assert "custom_vjp" in str(caught.value)
+    _, moved = eqxproj.filter_value_and_displacement(loss)(MODEL, answering)
+    wanted = jax.grad(loss)(MODEL, interpolated)
+    np.testing.assert_allclose(moved["a"], wanted["a"], rtol=1e-4, atol=1e-5)
+    assert np.any(wanted["a"] != 0)
 
 
 def test_unsupported_is_not_implemented():
