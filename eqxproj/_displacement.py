@@ -27,9 +27,9 @@ from .solvers import AbstractSolver, CyclicProjections
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
 """So steep that it is a gradient where there is one, at any depth: a node with a gain of $a$ damps what comes back
-through it by $1 + a^2/g$. On MNIST it learns as flatter ones do, or better. With a grade of 1e3, wide layers damp enough
-to hold up a deep autoencoder; with 1e5, a gain of a hundred inside of the network, or data of that size, does; with
-1e12, the matrix exponential, inside of which there are gains of 1e7."""
+through it by $1 + a^2/g$. On MNIST it learns as flatter ones do, or better. With a grade of 1e3, wide layers damp
+enough to hold up a deep autoencoder; with 1e5, a gain of a hundred inside of the network, or data of that size, does;
+with 1e12, the matrix exponential, inside of which there are gains of 1e7."""
 DEFAULT_TAU = 1e-6
 """So small that the prox of a loss of high curvature is close to its slope: of a cosine of small vectors, or of a
 Gaussian likelihood with learned variances, whose prox at 0.01 narrows them until training diverges."""

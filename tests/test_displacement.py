@@ -74,7 +74,7 @@ def test_displacement_alone():
 
 
 def test_its_forward_derivative_is_that_of_the_gradient():
-    """Products of the Hessian with a direction, forward over projections; backward, the solvers' loops are in the way."""
+    """Products of the Hessian with a direction. (Backward, the solvers' loops are in the way.)"""
 
     def smooth(model, x, y):
         return cross_entropy(jax.nn.softmax(jnp.tanh(x @ model["a"])) @ model["d"], y).mean()
