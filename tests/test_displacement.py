@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.scipy.linalg import expm
+from jax.scipy.special import gamma
 
 import eqxproj
 from eqxproj.losses import cross_entropy, squared_error
@@ -413,6 +414,7 @@ LOSSES = {
     "huge gain": (fitted(lambda m, x: jnp.tanh(1e6 * (x @ (m["a"] / 1e6))) @ m["b"]), 0.02),
     "matrix exponential": (fitted(lambda m, x: jnp.tanh(x @ expm(m["a"] - m["a"].T)) @ m["b"]), 0.02),
     "evidence of a Gaussian process": (evidence, 0.02),
+    "a sign by a rounded number": (fitted(lambda m, x: gamma(jax.nn.softplus(x @ m["a"]) + 0.5) @ m["b"]), 0.02),
     "masked weight": (fitted(lambda m, x: x @ (m["a"] * HALF_MASK) + x @ m["b"]), 0.02),
     "inverse": (fitted(lambda m, x: jnp.tanh(x @ jnp.linalg.inv(jnp.eye(8) + 0.1 * m["a"])) @ m["b"]), 0.02),
     "first of qr": (fitted(lambda m, x: jnp.tanh(x @ jnp.linalg.qr(m["a"])[0]) @ m["b"]), 0.02),

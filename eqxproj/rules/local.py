@@ -43,7 +43,17 @@ def is_differentiable(fragment: Fragment, program: Program) -> bool:
         jax.eval_shape(transposed, known, operands)
     except Exception:  # what a primitive without a derivative raises is its own choice
         return False
-    return all(e.name not in FLAT for e in fragment.equations if e.outputs[0].is_float)
+    return not _is_blind(fragment)
+
+
+def _is_blind(fragment: Fragment) -> bool:
+    """Whether an output is computed from one of a flat operation: as a number or a position, not as a predicate."""
+    blind: set[int] = set()
+    for equation in fragment.equations:
+        flat = equation.name in FLAT and equation.outputs[0].is_float
+        if flat or any(v.index in blind for v in equation.inputs):
+            blind |= {v.index for v in equation.outputs if v.dtype != jnp.bool_}
+    return any(v.index in blind for v in fragment.outputs)
 
 
 FLAT = ("argmax", "argmin", "sign", "round", "floor", "ceil")
