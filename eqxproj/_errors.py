@@ -22,9 +22,9 @@ _LOOP = (
 )
 
 _JUMPS = (
-    "\nA derivative takes positions that are rounded from unknowns for fixed, and so may you: put "
-    "`jax.lax.stop_gradient` around what rounds them, or, where that is not your code, give the function around it a "
-    "`jax.custom_vjp`, which is asked for its own answer."
+    "\nA derivative takes what is rounded from unknowns for fixed, and so may you: put `jax.lax.stop_gradient` around "
+    "what rounds, or, where that is not your code, give the function around it a `jax.custom_vjp`, which is asked for "
+    "its own answer."
 )
 
 

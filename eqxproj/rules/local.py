@@ -43,10 +43,10 @@ def is_differentiable(fragment: Fragment, program: Program) -> bool:
         jax.eval_shape(transposed, known, operands)
     except Exception:  # what a primitive without a derivative raises is its own choice
         return False
-    return not _is_blind(fragment)
+    return not is_blind(fragment)
 
 
-def _is_blind(fragment: Fragment) -> bool:
+def is_blind(fragment: Fragment) -> bool:
     """Whether an output is computed from one of a flat operation: as a number or a position, not as a predicate."""
     blind: set[int] = set()
     for equation in fragment.equations:
