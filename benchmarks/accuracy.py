@@ -91,22 +91,13 @@ class Bench:
         steps = self.options.steps
         name = f"{task}-{method}-{setting}-{seed}" + ("" if steps is None else f"-{steps}")
         path = self.folder / f"{name}.json"
-        late = path.with_suffix(".late")
-        if late.exists() and float(late.read_text()) >= (self.options.limit or float("inf")):
-            print(f"{name:36} left out: took longer than {late.read_text()} s", flush=True)
-            return None
         if not path.exists():
             words = [sys.executable, __file__, "--one", task, method, str(setting), str(seed), "--write", str(path)]
             words += [] if steps is None else ["--steps", str(steps)]
             words += [] if self.options.data_dir is None else ["--data-dir", self.options.data_dir]
-            try:
-                done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=self.options.limit)
-            except subprocess.TimeoutExpired:
-                late.write_text(f"{self.options.limit:g}")
-                print(f"{name:36} left out: took longer than {self.options.limit:g} s", flush=True)
-                return None
-            if done.returncode:
-                print(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            problem = self._start(words, path.with_suffix(".late"))
+            if problem is not None:
+                print(f"{name:36} {problem}", flush=True)
                 return None
         found = json.loads(path.read_text())
         print(
@@ -115,6 +106,17 @@ class Bench:
             flush=True,
         )
         return found
+
+    def _start(self, words: Sequence[str], late: pathlib.Path) -> str | None:
+        """Runs a process; what went wrong, if anything did. The file `late` tells of a limit that was not enough."""
+        limit = self.options.limit
+        if limit is None or not late.exists() or limit > float(late.read_text()):
+            try:
+                done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=limit)
+                return f"failed: {done.stderr.strip().splitlines()[-1:]}" if done.returncode else None
+            except subprocess.TimeoutExpired:
+                late.write_text(f"{limit:g}")
+        return f"left out: took longer than {late.read_text()} s"
 
     def best(self, task: Task, name: str, method: str) -> list[dict[str, Any]]:
         """The runs of all seeds at the setting that is best on the validation split with the first."""

@@ -31,7 +31,7 @@ from .rules._objective import CustomObjective, GenericObjective
 from .rules._rule import AbstractRule
 from .rules.custom import Custom
 from .rules.derivative import CustomDerivative
-from .rules.local import FLAT, LocalSolver, is_blind, is_differentiable
+from .rules.local import FLAT, LocalSolver, flattened_by, is_differentiable
 from .rules.scalar import AffineTerm, Scalar
 from .rules.selection import POSITIONS, Selection
 
@@ -429,8 +429,8 @@ class GraphBuilder:
         if any(e.name in POSITIONS for e in equations):
             rule = Selection(fragment)
         if not outputs or not all(v.is_float for v in operands) or not is_differentiable(fragment, self.program):
-            jumps = dict.fromkeys(e.name for e in equations if e.name in FLAT and e.outputs[0].is_float)
-            why = f"which reads what {' and '.join(jumps)} makes of unknowns" if is_blind(fragment) else ""
+            flat = " and ".join(flattened_by(fragment))
+            why = f"which reads what {flat} makes of unknowns" if flat else ""
             self.missing.append(Unsupported(equation.name, equation.source, why))
         name = "+".join(dict.fromkeys(e.name for e in equations if e.name not in VIEWS or e is equation))
         self.add("operation", name, equation.source, rule, operands, fragment, outputs)

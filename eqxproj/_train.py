@@ -224,9 +224,9 @@ class _Run:
         self.solver = CyclicProjections() if solver is None else solver
         check_solver(self.solver)
         check_positive("solver_steps", solver_steps)
-        self.optimizer = optimizer
-        if not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
-            raise TypeError(f"`optimizer` must be an optax transformation, got {self.optimizer!r}.")
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise TypeError(f"`optimizer` must be an optax transformation, got {optimizer!r}.")
+        self.optimizer = optax.with_extra_args_support(optimizer)  # some go by the value of the loss
         self.metric = DEFAULT_METRIC if metric is None else metric
         self.copies: Copies = "neuron" if copies is None else copies
         self.tau = tau
@@ -297,8 +297,7 @@ class _Run:
 
         def first(parameters):
             state = self.optimizer.init(parameters)
-            update = optax.with_extra_args_support(self.optimizer).update
-            return update(parameters, state, parameters, value=jnp.asarray(0.0))[0]
+            return self.optimizer.update(parameters, state, parameters, value=jnp.asarray(0.0))[0]
 
         try:
             jax.eval_shape(first, parameters)
@@ -316,8 +315,6 @@ class _Run:
 
         The model is run with parameters of the types of `like`.
         """
-
-        optimizer = optax.with_extra_args_support(self.optimizer)  # some go by the value of the loss
         kept, others = ([c for c in constraints if c[1].keeps is flag] for flag in (True, False))
 
         def update(static, parameters, opt_state, bad, number, batch, key):
@@ -325,7 +322,7 @@ class _Run:
             value, moved, inputs = self.direction(model, batch, key)
             moved = _cast(moved, parameters)
             moved = moved if inputs is None else inputs.centered(moved)
-            updates, new_state = optimizer.update(moved, opt_state, parameters, value=value)
+            updates, new_state = self.optimizer.update(moved, opt_state, parameters, value=value)
             updates = updates if inputs is None else inputs.applied(updates)
             new = eqx.apply_updates(parameters, updates)
             new = eqx.filter(apply_constraints(eqx.combine(new, static), others), eqx.is_inexact_array)

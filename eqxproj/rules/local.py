@@ -43,17 +43,18 @@ def is_differentiable(fragment: Fragment, program: Program) -> bool:
         jax.eval_shape(transposed, known, operands)
     except Exception:  # what a primitive without a derivative raises is its own choice
         return False
-    return not is_blind(fragment)
+    return not flattened_by(fragment)
 
 
-def is_blind(fragment: Fragment) -> bool:
-    """Whether an output is computed from one of a flat operation: as a number or a position, not as a predicate."""
-    blind: set[int] = set()
+def flattened_by(fragment: Fragment) -> tuple[str, ...]:
+    """The flat operations that an output is computed from: as from numbers or positions, not as from predicates."""
+    found: dict[int, dict[str, None]] = {}
     for equation in fragment.equations:
-        flat = equation.name in FLAT and equation.outputs[0].is_float
-        if flat or any(v.index in blind for v in equation.inputs):
-            blind |= {v.index for v in equation.outputs if v.dtype != jnp.bool_}
-    return any(v.index in blind for v in fragment.outputs)
+        names = {name: None for v in equation.inputs for name in found.get(v.index, ())}
+        if equation.name in FLAT and equation.outputs[0].is_float:
+            names[equation.name] = None
+        found.update((v.index, names) for v in equation.outputs if v.dtype != jnp.bool_)
+    return tuple({name: None for v in fragment.outputs for name in found.get(v.index, ())})
 
 
 FLAT = ("argmax", "argmin", "sign", "round", "floor", "ceil")
