@@ -2,8 +2,10 @@ r"""The metric: one weight for every edge, laid out from the objective back.
 
 The weight of an edge is $g^{d}$ with `grade` $g$ and $d$ the depth of its consumer (the longest way to the objective,
 whose own operands weigh one), times `parameter` where it shows parameters alone. Weights are kept as logarithms, so
-that their ratios, on which small steps depend, are exact at any depth, while their values are clamped to [1e-30,
-1e30].
+that their ratios, on which small steps depend, are exact at any depth, while their values are clamped: those of copies
+to [1e-30, 1e30], those of outputs to [1e-30, 1e24]. So far down nothing moves by more than rounding. Were both clamped
+to the same number, a node would move its operands, and write an output that moves, as far as is wanted of it where its
+exact ratio says hardly at all; and iterations of such moves grow without bound.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Literal
 import equinox as eqx
 
 _CLAMP = 69.0
+_OUTPUT_CLAMP = 55.0
 _STEEP = 100.0
 
 
@@ -60,8 +63,13 @@ def check_metric(metric: object) -> None:
 
 
 def clamped(log_weight: float) -> float:
-    """A weight from its logarithm, within what float32 can square-root and divide."""
+    """The weight of a copy from its logarithm, within what float32 can square-root and divide."""
     return math.exp(min(max(log_weight, -_CLAMP), _CLAMP))
+
+
+def clamped_output(log_weight: float) -> float:
+    """The weight of an output from its logarithm: at most a millionth of the largest weight of a copy."""
+    return math.exp(min(max(log_weight, -_CLAMP), _OUTPUT_CLAMP))
 
 
 def ratio(log_numerator: float, log_denominator: float) -> float:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import _published
-from ._metric import clamped
+from ._metric import clamped_output
 from ._state import State, collapsed, context, expanded, kappa_of, operand, value_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence
             gap = value_of(problem, state, value) - outputs[i]
             if problem.as_published:
                 gap = gap * _published.share_of_readers(problem, value)
-            dual = dual + gap * jnp.asarray(share * clamped(scale), gap.dtype)
+            dual = dual + gap * jnp.asarray(share * clamped_output(scale), gap.dtype)
         duals.append(dual)
     return spec.rule.project(ctx, inputs, duals)
 

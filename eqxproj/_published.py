@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._metric import clamped
+from ._metric import clamped, clamped_output
 from ._state import State, collapsed, context, expanded, kappa_of, operand, shown, value_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def wish(problem: FeasibilityProblem, state: State, value: int) -> Array | None:
     if not parts:
         return None
     scale, _ = kappa_of(problem, value, state.memory)
-    return sum(parts[1:], start=parts[0]) / len(readers) * clamped(scale)
+    return sum(parts[1:], start=parts[0]) / len(readers) * clamped_output(scale)
 
 
 def _part(problem: FeasibilityProblem, state: State, edge: int, value: int, dual: Array) -> Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
-from ._metric import clamped, ratio
+from ._metric import clamped, clamped_output, ratio
 from .rules._rule import Context, step
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def context(problem: FeasibilityProblem, node: int, memory: bool) -> Context:
     for value in spec.outputs:
         scale, share = kappa_of(problem, value, memory)
         share = _positive(share)
-        kappa.append(share * clamped(scale))
+        kappa.append(share * clamped_output(scale))
         ratios.append(tuple(share * ratio(scale, x) for x in logs))
     function = spec.function
     assert function is not None

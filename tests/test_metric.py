@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import eqxproj
-from eqxproj._metric import Metric, clamped, ratio
+from eqxproj._metric import Metric, clamped, clamped_output, ratio
 from eqxproj._state import kappa_of
 from eqxproj.losses import squared_error
 
@@ -37,6 +37,13 @@ def test_clamped(log):
     assert jnp.isfinite(jnp.float32(weight)) and jnp.float32(1 / weight) > 0
     if abs(log) <= 69.0:
         assert weight == pytest.approx(math.exp(log))
+
+
+@pytest.mark.parametrize("log", [-1e4, -69.0, 0.0, 5.0, 55.0, 1e4])
+def test_clamped_outputs(log):
+    """An output never weighs more than its operands for the reason that both are clamped."""
+    assert clamped_output(log) == pytest.approx(clamped(min(log, 55.0)))
+    assert clamped_output(1e4) <= 1e-6 * clamped(1e4)
 
 
 def test_ratios_are_exact_where_values_are_clamped():
@@ -122,3 +129,24 @@ def test_no_depth_overflows(grade):
     assert all(bool(jnp.all(jnp.isfinite(m))) for m in moved)
     if grade > 1:
         assert all(float(jnp.abs(m).max()) > 0 for m in moved)
+
+
+@pytest.mark.parametrize("copies", ["neuron", "none"])
+def test_many_sweeps_do_not_grow_where_weights_are_clamped(copies):
+    """Each further sweep of a steep metric adds a gradient; at a sum of two unknowns it once added a multiple."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    weights = [jnp.eye(8) + 0.1 * jax.random.normal(k, (8, 8)) for k in keys]
+    x, y = jax.random.normal(keys[0], (16, 8)), jax.random.normal(keys[1], (16, 8))
+
+    def loss(ws, x, y):
+        for w in ws:
+            x = x + jax.nn.relu(x @ w)
+        return squared_error(1e-2 * x, y).mean()
+
+    options = {"solver": eqxproj.AlternatingProjections(), "metric": Metric(1e3, 1e4), "copies": copies, "tau": 0.1}
+    sizes = []
+    for steps in (24, 48):
+        moved = eqxproj.filter_displacement(loss, steps=steps, **options)(weights, x, y)
+        sizes.append(jnp.asarray([jnp.linalg.norm(m) for m in moved]))
+    assert jnp.all(sizes[0] > 0)
+    assert jnp.all(sizes[1] < 8 * sizes[0]), sizes

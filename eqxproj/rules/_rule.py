@@ -6,8 +6,8 @@ $$\\min_{x'} \\; \\sum_i w_i |x'_i - x_i|^2 + \\kappa |f(x') - (f(x) + r)|^2 .$$
 
 It receives $x$ and the *dual* $\\mu = \\kappa r$ of each output, and returns the duals $\\nu_i = w_i (x'_i - x_i)$
 of the inputs and the new output $f(x')$. Where the metric is steep the weights exceed what float32 holds: `weights`
-and `kappa` are clamped to [1e-30, 1e30], while `ratio(i)`, $\\kappa / w_i$, is exact. A rule that uses the ratio
-where the step is small returns $J^T \\mu$ to rounding in the limit, whatever the scale.
+and `kappa` are clamped (`_metric.py`), while `ratio(i)`, $\\kappa / w_i$, is exact. A rule that uses the ratio where
+the step is small returns $J^T \\mu$ to rounding in the limit, whatever the scale.
 """
 
 from __future__ import annotations
