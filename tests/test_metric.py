@@ -10,7 +10,7 @@ import pytest
 import eqxproj
 from eqxproj._metric import Metric, clamped, clamped_output, ratio
 from eqxproj._state import kappa_of
-from eqxproj.losses import squared_error
+from eqxproj.losses import cross_entropy, squared_error
 
 
 def test_default_is_the_unit_metric():
@@ -131,22 +131,23 @@ def test_no_depth_overflows(grade):
         assert all(float(jnp.abs(m).max()) > 0 for m in moved)
 
 
-@pytest.mark.parametrize("copies", ["neuron", "none"])
-def test_many_sweeps_do_not_grow_where_weights_are_clamped(copies):
-    """Each further sweep of a steep metric adds a gradient; at a sum of two unknowns it once added a multiple."""
-    keys = jax.random.split(jax.random.key(0), 8)
-    weights = [jnp.eye(8) + 0.1 * jax.random.normal(k, (8, 8)) for k in keys]
-    x, y = jax.random.normal(keys[0], (16, 8)), jax.random.normal(keys[1], (16, 8))
+def test_many_sweeps_do_not_grow_where_weights_are_clamped():
+    """Each further sweep of a steep metric adds about a gradient, in residual layers too deep for exact weights."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    layers = [(jax.random.normal(k, (16, 16)) / 8, jnp.zeros(16)) for k in keys]
+    x, y = jax.random.normal(keys[0], (16, 16)), jnp.arange(16) % 10
 
-    def loss(ws, x, y):
-        for w in ws:
-            x = x + jax.nn.relu(x @ w)
-        return squared_error(1e-2 * x, y).mean()
+    def loss(layers, x, y):
+        (first, shift), *inner, (last, end) = layers
+        x = jax.nn.relu(x @ first + shift)
+        for w, b in inner:
+            x = x + jax.nn.relu(x @ w + b)
+        return cross_entropy(x @ last + end, y).mean()
 
-    options = {"solver": eqxproj.AlternatingProjections(), "metric": Metric(1e3, 1e4), "copies": copies, "tau": 0.1}
+    options = {"solver": eqxproj.AlternatingProjections(), "metric": Metric(1e3, 1e4), "tau": 0.1}
     sizes = []
     for steps in (24, 48):
-        moved = eqxproj.filter_displacement(loss, steps=steps, **options)(weights, x, y)
-        sizes.append(jnp.asarray([jnp.linalg.norm(m) for m in moved]))
+        moved = eqxproj.filter_displacement(loss, steps=steps, **options)(layers, x, y)
+        sizes.append(jnp.asarray([jnp.linalg.norm(w) for w, _ in moved]))
     assert jnp.all(sizes[0] > 0)
-    assert jnp.all(sizes[1] < 8 * sizes[0]), sizes
+    assert jnp.all(sizes[1] < 4 * sizes[0]), sizes
