@@ -483,6 +483,8 @@ def test_equal_copies_need_not_be_held(setup):
 SHARED = [Setup("mul")]
 SHARED += [Setup(name, "none") for name in ("dot", "batched dot", "conv", "grouped conv")]
 SHARED += [Setup("odd dot", "none", (True, False)), Setup("conv", "none", (False, True))]
+SHARED += [Setup("dot", "none", (False, True)), Setup("batched dot", "none", (True, False))]
+SHARED += [Setup("batched dot", "none", (False, True))]
 SHARED += [Setup(name, "sample") for name in CASES if "conv" in name] + [
     Setup("conv", "sample", (True, False), (False, False))
 ]
@@ -558,7 +560,12 @@ def best_copies(problem, moved):
 # ----------------------------------------------------------------------------------------------------------------------
 
 WILD = [Setup("mul"), Setup("dot"), Setup("dot", memory=True), Setup("dot", "sample"), Setup("dot", "none")]
-WILD += [Setup("conv"), Setup("conv", "sample"), Setup("dot", "sample", (True, False), (False, True))]
+WILD += [
+    Setup("dot", "none", (False, True)),
+    Setup("conv"),
+    Setup("conv", "sample"),
+    Setup("dot", "sample", (True, False), (False, True)),
+]
 
 
 @pytest.mark.parametrize("setup", WILD, ids=id_of)

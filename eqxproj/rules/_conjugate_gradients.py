@@ -25,7 +25,7 @@ def _plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
 
 
 def conjugate_gradients(
-    operator: Callable[[PyTree], PyTree], b: PyTree, inverse_diagonal: PyTree, *, tol: float, max_steps: int
+    operator: Callable[[PyTree], PyTree], b: PyTree, inverse_diagonal: PyTree, *, tol: float | Array, max_steps: int
 ) -> PyTree:
     r"""Solves $M x = b$ for symmetric positive-definite $M$.
 

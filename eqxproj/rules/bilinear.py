@@ -7,7 +7,7 @@ no copy that equals another is ever stored. How many copies a node owns is the c
   products;
 - `"sample"`: every row owns a copy of the weights, and its products share the other operand: a linear system in the
   row's multipliers;
-- `"none"`: one constraint for the whole product, by the local solver.
+- `"none"`: one constraint for the whole product, by the local solver, or where it is affine and small by a direct one.
 
 An operand that is known makes the node affine. With `ctx.memory` the operands hold one entry per copy, as algorithms
 that do not return to consensus need; then the same code runs on the product of copies (`CopyForm`).
@@ -108,7 +108,7 @@ class Bilinear(AbstractRule):
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
         if ctx.copies == "none" and ctx.equation is not None and ctx.equation.name != "mul":
-            return LocalSolver().project(ctx, inputs, duals)
+            return _whole(ctx, inputs, duals)
         form, rows, a, w = self._operands(ctx, inputs)
         dual = duals[0] if rows is None else rows.from_output(duals[0])
         kappa, ratio_a, ratio_w = _scales(ctx, rows)
@@ -166,6 +166,37 @@ def _affine(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, r
     multiplier = dual / (1.0 + ratio * square).astype(dual.dtype)
     back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
     return [back], p + (multiplier * step(ctx.weights[0], square)).astype(p.dtype)
+
+
+def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+    r"""One constraint for the whole product: the local solver, or a direct one of a `dot_general` that is affine.
+
+    With $G$ the matrix of the scalar products of the known operand's rows, $(1 + \kappa/w\, G)\lambda = \mu$ by its
+    Cholesky factor. It does not fail for rounding: the sum of the eigenvalues, times the precision, is added to the
+    diagonal. In a steep metric, where it is next to the identity, the local solver is faster.
+    """
+    a, w = ctx.operands(inputs)
+    form, moves_a = _form(ctx, a, w), ctx.unknown[0]
+    known = w if moves_a else a
+    plain = jnp.ndim(ctx.ratios[0][0]) == 0 and known.dtype in (jnp.float32, jnp.float64)
+    if all(ctx.unknown) or ctx.metric.is_steep or not plain or not isinstance(form, DotForm):
+        return LocalSolver().project(ctx, inputs, duals)
+    if form.rows(known, first=not moves_a) > _DIRECT:
+        return LocalSolver().project(ctx, inputs, duals)
+    gram = form.gram(known, first=not moves_a) * ctx.ratios[0][0]
+    total = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    matrix = gram + (1.0 + jnp.finfo(known.dtype).eps * total) * jnp.eye(gram.shape[-1], dtype=known.dtype)
+    factor = jax.scipy.linalg.cho_factor(matrix, lower=True)[0]
+    multiplier = form.along(
+        lambda mu: jax.scipy.linalg.cho_solve((factor, True), mu), duals[0].astype(known.dtype), first=not moves_a
+    )
+    back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
+    change = step(ctx.weights[0], form.f(back, w) if moves_a else form.f(a, back))
+    return [back], [form.f(a, w) + change]
+
+
+_DIRECT = 1024
+"""Rows of a known operand up to which their scalar products are factorized."""
 
 
 def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, kappa, ratio_a, ratio_w):

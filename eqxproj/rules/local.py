@@ -5,9 +5,11 @@ $d_i = J_i^T\lambda/w_i$, the multiplier of the linearized constraint solves
 
 $$\Big(I + \sum_i \tfrac{\kappa}{w_i} J_i J_i^T\Big)\lambda = \mu - \kappa\,(f(x_0+d) - f(x_0) - J d)$$
 
-by conjugate gradients; $J$ and $J^T$ are the jvp and vjp *of this one node*, never of the model. A step that
-does not lower the cost is halved. The first step from $x_0$ is $J^T\mu$ in the limit of a steep metric, and where it
-is small, it is the answer. Its limits: one damping factor a node, and the minimum found is a local one.
+by conjugate gradients that start from the multiplier before; $J$ and $J^T$ are the jvp and vjp *of this one node*,
+never of the model. A step that does not lower the cost is halved; where the right side stays as it was, as it does at
+once for an affine operation, that was the last one. The first step from $x_0$ is $J^T\mu$ in the limit of a steep
+metric, and where it is small, it is the answer. Its limits: one damping factor a node, and the minimum found is a local
+one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .._normal_form import Program
 from ._conjugate_gradients import conjugate_gradients
 from ._rule import AbstractRule, Context, Scale, step
 
-_OUTER, _HALVINGS, _SMALL = 6, 5, 1e-3
+_OUTER, _HALVINGS, _SMALL, _SAME = 6, 5, 1e-3, 1e-4
 
 
 def is_differentiable(fragment: Fragment, program: Program) -> bool:
@@ -82,7 +84,9 @@ class LocalSolver(AbstractRule):
         large = [
             jnp.max(jnp.abs(d)) > _SMALL * (jnp.max(jnp.abs(x)) + _SMALL) for d, x in zip(steps, inputs, strict=True)
         ]
-        nus = jax.lax.cond(jnp.any(jnp.stack(large)), lambda n: _refine(ctx, inputs, duals, n), lambda n: n, nus)
+        nus = jax.lax.cond(
+            jnp.any(jnp.stack(large)), lambda m, n: _refine(ctx, inputs, duals, m, n), lambda _, n: n, multiplier, nus
+        )
         return nus, ctx.function(*_moved(inputs, nus, ctx.weights))
 
 
@@ -99,8 +103,13 @@ def _pull(ctx: Context, at: Sequence[Array], multiplier: Sequence[Array]) -> lis
     return list(back(list(multiplier)))
 
 
-def _linearized(ctx: Context, at: Sequence[Array], right: Sequence[Array]) -> list[Array]:
-    r"""The multiplier of the constraint linearized at `at`, as $\lambda = \sqrt\kappa m$: that makes it symmetric."""
+def _linearized(
+    ctx: Context, at: Sequence[Array], right: Sequence[Array], start: Sequence[Array] | None = None
+) -> list[Array]:
+    r"""The multiplier of the constraint linearized at `at`, as $\lambda = \sqrt\kappa m$: that makes it symmetric.
+
+    With a multiplier to `start` from, only what it lacks is solved for, to the same accuracy.
+    """
     forward = jax.linearize(ctx.function, *at)[1]
     back = jax.vjp(ctx.function, *at)[1]
     top = largest(ctx.kappa)
@@ -112,9 +121,23 @@ def _linearized(ctx: Context, at: Sequence[Array], right: Sequence[Array]) -> li
         images = forward(*(p * jnp.asarray(ratio, p.dtype) for p, ratio in zip(pulled, ratios, strict=True)))
         return [x + root * image for x, root, image in zip(m, roots, images, strict=True)]
 
+    def solve(b, tol):
+        return conjugate_gradients(operator, b, [jnp.ones_like(x) for x in b], tol=tol, max_steps=30)
+
     scaled = [_quotient(r, root) for r, root in zip(right, roots, strict=True)]
-    found = conjugate_gradients(operator, scaled, [jnp.ones_like(x) for x in scaled], tol=1e-5, max_steps=30)
+    if start is None:
+        found = solve(scaled, 1e-5)
+    else:
+        old = [_quotient(r, root) for r, root in zip(start, roots, strict=True)]
+        lacking = [b - image for b, image in zip(scaled, operator(old), strict=True)]
+        part = _size(lacking) / jnp.maximum(_size(scaled), jnp.finfo(jnp.float32).tiny)
+        more = solve(lacking, 1e-5 / jnp.clip(part, 1e-4, 1.0))
+        found = [a + b for a, b in zip(old, more, strict=True)]
     return [x * root for x, root in zip(found, roots, strict=True)]
+
+
+def _size(values: Sequence[Array]) -> Array:
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0).astype(jnp.float32) for x in values]))
 
 
 def _quotient(x: Array, divisor: Scale) -> Array:
@@ -141,19 +164,21 @@ def _cost(ctx: Context, inputs, duals, nus) -> Array:
     return jnp.where(jnp.isfinite(total), total, jnp.inf)
 
 
-def _refine(ctx: Context, inputs, duals, first) -> list[Array]:
+def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
     """Gauss-Newton steps from the linearized answer, each taken only as far as it lowers the cost."""
 
-    def next_nus(nus):
+    def moved(nus):
         steps = _divide(nus, ctx.weights)
-        at = [x + d for x, d in zip(inputs, steps, strict=True)]
+        return steps, [x + d for x, d in zip(inputs, steps, strict=True)]
+
+    def right_side(nus):
+        steps, at = moved(nus)
         before = ctx.function(*inputs)
         after, slope = jax.jvp(ctx.function, tuple(at), tuple(steps))
-        right = [
-            mu - kappa * ((new - y) - jd)
+        return [
+            (mu - kappa * ((new - y) - jd)).astype(mu.dtype)
             for mu, kappa, new, y, jd in zip(duals, ctx.kappa, after, before, slope, strict=True)
         ]
-        return _pull(ctx, at, _linearized(ctx, at, [r.astype(d.dtype) for r, d in zip(right, duals, strict=True)]))
 
     def towards(nus, new, cost):
         def shorter(carry):
@@ -166,14 +191,19 @@ def _refine(ctx: Context, inputs, duals, first) -> list[Array]:
         better = found < cost
         return jtu.tree_map(lambda a, b: jnp.where(better, a, b), mixed, nus), jnp.where(better, found, cost), better
 
-    zero = [jnp.zeros_like(x) for x in first]
-    cost = _cost(ctx, inputs, duals, zero)
-    nus, cost, _ = towards(zero, first, cost)
+    def advance(nus, new, multiplier, right, cost, count):
+        nus, cost, better = towards(nus, new, cost)
+        found = right_side(nus)
+        change = _size([a - b for a, b in zip(found, right, strict=True)])
+        return nus, multiplier, found, cost, better & (change > _SAME * _size(duals)), count + 1
 
     def body(carry):
-        nus, cost, _, count = carry
-        nus, cost, better = towards(nus, next_nus(nus), cost)
-        return nus, cost, better, count + 1
+        nus, multiplier, right, cost, _, count = carry
+        at = moved(nus)[1]
+        multiplier = _linearized(ctx, at, right, multiplier)
+        return advance(nus, _pull(ctx, at, multiplier), multiplier, right, cost, count)
 
-    carry = (nus, cost, jnp.asarray(True), jnp.asarray(0))
-    return jax.lax.while_loop(lambda c: c[2] & (c[3] < _OUTER), body, carry)[0]
+    zero = [jnp.zeros_like(x) for x in first]
+    cost = _cost(ctx, inputs, duals, zero)
+    carry = advance(zero, list(first), multiplier, list(duals), cost, jnp.asarray(-1))
+    return jax.lax.while_loop(lambda c: c[4] & (c[5] < _OUTER), body, carry)[0]
