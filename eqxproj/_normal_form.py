@@ -3,13 +3,15 @@
 `normal_form` transforms a closed jaxpr into a [`Program`][]:
 
 - calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, and the constants of inner jaxprs are lifted
-  to the program's own;
+  to the program's own; a `custom_jvp_call` of what has no other derivative, such as a loop, stays one equation;
 - every variable is numbered afresh, so that an inner jaxpr that is called twice gives two sets of variables;
 - implicit broadcasting of elementwise operations is made explicit: a vmapped `add f32[4,8] f32[1,8]` is a
   `broadcast_in_dim` and an addition of equal shapes;
+- a short `scan` of elementwise operations over constants is unrolled: that is how JAX writes polynomials, of which its
+  special functions are made, and what is elementwise throughout is seen as one function;
 - dead code is dropped.
 
-Its limits: control flow (`scan`, `while`, `cond`) stays one equation, and effects are not kept.
+Its limits: other control flow (`scan`, `while`, `cond`) stays one equation, and effects are not kept.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
-from ._names import ELEMENTWISE, OWN_DERIVATIVE
+from ._names import ELEMENTWISE, OWN_DERIVATIVE, VIEWS
 
 _CALLS = ("jit", "pjit", "custom_jvp_call", "remat2", "checkpoint", "remat")
 _CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
@@ -138,7 +140,10 @@ class _Builder:
         return Variable(self.count - 1, tuple(shape), dtype)
 
     def constant(self, value: Any, dtype: Any = None) -> Variable:
-        array = value if isinstance(value, jax.Array) else jnp.asarray(value, dtype)
+        array = value
+        if not isinstance(value, jax.Array):  # kept out of JAX, so that it stays a number inside of a `jit`
+            array = np.asarray(value, dtype)
+            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
         variable = self.variable(array.shape, array.dtype)
         self.constants[variable.index] = array
         is_number = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
@@ -166,6 +171,8 @@ class _Builder:
 
     def _propagate_static(self, equation: Equation) -> None:
         passes_on = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "stop_gradient")
+        if equation.name == "neg" and equation.inputs[0].index in self.static:
+            self.static[equation.outputs[0].index] = -self.static[equation.inputs[0].index]
         if equation.name in passes_on and equation.inputs[0].index in self.static:
             value = self.static[equation.inputs[0].index]
             kind = np.dtype(equation.outputs[0].dtype).kind if hasattr(equation.outputs[0].dtype, "kind") else "f"
@@ -185,11 +192,65 @@ def _inner_jaxpr(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
         return None
     for key in _INNER:
         inner = equation.params.get(key)
-        if isinstance(inner, ClosedJaxpr):
-            return inner.jaxpr, inner.consts
-        if isinstance(inner, Jaxpr):
-            return inner, ()
+        found = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+        if isinstance(found[0], Jaxpr):
+            whole = equation.primitive.name == "custom_jvp_call" and not _is_differentiable(*found)
+            return None if whole else found
     return None
+
+
+def _is_differentiable(jaxpr: Jaxpr, consts: Sequence[Any]) -> bool:
+    """Whether JAX can transpose the derivative of what a function does inside, of its own derivative apart."""
+    if _holds_only(jaxpr, ELEMENTWISE | VIEWS):
+        return True
+
+    def transposed(*values):
+        outputs, back = jax.vjp(lambda *values: jax.core.eval_jaxpr(jaxpr, consts, *values), *values)
+        return back(outputs)
+
+    try:
+        jax.eval_shape(transposed, *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars))  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception:  # what a primitive without a derivative raises is its own choice
+        return False
+    return True
+
+
+_UNROLLED = 32
+"""Steps up to which a `scan` of elementwise operations is unrolled."""
+
+
+def _is_polynomial(builder: _Builder, equation: Any, operands: Sequence[Variable]) -> bool:
+    """Whether an equation is a short `scan` of elementwise operations over constants that keeps its end alone."""
+    if equation.primitive.name != "scan":
+        return False
+    params = equation.params
+    scanned = [builder.constants.get(v.index) for v in operands[params["num_consts"] + params["num_carry"] :]]
+    known = all(x is not None and not isinstance(x, jax.core.Tracer) for x in scanned)
+    short = params["length"] <= _UNROLLED and len(equation.outvars) == params["num_carry"]
+    return known and short and bool(scanned) and _holds_only(params["jaxpr"].jaxpr, ELEMENTWISE | {"broadcast_in_dim"})
+
+
+def _holds_only(jaxpr: Jaxpr, names: frozenset[str]) -> bool:
+    """Whether all operations of a function, those of calls that are seen through included, have one of these names."""
+    for equation in jaxpr.eqns:
+        inner = _inner_jaxpr(equation)
+        if not (equation.primitive.name in names if inner is None else _holds_only(inner[0], names)):
+            return False
+    return True
+
+
+def _unroll(builder: _Builder, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable]:
+    params = equation.params
+    held = params["num_consts"]
+    start = held + params["num_carry"]
+    carry = list(operands[held:start])
+    scanned = [np.asarray(builder.constants[v.index]) for v in operands[start:]]
+    steps = range(params["length"])
+    for i in reversed(steps) if params["reverse"] else steps:
+        elements = [builder.constant(x[i], x.dtype) for x in scanned]
+        inputs = [*operands[:held], *carry, *elements]
+        carry = _walk(builder, params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs, source)
+    return carry
 
 
 def _walk(builder: _Builder, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Variable], outer: str | None):
@@ -208,6 +269,8 @@ def _walk(builder: _Builder, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequen
             results = operands
         elif inner is not None:
             results = _walk(builder, inner[0], inner[1], operands, source)
+        elif _is_polynomial(builder, equation, operands):
+            results = _unroll(builder, equation, operands, source)
         else:
             if equation.primitive.name in ELEMENTWISE:
                 shape = equation.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]

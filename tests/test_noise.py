@@ -7,10 +7,11 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
+from eqxproj import filter_displacement
 from eqxproj._fusion import dependents
 from eqxproj._interpreter import Fragment
 from eqxproj._normal_form import normal_form
-from eqxproj.rules._noise import expected_slope, expected_slope_of_pieces, has_jump
+from eqxproj.rules._noise import expected_slope, expected_slope_of_pieces, jumps_of, within
 from eqxproj.rules.scalar import recognize
 
 FUNCTIONS = {
@@ -95,16 +96,52 @@ def test_quadrature_is_exact_for_affine_functions(f):
 @pytest.mark.parametrize(
     "f, jumps",
     [
-        (lambda s: jnp.where(s > 0, s**2, -1.0), True),
-        (lambda s: jnp.sign(s) * jnp.exp(-s), True),
-        (jnp.round, True),
-        (jax.nn.elu, False),
-        (jnp.tanh, False),
-        (lambda s: jnp.tanh(50 * s), False),
-        (lambda s: jnp.where(s > 2.7, jnp.exp(s), 0.1 + jnp.exp(s)), True),
-        (lambda s: jnp.where(s > 0, jnp.log1p(s), 1 - jnp.exp(-s)), False),
+        (lambda s: jnp.where(s > 0, s**2, -1.0), [0.0]),
+        (lambda s: jnp.sign(s) * jnp.exp(-s), [0.0]),
+        (lambda s: jnp.where(jnp.abs(s) > 2.7, jnp.cos(s), 2.0), [-2.7, 2.7]),
+        (jax.nn.elu, []),
+        (jnp.tanh, []),
+        (lambda s: jnp.tanh(50 * s), []),
+        (lambda s: jnp.where(s > 2.7, jnp.exp(s), 0.1 + jnp.exp(s)), [2.7]),
+        (lambda s: jnp.where(s > 0, jnp.log1p(s), 1 - jnp.exp(-s)), []),
     ],
 )
 def test_jumps_are_found(f, jumps):
     phi, program = fragment(f)
-    assert has_jump(phi, program.static) is jumps
+    np.testing.assert_allclose(jumps_of(phi, program.static), jumps, atol=1e-4)
+
+
+def test_of_many_jumps_some_are_found():
+    """And since there may be more, any arguments may have one between them."""
+    phi, program = fragment(jnp.round)
+    found = jumps_of(phi, program.static)
+    assert len(found) >= 8 and np.allclose(np.abs(np.subtract(found, np.round(found))), 0.5, atol=1e-4)
+    assert within(found, jnp.array([0.1, 0.2]))
+
+
+@pytest.mark.parametrize("s, jumps", [([0.1, 3.0], False), ([-0.1, 3.0], True), ([-1.0, -jnp.inf, jnp.nan], False)])
+def test_jumps_between_the_arguments(s, jumps):
+    assert bool(within((0.0,), jnp.asarray(s))) is jumps
+
+
+NEAR = jnp.array([[0.5, 1.5], [2.5, 0.7]])
+
+
+@pytest.mark.parametrize(
+    "f, noisy",
+    [
+        (lambda s: jnp.where(s > -1, jnp.exp(s), 5.0), False),
+        (lambda s: jnp.where(s > 1, jnp.exp(s), 5.0), True),
+        (lambda s: jnp.where(s > -1, 1.0, jnp.exp(s)), True),
+        (lambda s: jnp.round(s) + jnp.exp(s), True),
+    ],
+    ids=["no jump near", "a jump near", "flat", "everywhere"],
+)
+def test_a_displacement_sees_the_jumps_that_are_near(f, noisy):
+    def loss(p, x):
+        return jnp.square(f(x * p["w"]) @ p["v"] - 1).mean()
+
+    model = {"w": jnp.ones(2), "v": 0.1 * jnp.ones((2, 2))}
+    moved, gradient = filter_displacement(loss)(model, NEAR), jax.grad(loss)(model, NEAR)
+    assert np.allclose(moved["w"], gradient["w"], rtol=1e-3) is not noisy
+    assert np.all(np.abs(moved["w"]) > 0)

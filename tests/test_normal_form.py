@@ -90,6 +90,23 @@ def nested(x):
     return jitted(doubled(jitted(x))) + rematerialized(tripled(x))
 
 
+@jax.custom_jvp
+def halved_in_a_loop(x):
+    return jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] * 0.5, c[1] + 1), (x, 0))[0]
+
+
+@halved_in_a_loop.defjvp
+def _halved_jvp(primals, tangents):
+    return halved_in_a_loop(*primals), tangents[0] / 8
+
+
+COEFFICIENTS = np.linspace(-1, 2, 7, dtype=np.float32)
+
+
+def horner(x, reverse=False, coefficients=COEFFICIENTS):
+    return jax.lax.scan(lambda c, a: (c * x + a, None), jnp.zeros_like(x), coefficients, reverse=reverse)[0]
+
+
 def scanned(x):
     return jax.lax.scan(lambda c, row: (jitted(c) * 0.5 + row, c.sum()), jnp.zeros(x.shape[1:]), x)
 
@@ -127,6 +144,9 @@ FUNCTIONS = {
     "vmapped": jax.vmap(lambda row: jnp.outer(row, row) + row),
     "inner_vmap": lambda x: jax.vmap(jax.vmap(jitted, 0), 1)(x),
     "scan": scanned,
+    "polyval": lambda x: jnp.polyval(COEFFICIENTS, x),
+    "horner": horner,
+    "horner backward": lambda x: horner(x, reverse=True),
     "cond": branched,
     "while": lambda x: jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] * 0.5, c[1] + 1), (x, 0))[0],
     "stop_gradient": lambda x: x * jax.lax.stop_gradient(jitted(x)),
@@ -246,10 +266,55 @@ def test_control_flow_stays_one_equation(rng):
     assert names(program_of(scanned, random(rng, 4, 8))).count("scan") == 1
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap], ids=["plain", "jit", "vmap"])
+def test_polynomials_are_unrolled(wrap, rng):
+    """A scan over a few constants is elementwise operations, and their coefficients are known by value."""
+    program = assert_same_function(wrap(horner), random(rng, 3, 8))
+    assert set(names(program)) <= {"mul", "add", "broadcast_in_dim"}
+    found = [program.static.get(e.inputs[1].index) for e in program.equations if e.name == "add"]
+    np.testing.assert_allclose(found, COEFFICIENTS)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: horner(x, coefficients=np.ones(33, np.float32)),
+        lambda x: horner(x[0], coefficients=x.sum(-1)),
+        lambda x: jax.lax.scan(lambda c, a: (c * x + a, c), x, COEFFICIENTS)[1],
+        lambda x: jax.lax.scan(lambda c, a: (jnp.sort(c) + a, None), x, COEFFICIENTS)[0],
+        lambda x: jax.lax.fori_loop(0, 3, lambda i, c: c * x, x),
+    ],
+    ids=["long", "not over constants", "every step is kept", "not elementwise", "over nothing"],
+)
+def test_other_scans_stay_one_equation(f, rng):
+    assert names(assert_same_function(f, random(rng, 4, 8))).count("scan") == 1
+
+
+def test_constants_are_known_by_value_inside_of_a_jit():
+    found = []
+
+    @jax.jit
+    def outer(x):
+        program = program_of(lambda x: jnp.maximum(x, np.float32(0.25)) + np.full(8, 2.0, np.float32), x)
+        (maximum,) = [e for e in program.equations if e.name == "max"]
+        found.append(program.static.get(maximum.inputs[1].index))
+        assert all(isinstance(c, np.ndarray) for c in program.constants.values())
+        return forward(program, [x])[program.outputs[0].index]
+
+    np.testing.assert_allclose(outer(jnp.zeros(8)), 2.25)
+    assert found == [0.25]
+
+
+def test_a_function_with_no_derivative_but_its_own_stays_one_equation(rng):
+    program = assert_same_function(lambda x: halved_in_a_loop(x) + doubled(x), random(rng, 8))
+    assert names(program).count("custom_jvp_call") == 1 and "while" not in names(program)
+
+
 @pytest.mark.parametrize(
     "f, value",
     [
         (lambda x: jnp.asarray(2.5), 2.5),
+        (lambda x: -jnp.full(3, 2.5), -2.5),
         (lambda x: jnp.broadcast_to(jnp.asarray(-3.0), (4, 8)), -3.0),
         (lambda x: jnp.full((2, 2), 7, jnp.int32).astype(jnp.float32), 7.0),
         (lambda x: jnp.full((2, 2), 2.75).astype(jnp.int32), 2.0),
@@ -258,7 +323,7 @@ def test_control_flow_stays_one_equation(rng):
         (lambda x: jax.lax.stop_gradient(jnp.full(3, 0.5)), 0.5),
         (lambda x: jax.jit(lambda c: c * x.sum(), inline=False)(2.0) * 0 + 1, None),
     ],
-    ids=["literal", "broadcast", "converted", "truncated", "negative", "reshaped", "stopped", "computed"],
+    ids=["literal", "negated", "broadcast", "converted", "truncated", "negative", "reshaped", "stopped", "computed"],
 )
 def test_static_values(f, value):
     program = program_of(f, jnp.ones(2))

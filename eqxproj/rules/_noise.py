@@ -12,12 +12,14 @@ $$\bar\phi'(s) = m + \sum_j m_j\,\Phi(u_j) + \frac{h_j}{t_j}\,\varphi(u_j), \qqu
 where $\Phi$ and $\varphi$ are the normal distribution and density, and $t_j$ is a share of the root mean square of the
 distances $s - b_j$, of all elements: a jump is seen from where the arguments are, in any unit of them, and the more
 sharply the more of them are near.
-Functions of which no such form is known are seen through noise of unit size, in the unit of their argument.
+Functions of which no such form is known are seen through noise of unit size, in the unit of their argument, where a
+jump of theirs lies between the least and the largest of the arguments, and by their slope elsewhere, unless they are
+flat: many functions are smooth where they are used, and continued somehow beyond, as the beta function is below zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +76,20 @@ def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> 
     return jax.lax.scan(add, jnp.zeros_like(s), (jnp.asarray(nodes, s.dtype), jnp.asarray(weights, s.dtype)))[0]
 
 
-def has_jump(phi: Fragment, static: Mapping[int, float]) -> bool:
-    """Whether an elementwise function jumps between -8 and 8: a rise that does not shrink with the step.
+def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
+    """Whether a jump lies between the least and the largest of the arguments; not known of more than are looked for."""
+    if len(jumps) >= _SUSPECTS:
+        return jnp.asarray(True)
+    finite = jnp.isfinite(s)
+    low, high = jnp.min(s, initial=jnp.inf, where=finite), jnp.max(s, initial=-jnp.inf, where=finite)
+    at = jnp.asarray(jumps, s.dtype)
+    return jnp.any((at >= low) & (at <= high))
+
+
+def jumps_of(phi: Fragment, static: Mapping[int, float]) -> tuple[float, ...]:
+    """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step.
+
+    No more than eight are found.
 
     **Arguments:**
 
@@ -94,17 +108,22 @@ def has_jump(phi: Fragment, static: Mapping[int, float]) -> bool:
         rows = [np.asarray(phi(known, [jnp.asarray(row)])[0], np.float64) for row in filled]
         return s, np.concatenate([np.broadcast_to(y, operand.shape).ravel() for y in rows])[:count]
 
+    found = []
     with jax.ensure_compile_time_eval():
         s, y = values(-_RANGE, _RANGE + _SHIFT, _COARSE)
         y = np.where(np.isfinite(y), y, 0.0)
         rise = np.abs(np.diff(y))
         # A jump may be far from where the function is steep, but no smooth function has fourth differences like it.
-        rough = np.argsort(-np.abs(np.diff(y, 4)))[:_SUSPECTS]
-        for i in {i for first in rough for i in range(first, first + 4)}:
-            fine = np.abs(np.diff(values(s[i], s[i + 1], _FINE)[1]))
-            steepest = np.max(fine, initial=0.0, where=np.isfinite(fine))
+        rough: list[int] = []
+        for first in np.argsort(-np.abs(np.diff(y, 4)))[: 8 * _SUSPECTS]:  # one jump shows in four of them
+            if len(rough) < _SUSPECTS and all(abs(first - other) > 4 for other in rough):
+                rough.append(int(first))
+        for i in sorted({i for first in rough for i in range(first, first + 4)}):
+            at, near = values(s[i], s[i + 1], _FINE)
+            fine = np.abs(np.diff(near))
+            fine = np.where(np.isfinite(fine), fine, 0.0)
             around = np.max(rise[max(i - 1, 0) : i + 2])
             rounding = 1e3 * float(jnp.finfo(operand.dtype).eps) * np.max(np.abs(y[i : i + 2]))
-            if steepest > max(0.25 * around, rounding):
-                return True
-    return False
+            if np.max(fine) > max(0.25 * around, rounding):
+                found.append(float(at[np.argmax(fine)]))
+    return tuple(found)

@@ -12,7 +12,7 @@ $\rho = \sum_i (\kappa/w_i) |\nu_i|^2 / |\mu|^2$. That is the projection to firs
 and $\nu$ itself in the limit of a steep metric.
 
 Its limits: one factor for all elements, and no second step. The derivatives of `jax.custom_jvp` are not asked for:
-such functions are seen through.
+such functions are seen through, unless there is no other derivative of what they do, and left to the local solver then.
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ from jaxtyping import Array
 
 from .._interpreter import Fragment
 from .._normal_form import Equation, Variable
-from ._noise import expected_slope, expected_slope_of_pieces, has_jump
+from ._noise import expected_slope, expected_slope_of_pieces, jumps_of, within
 from ._piecewise import PiecewiseAffine, apply_primitive
 from ._piecewise_dual import piecewise_affine_dual
 from ._rule import AbstractRule, Context
 from ._scalar_solver import generic_dual, round_dual, square_dual
+from .local import FLAT
 
 Special = Literal["square", "round", "floor", "ceil"]
 
@@ -181,8 +182,21 @@ class Scalar(AbstractRule):
         if self.pieces is not None:
             return expected_slope_of_pieces(self.pieces, s0) if self.pieces.has_jumps else None
         if self.special is None and self._jumps:
-            return expected_slope(lambda s: self.phi(ctx.known, [s])[0], s0)
+            return self._slope_with_jumps(ctx, s0)
         return None
+
+    def _slope_with_jumps(self, ctx: Context, s0: Array) -> Array:
+        """That of the expectation, or the plain slope where no jump is near and the function is not flat."""
+
+        def phi(s):
+            return self.phi(ctx.known, [s])[0]
+
+        slope = None if any(e.name in FLAT for e in self.phi.equations) else self._slope(ctx, s0)
+        if slope is None:
+            return expected_slope(phi, s0)
+        plain = jnp.where(jnp.isfinite(slope), slope, 0.0)
+        noisy = within(self._jumps, s0) | ~jnp.any(plain != 0)
+        return jax.lax.cond(noisy, lambda: expected_slope(phi, s0), lambda: plain)
 
     def _slope(self, ctx: Context, s0: Array) -> Array | None:
         """The slope of a function without a rule of its own; `None` where it has one, or JAX knows no derivative.
@@ -198,10 +212,10 @@ class Scalar(AbstractRule):
             return None
 
     @functools.cached_property
-    def _jumps(self) -> bool:
-        """Whether a function of known numbers has a jump. Of one that reads known arrays that is not found out."""
+    def _jumps(self) -> tuple[float, ...]:
+        """Where a function of known numbers has jumps. Of one that reads known arrays that is not found out."""
         may = any(e.name in _MAY_JUMP for e in self.phi.equations) and self.phi.known <= self.static.keys()
-        return may and has_jump(self.phi, self.static)
+        return jumps_of(self.phi, self.static) if may else ()
 
 
 _MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, nn
+from jax.scipy import special, stats
 
 from ._row import Row, around
 
@@ -152,8 +153,48 @@ FUNCTIONS = {
 }
 
 
+def _unit(x):
+    return 0.05 + 0.9 * nn.sigmoid(x)
+
+
+def _positive(x):
+    return 0.1 + nn.softplus(x)
+
+
+SPECIAL = {
+    "ndtri": lambda x: special.ndtri(_unit(x)),
+    "ndtr": special.ndtr,
+    "log_ndtr": special.log_ndtr,
+    "erfinv": lambda x: special.erfinv(_unit(x)),
+    "logit": lambda x: special.logit(_unit(x)),
+    "entr": lambda x: special.entr(_positive(x)),
+    "xlogy": lambda x: special.xlogy(_positive(x[:4]), _positive(x[4:])),
+    "gamma": lambda x: special.gamma(1 + nn.softplus(x)),
+    "gammaln": lambda x: special.gammaln(_positive(x)),
+    "digamma": lambda x: special.digamma(1 + nn.softplus(x)),
+    "gammainc": lambda x: special.gammainc(2.0, _positive(x)),
+    "betaln": lambda x: special.betaln(_positive(x[:4]), _positive(x[4:])),
+    "betainc": lambda x: special.betainc(2.0, 3.0, _unit(x)),
+    "zeta": lambda x: special.zeta(2.0, _positive(x)),
+    "expi": lambda x: special.expi(_positive(x)),
+    "i0": special.i0,
+    "i1e": special.i1e,
+    "stats.norm": lambda x: stats.norm.logpdf(x[:4], 0.3, _positive(x[4:])),
+    "stats.norm.ppf": lambda x: stats.norm.ppf(_unit(x)),
+    "stats.t": lambda x: stats.t.logpdf(x, 3.0),
+    "stats.gamma": lambda x: stats.gamma.logpdf(_positive(x[:4]), _positive(x[4:])),
+    "stats.beta": lambda x: stats.beta.logpdf(0.3, _positive(x[:4]), _positive(x[4:])),
+    "stats.betabinom": lambda x: stats.betabinom.logpmf(2, 5, 1 + nn.softplus(x), 2.0),
+    "stats.truncnorm": lambda x: stats.truncnorm.logpdf(0.3, -1 - nn.softplus(x), 1.0),
+    "stats.poisson": lambda x: stats.poisson.logpmf(2, _positive(x)),
+    "stats.vonmises": lambda x: stats.vonmises.logpdf(x[:4], _positive(x[4:])),
+    "a guarded quotient": lambda x: jnp.where(x == -6, 1.0, 1 / (6 + jnp.where(x == -6, 0.0, x))),
+}
+
+
 def rows(group, functions):
     return [Row(name, group, lambda key, f=f: around(key, f)) for name, f in functions.items()]
 
 
 ROWS = [*rows("activations", ACTIVATIONS), *rows("own functions", OWN), *rows("functions", FUNCTIONS)]
+ROWS += rows("special functions and densities", SPECIAL)
