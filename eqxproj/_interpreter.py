@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from ._normal_form import Equation, Program, Variable
@@ -42,7 +43,9 @@ def forward(program: Program, inputs: Sequence[Array], recalled: Sequence[Array]
     Its products are not computed again where they are `recalled` from another evaluation, in order. Those of a program
     of which less is alive do not fit, and are not taken.
     """
-    env: dict[int, Any] = dict(program.constants)
+    env: dict[int, Any] = {
+        i: jnp.asarray(x) if isinstance(x, np.ndarray) and x.ndim else x for i, x in program.constants.items()
+    }
     env.update((v.index, x) for v, x in zip(program.inputs, inputs, strict=True))
     found = products(program)
     fits = [v.shape for v in found] == [x.shape for x in recalled]

@@ -176,7 +176,7 @@ SPECIAL = {
     "betaln": lambda x: special.betaln(_positive(x[:4]), _positive(x[4:])),
     "betainc": lambda x: special.betainc(2.0, 3.0, _unit(x)),
     "zeta": lambda x: special.zeta(2.0, _positive(x)),
-    "expi": lambda x: special.expi(_positive(x)),
+    "exp1": lambda x: special.exp1(_positive(x)),
     "i0": special.i0,
     "i1e": special.i1e,
     "stats.norm": lambda x: stats.norm.logpdf(x[:4], 0.3, _positive(x[4:])),
