@@ -139,6 +139,12 @@ class Graph:
         return tuple(depth)
 
     @cached_property
+    def cyclic_depth(self) -> int | None:
+        """The least depth of a node whose value is read with a delay; `None` where none is, and there are no cycles."""
+        late = {self.producers[v] for edge in self.edges for v in edge.delayed}
+        return min((self.depth[node] for node in late), default=None)
+
+    @cached_property
     def distance(self) -> tuple[int, ...]:
         """The shortest way from the objective to each node, its breadth-first layer."""
         distance = dict.fromkeys(self.objectives, 0)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PyTree
 from ._build import build
 from ._graph import Graph, table, with_identities
 from ._interpreter import forward
-from ._metric import Metric, check_metric, clamped
+from ._metric import Metric, check_metric, clamped, edge_logs, reader_logs
 from ._names import ONE_TO_ONE
 from ._normal_form import Variable
 from ._state import State, context
@@ -59,7 +59,7 @@ class FeasibilityProblem(eqx.Module):
     @property
     def log_weights(self) -> tuple[float, ...]:
         """The logarithm of the weight of each edge."""
-        return _log_weights(self.graph, self.metric, self.offset)
+        return edge_logs(self.graph, self.metric, self.offset)
 
     @property
     def as_published(self) -> bool:
@@ -119,10 +119,6 @@ class FeasibilityProblem(eqx.Module):
         return "\n".join(lines)
 
 
-def _log_weights(graph: Graph, metric: Metric, offset: float) -> tuple[float, ...]:
-    return tuple(offset + metric.log_weight(graph.depth[e.consumer], e.is_parameter) for e in graph.edges)
-
-
 def _count(graph: Graph, known, copies, metric, log_weights, edge: int, value: int, memory: bool) -> float | Array:
     spec = graph.edges[edge]
     node = graph.nodes[spec.consumer]
@@ -177,7 +173,7 @@ def _uniform(view, value: int, sources: Sequence[int]) -> float | None:
 def _shares(graph: Graph, known, copies, metric: Metric, log_weights, memory: bool) -> tuple[float | Array, ...]:
     shares: list[float | Array] = []
     for value in range(len(graph.values)):
-        logs = [log_weights[e] for e in graph.readers[value]]
+        logs = reader_logs(graph, metric, log_weights, value)
         top = max(logs, default=0.0)
         share: float | Array = 0.0
         for edge, log in zip(graph.readers[value], logs, strict=True):
@@ -228,7 +224,7 @@ def make_problem(
     at = [env[v.index] for v in graph.values]  # what an identity node puts out is its operand's variable
     initial = tuple(jnp.asarray(x) if k in ("parameter", "data") else None for x, k in zip(at, kinds, strict=True))
     states = tuple(None if k in ("parameter", "data") else jnp.asarray(x) for x, k in zip(at, kinds, strict=True))
-    logs = _log_weights(graph, metric, offset)
+    logs = edge_logs(graph, metric, offset)
     lean = _shares(graph, known, copies, metric, logs, False)
     differs = copies == "sample" and any(n.operation == "conv_general_dilated" for n in graph.nodes)
     full = _shares(graph, known, copies, metric, logs, True) if differs else lean

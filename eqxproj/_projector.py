@@ -97,9 +97,25 @@ def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence
             gap = value_of(problem, state, value) - outputs[i]
             if problem.as_published:
                 gap = gap * _published.share_of_readers(problem, value)
+            elif problem.metric.is_steep:
+                gap = _above_rounding(gap, outputs[i])
             dual = dual + gap * jnp.asarray(share * clamped_output(scale), gap.dtype)
         duals.append(dual)
     return spec.rule.project(ctx, inputs, duals)
+
+
+def _above_rounding(gap: Array, output: Array) -> Array:
+    """A gap between a value and what its producer now computes, without what two evaluations differ by from rounding.
+
+    Times the weights of a steep metric, that is no small number any more: next to the duals of a gradient's size it is
+    everything. A gap that comes from moves of the operands is as small there, and the duals tell of them.
+    """
+    size = jnp.max(jnp.abs(output), initial=0.0)
+    return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
+
+
+_ROUNDING = 32.0
+"""In units of the precision of the largest output."""
 
 
 def _is_unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
-from ._metric import clamped, clamped_output, ratio
+from ._metric import clamped, clamped_output, ratio, reader_logs
 from .rules._rule import Context, step
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def combine(coefficients: Sequence[float], states: Sequence[State]) -> State:
 
 def kappa_of(problem: FeasibilityProblem, value: int, memory: bool) -> tuple[float, float | Array]:
     """The weight of a value: the logarithm of its scale, and the weight in units of that scale."""
-    logs = [problem.log_weights[e] for e in problem.graph.readers[value]]
+    logs = reader_logs(problem.graph, problem.metric, problem.log_weights, value)
     share = 1.0 if problem.as_published else problem.shares[int(memory)][value]
     return max(logs, default=0.0), share
 

@@ -166,3 +166,38 @@ def test_the_branch_of_the_forward_pass_is_taken():
     for w in (x, -x):
         moved = eqxproj.filter_displacement(loss, metric=eqxproj.Metric(1e6, 1e6), tau=1e-4)(w, x)
         np.testing.assert_allclose(moved, jax.grad(loss)(w, x), rtol=1e-3, atol=1e-6)
+
+
+class Gated(eqx.Module):
+    cell: eqx.nn.GRUCell
+    last: eqx.nn.Linear
+
+    def __call__(self, x):
+        def step(h, xt):
+            h = self.cell(xt, h)
+            return h, h
+
+        return jax.vmap(self.last)(jax.lax.scan(step, jnp.zeros(6), x)[1])
+
+
+@pytest.mark.parametrize("metric", [eqxproj.Metric(1e3, 1e4), eqxproj.Metric(1e18, 1e4)], ids=["1e3", "1e18"])
+@pytest.mark.parametrize(
+    "solver",
+    [eqxproj.AlternatingProjections(), eqxproj.RelaxedReflectReflect(), eqxproj.CyclicDouglasRachford()],
+    ids=lambda s: type(s).__name__,
+)
+def test_many_steps_in_a_steep_metric_give_the_gradient(solver, metric):
+    """All time steps at once: each step of the solver passes on by one time step, and those far back add up to less."""
+    k = jr.split(jr.key(0), 3)
+    model = Gated(eqx.nn.GRUCell(3, 6, key=k[0]), eqx.nn.Linear(6, 2, key=k[1]))
+    x = jr.normal(k[2], (4, 8, 3))
+    y = jnp.roll(x, 2, 1)[..., :2]
+    copies = "none" if solver.memory else "neuron"
+    displacement = eqxproj.filter_displacement(loss, solver=solver, steps=90, metric=metric, copies=copies)
+    gradient = arrays(eqx.filter_grad(loss)(model, x, y))
+    ratios = []
+    for moved, wanted in zip(arrays(displacement(model, x, y)), gradient, strict=True):
+        sizes = float(jnp.linalg.norm(moved)), float(jnp.linalg.norm(wanted))
+        assert float(jnp.vdot(moved, wanted)) / (sizes[0] * sizes[1]) > 0.995
+        ratios.append(sizes[0] / sizes[1])
+    assert max(ratios) < 1.2 * min(ratios)
