@@ -204,9 +204,12 @@ def _is_differentiable(jaxpr: Jaxpr, consts: Sequence[Any]) -> bool:
     if _holds_only(jaxpr, ELEMENTWISE | VIEWS):
         return True
 
+    def outputs(*values):
+        return [y for y in jax.core.eval_jaxpr(jaxpr, consts, *values) if jnp.issubdtype(y.dtype, jnp.inexact)]
+
     def transposed(*values):
-        outputs, back = jax.vjp(lambda *values: jax.core.eval_jaxpr(jaxpr, consts, *values), *values)
-        return back(outputs)
+        out, back = jax.vjp(outputs, *values)
+        return back(out)
 
     try:
         jax.eval_shape(transposed, *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars))  # pyright: ignore[reportAttributeAccessIssue]

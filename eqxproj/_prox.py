@@ -18,9 +18,12 @@ not among them; NaN gives NaN.
 """
 
 import itertools
+import math
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 # Newton's method in `_multipliers` takes about ten where the step is below 100; this many leave room for bisections.
@@ -69,6 +72,11 @@ def _step(tau: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         raise ValueError(
             f"`tau` must be a scalar or broadcast to the shape of the loss, {shape}, got shape {array.shape}."
         ) from None
+
+
+def _largest_known(tau: ArrayLike) -> float:
+    """The largest step, infinity where its values are not known while tracing."""
+    return math.inf if isinstance(tau, jax.core.Tracer) else float(np.max(np.asarray(tau), initial=0.0))
 
 
 def _is_right(labels: Array, n: int) -> Bool[Array, "*batch n"]:
@@ -308,6 +316,8 @@ def cross_entropy_displacement(
     z, dtype = _with_classes("logits", logits)
     step = _step(tau, z.shape[:-1], z.dtype)
     y = _probabilities(labels, z.shape, z.dtype)
+    limit = float(20 * jnp.finfo(z.dtype).eps) ** 0.25
+    known_small = _is_index(jnp.asarray(labels), z.shape) and _largest_known(tau) <= limit
     # Classes first: for a few classes and many samples, sums over the first axis vectorize.
     z, y = jnp.moveaxis(z, -1, 0), jnp.moveaxis(y, -1, 0)
     z = jnp.maximum(z - jnp.max(z, axis=0), -1e30)  # a masked class, at -inf, becomes an ordinary very unlikely one
@@ -321,9 +331,13 @@ def cross_entropy_displacement(
         return jnp.where(largest, -jnp.sum(others, axis=0), others)
 
     # One step of the fixed point d = y - tau m softmax(z + d) errs by less than t^3 at t = tau m, so that Newton's step
-    # below leaves t^5 / 20 of d: for small t, as by default, less than what rounding leaves, and no loop is needed.
-    near, small = mass * jax.nn.softmax(z, axis=0), mass <= (20 * jnp.finfo(z.dtype).eps) ** 0.25
-    omega = jax.lax.cond(jnp.all(small), lambda: near, lambda: jnp.where(small, near, _multipliers(z, y, mass)))
+    # below leaves t^5 / 20 of d: for small t, as by default, less than what rounding leaves, and no loop is needed; nor
+    # is one compiled where that is known while tracing.
+    near, small = mass * jax.nn.softmax(z, axis=0), mass <= limit
+    if known_small:
+        omega = near
+    else:
+        omega = jax.lax.cond(jnp.all(small), lambda: near, lambda: jnp.where(small, near, _multipliers(z, y, mass)))
     d = move(omega)
     omega = mass * jax.nn.softmax(z + d, axis=0)
     residual = d - move(omega)

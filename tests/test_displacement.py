@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -461,3 +462,31 @@ def test_a_derivative_that_is_not_finite_stops_training():
     model = eqx.nn.Linear(8, 3, key=jax.random.key(0))
     with pytest.raises(eqxproj.NonFiniteError):
         eqxproj.train(model, (np.asarray(ROWS),), loss, steps=2)
+
+
+def _primitives(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr))
+        ):
+            inner = value.jaxpr if isinstance(value, jex.core.ClosedJaxpr) else value
+            if isinstance(inner, jex.core.Jaxpr):
+                yield from _primitives(inner)
+
+
+@pytest.mark.parametrize(
+    "losses", [eqxproj.losses.cross_entropy, optax.softmax_cross_entropy_with_integer_labels], ids=["own", "optax"]
+)
+@pytest.mark.parametrize("tau, loops", [(None, False), (0.5, True)])
+def test_the_defaults_compile_no_loops(losses, tau, loops):
+    """A loop costs more to compile than a small network, and by default the objective's answer is its slope."""
+    parameters, static = eqx.partition(MODEL, eqx.is_inexact_array)
+
+    def moved(parameters, x, y):
+        def mean(model, x, y):
+            return losses(jax.vmap(model)(x), y).mean()
+
+        return eqxproj.filter_displacement(mean, tau=tau)(eqx.combine(parameters, static), x, y)
+
+    assert ("while" in set(_primitives(jax.make_jaxpr(moved)(parameters, X, Y).jaxpr))) is loops

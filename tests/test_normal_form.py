@@ -305,6 +305,22 @@ def test_constants_are_known_by_value_inside_of_a_jit():
     assert found == [0.25]
 
 
+@jax.custom_jvp
+def with_position(x, k):
+    return x[k] * jnp.max(x), jnp.argmax(x)
+
+
+@with_position.defjvp
+def _with_position_jvp(primals, tangents):
+    y, k = with_position(*primals)
+    return (y, k), (tangents[0][primals[1]], np.zeros((), jax.dtypes.float0))
+
+
+def test_integers_around_a_derivative_of_ones_own_are_of_no_account(rng):
+    program = assert_same_function(lambda x: with_position(x, jnp.asarray(2)), random(rng, 8))
+    assert "argmax" in names(program)
+
+
 def test_a_function_with_no_derivative_but_its_own_stays_one_equation(rng):
     program = assert_same_function(lambda x: halved_in_a_loop(x) + doubled(x), random(rng, 8))
     assert names(program).count("custom_jvp_call") == 1 and "while" not in names(program)

@@ -5,11 +5,14 @@ displacement of the prox, $\mathrm{prox}_{\tau L}(z) - z$. For small tau that is
 
 A loss with a closed form is asked for it ([`CustomObjective`][]). Any other ([`GenericObjective`][]) goes through
 Newton steps with conjugate gradients on $\tfrac12|d|^2 + \tau L(z + d)$: derivatives of this one node, by the logits
-alone.
+alone. In a steep metric, where all steps are linear, and for a tau as small as the default one, the answer is
+$-\tau\nabla L$: what is left of the prox then is its protection from curvatures of a million and more, and that is not
+worth the compilation of its loops, which takes as long as all the rest of a small network.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -60,6 +63,9 @@ class CustomObjective(AbstractRule):
         assert ctx.equation is not None
         samples = ctx.equation.outputs[0].shape
         tau = ctx.scale * _factor(self.factors, ctx)
+        if isinstance(tau, float) and math.prod(samples) <= _FEW:
+            with jax.ensure_compile_time_eval():  # a number that is known while tracing may spare a rule its cases
+                tau = jnp.full(samples, tau, predictions.dtype)
         tau = jnp.broadcast_to(jnp.asarray(tau, predictions.dtype), samples)
         call = ctx.params["call"]
         moved = call.rule([predictions, targets], tau)
@@ -92,9 +98,17 @@ class GenericObjective(AbstractRule):
         def loss(d):
             return ctx.scale * self._value(ctx, jtu.tree_map(jnp.add, start, d))
 
+        largest = ctx.scale * max(abs(coefficient) for coefficient, _ in self.parts)
+        if ctx.metric.is_steep and largest <= _TINY:
+            gradient = jax.grad(loss)(jtu.tree_map(jnp.zeros_like, start))
+            return jtu.tree_map(jnp.negative, gradient), []
         return _prox(loss, start), []
 
 
+_TINY = 1e-5
+"""Scale of the loss up to which the answer of an objective in a steep metric is its slope."""
+_FEW = 1 << 16
+"""Samples up to which a tau for each is known by value while tracing."""
 _OUTER, _INNER, _HALVINGS = 12, 12, 8
 
 
