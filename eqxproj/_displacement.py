@@ -31,8 +31,9 @@ through it by $1 + a^2/g$. On MNIST it learns as flatter ones do, or better. Wit
 enough to hold up a deep autoencoder; with 1e5, a gain of a hundred inside of the network, or data of that size, does;
 with 1e12, the matrix exponential, inside of which there are gains of 1e7."""
 DEFAULT_TAU = 1e-6
-"""So small that the prox of a loss of high curvature is close to its slope: of a cosine of small vectors, or of a
-Gaussian likelihood with learned variances, whose prox at 0.01 narrows them until training diverges."""
+"""So small that a loss without a prox of its own answers by its slope, whatever its curvature: that of a cosine of
+small vectors is high, and so is that of a Gaussian likelihood with learned variances, whose prox at 0.01 narrows them
+until training diverges."""
 LARGE_TAU = 0.01
 """In a metric that is not steep, where a step wants states to move, and may want them to cross a jump; and for a loss
 with float16 in it, where the duals of a smaller one, which are proportional to it, would be lost."""

@@ -79,7 +79,7 @@ def _like(tau: Array, moved: Array) -> Array:
 
 
 class GenericObjective(AbstractRule):
-    """The prox of any differentiable loss, found by damped Newton steps."""
+    """The prox of any differentiable loss, found by damped Newton steps; its slope by the defaults."""
 
     label: ClassVar[str] = "local prox"
 
