@@ -222,14 +222,23 @@ _UNROLLED = 32
 """Steps up to which a `scan` of elementwise operations is unrolled."""
 
 
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of the operands of a `scan` are constants, and how many carries."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carries, *_ = params["ft_in"].unpack()  # from JAX 0.11 on the operands are a tree of three branches
+    return len(constants), len(carries)
+
+
 def _is_polynomial(builder: _Builder, equation: Any, operands: Sequence[Variable]) -> bool:
     """Whether an equation is a short `scan` of elementwise operations over constants that keeps its end alone."""
     if equation.primitive.name != "scan":
         return False
     params = equation.params
-    scanned = [builder.constants.get(v.index) for v in operands[params["num_consts"] + params["num_carry"] :]]
+    held, carried = scan_counts(params)
+    scanned = [builder.constants.get(v.index) for v in operands[held + carried :]]
     known = all(x is not None and not isinstance(x, jax.core.Tracer) for x in scanned)
-    short = params["length"] <= _UNROLLED and len(equation.outvars) == params["num_carry"]
+    short = params["length"] <= _UNROLLED and len(equation.outvars) == carried
     return known and short and bool(scanned) and _holds_only(params["jaxpr"].jaxpr, ELEMENTWISE | {"broadcast_in_dim"})
 
 
@@ -244,8 +253,8 @@ def _holds_only(jaxpr: Jaxpr, names: frozenset[str]) -> bool:
 
 def _unroll(builder: _Builder, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable]:
     params = equation.params
-    held = params["num_consts"]
-    start = held + params["num_carry"]
+    held, carried = scan_counts(params)
+    start = held + carried
     carry = list(operands[held:start])
     scanned = [np.asarray(builder.constants[v.index]) for v in operands[start:]]
     steps = range(params["length"])

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from ._fusion import dependents
 from ._interpreter import forward, products
-from ._normal_form import Equation, Program, normal_form
+from ._normal_form import Equation, Program, normal_form, scan_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +29,7 @@ class Recurrence:
     @classmethod
     def of(cls, equation: Equation) -> Recurrence:
         params = equation.params
-        if "num_consts" in params:
-            constants, carries = params["num_consts"], params["num_carry"]
-        else:  # from JAX 0.11 on the operands are a tree of three branches
-            constants, carries = (len(part) for part in params["ft_in"].unpack()[:2])
+        constants, carries = scan_counts(params)
         return cls(params["jaxpr"], constants, carries, params["length"], params["reverse"])
 
     def body(self, *operands: Any) -> tuple[list[Array], list[Array]]:

@@ -106,7 +106,7 @@ class GenericObjective(AbstractRule):
 
 
 _TINY = 1e-5
-"""Scale of the loss up to which the answer of an objective in a steep metric is its slope."""
+"""Scale of the loss, known arrays among its factors aside, up to which in a steep metric its slope is the answer."""
 _FEW = 1 << 16
 """Samples up to which a tau for each is known by value while tracing."""
 _OUTER, _INNER, _HALVINGS = 12, 12, 8

@@ -9,6 +9,10 @@ With $R = 2P - I$:
   $f_B = (1+1/\beta)P_B - I/\beta$;
 - relaxed reflect-reflect: $x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
 
+Limits: where the metric is steep and the graph branches, as in recurrences, reflections at sets so differently weighted
+let the duals of alternating reflections, Douglas-Rachford and the difference map grow from step to step. They want
+flatter metrics.
+
 Sources: section 3 of arXiv 2506.05878; Elser, "Learning without loss" (2021).
 """
 
