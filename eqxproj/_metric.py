@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _CLAMP = 69.0
 _OUTPUT_CLAMP = 55.0
 _LIFT = 80.0
+"""Added to what lies as deep as a cycle in a steep metric: beyond both clamps."""
 _STEEP = 100.0
 
 

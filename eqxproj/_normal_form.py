@@ -17,7 +17,7 @@ Its limits: other control flow (`scan`, `while`, `cond`) stays one equation, and
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,15 +204,22 @@ def _is_differentiable(jaxpr: Jaxpr, consts: Sequence[Any]) -> bool:
     if _holds_only(jaxpr, ELEMENTWISE | VIEWS):
         return True
 
-    def outputs(*values):
+    def outputs(_, values):
         return [y for y in jax.core.eval_jaxpr(jaxpr, consts, *values) if jnp.issubdtype(y.dtype, jnp.inexact)]
 
-    def transposed(*values):
-        out, back = jax.vjp(outputs, *values)
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    return is_transposable(outputs, shapes)
+
+
+def is_transposable(function: Callable[..., Any], operands: Sequence[Any], known: Any = None) -> bool:
+    """Whether JAX can transpose the derivative of `function(known, operands)` by the operands, given as shapes."""
+
+    def transposed(known, operands):
+        out, back = jax.vjp(lambda *values: function(known, values), *operands)
         return back(out)
 
     try:
-        jax.eval_shape(transposed, *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars))  # pyright: ignore[reportAttributeAccessIssue]
+        jax.eval_shape(transposed, known, operands)
     except Exception:  # what a primitive without a derivative raises is its own choice
         return False
     return True

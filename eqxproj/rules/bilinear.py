@@ -160,12 +160,18 @@ def _affine(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, r
 
         diagonal = jnp.broadcast_to(1.0 / (1.0 + ratio * square), dual.shape).astype(dual.dtype)
         multiplier = root * conjugate_gradients(operator, dual / root, diagonal, tol=1e-6, max_steps=100)
-        back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
-        change = step(ctx.weights[0], form.f(back, w) if moves_a else form.f(a, back))
-        return [back], p + change.astype(p.dtype)
+        return _followed(ctx, form, a, w, p, multiplier)
     multiplier = dual / (1.0 + ratio * square).astype(dual.dtype)
     back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
     return [back], p + (multiplier * step(ctx.weights[0], square)).astype(p.dtype)
+
+
+def _followed(ctx: Context, form: BilinearForm, a: Array, w: Array, p: Array, multiplier: Array):
+    """The dual of the one unknown operand, and the product, `p` before, where the operand has moved by that."""
+    moves_a = ctx.unknown[0]
+    back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
+    change = step(ctx.weights[0], form.f(back, w) if moves_a else form.f(a, back))
+    return [back], p + change.astype(p.dtype)
 
 
 def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
@@ -179,7 +185,7 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
     form, moves_a = _form(ctx, a, w), ctx.unknown[0]
     known = w if moves_a else a
     plain = jnp.ndim(ctx.ratios[0][0]) == 0 and known.dtype in (jnp.float32, jnp.float64)
-    if all(ctx.unknown) or ctx.metric.is_steep or not plain or not isinstance(form, DotForm):
+    if all(ctx.unknown) or not plain or ctx.metric.is_steep or not isinstance(form, DotForm):
         return LocalSolver().project(ctx, inputs, duals)
     if form.rows(known, first=not moves_a) > _DIRECT:
         return LocalSolver().project(ctx, inputs, duals)
@@ -190,9 +196,8 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
     multiplier = form.along(
         lambda mu: jax.scipy.linalg.cho_solve((factor, True), mu), duals[0].astype(known.dtype), first=not moves_a
     )
-    back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
-    change = step(ctx.weights[0], form.f(back, w) if moves_a else form.f(a, back))
-    return [back], [form.f(a, w) + change]
+    nus, out = _followed(ctx, form, a, w, form.f(a, w), multiplier)
+    return nus, [out]
 
 
 _DIRECT = 1024

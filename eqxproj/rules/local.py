@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._interpreter import Fragment
-from .._normal_form import Program
+from .._normal_form import Program, is_transposable
 from ._conjugate_gradients import conjugate_gradients
 from ._rule import AbstractRule, Context, Scale, step
 
@@ -36,16 +36,7 @@ def is_differentiable(fragment: Fragment, program: Program) -> bool:
         return False
     known = {i: v for i, v in _shapes(program).items() if i in fragment.known}
     operands = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in fragment.operands]
-
-    def transposed(known, values):
-        outputs, back = jax.vjp(lambda *values: fragment(known, values), *values)
-        return back(outputs)
-
-    try:
-        jax.eval_shape(transposed, known, operands)
-    except Exception:  # what a primitive without a derivative raises is its own choice
-        return False
-    return not flattened_by(fragment)
+    return is_transposable(fragment, operands, known) and not flattened_by(fragment)
 
 
 def flattened_by(fragment: Fragment) -> tuple[str, ...]:
