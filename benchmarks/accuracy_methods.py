@@ -14,11 +14,15 @@ import eqxproj
 
 @dataclass(frozen=True)
 class Setting:
-    """A name, and what is passed to `eqxproj.train`; `half` trains parameters and states of bfloat16."""
+    """A name, and what is passed to `eqxproj.train`; `half` trains parameters and states of bfloat16.
+
+    `sweeps` are those of a two-color solver on each minibatch.
+    """
 
     name: str
     options: Callable[[], Mapping[str, Any]]
     half: bool = False
+    sweeps: int | None = None
 
 
 def _gradient(name: str, optimizer: Callable[[float], optax.GradientTransformation], rate: float) -> Setting:
@@ -40,7 +44,8 @@ def _solver(solver: Callable[[], eqxproj.AbstractSolver]) -> list[Setting]:
                 copies = copies_for(solver())
                 return {"solver": solver(), "metric": metric, "solver_steps": sweeps, "tau": 0.1, "copies": copies}
 
-            found.append(Setting(f"grade {grade:g}, parameter {parameter:g}, {sweeps} sweeps", options))
+            name = f"grade {grade:g}, parameter {parameter:g}, {sweeps} sweeps"
+            found.append(Setting(name, options, sweeps=sweeps))
     return found
 
 

@@ -139,6 +139,24 @@ class Graph:
         return tuple(depth)
 
     @cached_property
+    def behind(self) -> tuple[int, ...]:
+        """For each node those that it is computed from without delay, as the bits of a number."""
+        found = [0] * len(self.nodes)
+        for node in self.forward_order:
+            for p in self._prompt[node]:
+                found[node] |= found[p] | 1 << p
+        return tuple(found)
+
+    @cached_property
+    def ahead(self) -> tuple[int, ...]:
+        """For each node those that are computed from it without delay, as the bits of a number."""
+        found = [0] * len(self.nodes)
+        for node in reversed(self.forward_order):
+            for p in self._prompt[node]:
+                found[p] |= found[node] | 1 << node
+        return tuple(found)
+
+    @cached_property
     def cyclic_depth(self) -> int | None:
         """The least depth of a node whose value is read with a delay; `None` where none is, and there are no cycles."""
         late = {self.producers[v] for edge in self.edges for v in edge.delayed}

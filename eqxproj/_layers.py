@@ -3,13 +3,14 @@
 A layer is a product or a convolution of an input with a parameter that stands in no other operation; its bias is a
 parameter that is added to that product, maybe among others, and to nothing else. Each of them may be converted to
 another type on the way (mixed precision). Penalties of parameters, such as weight decay, do not count. Grouped and
-transposed convolutions are no layers.
+transposed convolutions are no layers. Of a layer is also found out whether it stands in a branch beside a residual
+connection.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ._graph import Edge, Graph, Node
@@ -28,6 +29,9 @@ class Layer:
     - `out`: the one axis of the weight that the product does not sum over, `None` where there are none or several.
     - `factor`: the coefficient of the product over that of the bias, in their sum.
     - `stacked`: whether the parameters are those of many layers along a first axis, which the other axes do not count.
+    - `in_branch`: whether the layer stands between a value and what is added to it: beside a residual connection.
+    - `stream`: the sum that ends this branch, with its axis that is that of the outputs, where these are added as they
+        stand, times `share`; `None` otherwise.
     """
 
     weight: int
@@ -39,17 +43,25 @@ class Layer:
     out: int | None
     factor: float = 1.0
     stacked: bool = False
+    in_branch: bool = False
+    stream: tuple[int, int] | None = None
+    share: float = 1.0
 
 
-def layers(graph: Graph, owner: Mapping[int, int]) -> tuple[Layer, ...]:
-    """The layers of a graph, of those of its values that are parameters: `owner` maps them to their positions."""
-    found = []
+def layers(graph: Graph, owner: Mapping[int, int], late: Collection[int] = ()) -> tuple[Layer, ...]:
+    """The layers of a graph, of those of its values that are parameters: `owner` maps them to their positions.
+
+    Values among `late` are states of a recurrence over time: what is added to them is no branch.
+    """
+    found, branches = [], _branches(graph, {*owner, *late})
     for value, position in owner.items():
         edge = only_reader(graph, value, owner)
         layer = None if edge is None else _layer(graph, edge, position)
         if edge is not None and layer is not None:
             bias, factor = _bias(graph, edge, owner, layer)
-            found.append(replace(layer, bias=bias, factor=factor))
+            beside = bool(branches >> layer.node & 1)
+            stream, share = _stream(graph, owner, layer) if beside else (None, 1.0)
+            found.append(replace(layer, bias=bias, factor=factor, in_branch=beside, stream=stream, share=share))
     return tuple(found)
 
 
@@ -157,6 +169,40 @@ def _bias(graph: Graph, weight: Edge, owner: Mapping[int, int], layer: Layer) ->
         fits = len(wide) == 1 and shape[wide[0]] == weight.variable.shape[layer.out]
         if fits and axis is not None and _followed(edge.view, wide[0]) == axis:
             return owner[value], terms[product.variable].scale / terms[edge.variable].scale
+    return None, 1.0
+
+
+def _branches(graph: Graph, without: Collection[int]) -> int:
+    """The nodes that stand between a value, not among `without`, and what is added to it, as the bits of a number."""
+    found = 0
+    for node in graph.nodes:
+        if isinstance(node.rule, Scalar) and len(node.edges) > 1:
+            shown = (_original(graph, v) for e in node.edges for v in graph.edges[e].sources)
+            makers = {graph.producers[v] for v in shown if v not in without}
+            for start in makers:
+                for end in (m for m in makers if graph.behind[m] >> start & 1):
+                    found |= graph.ahead[start] & (graph.behind[end] | 1 << end)
+    return found
+
+
+def _stream(graph: Graph, owner: Mapping[int, int], layer: Layer) -> tuple[tuple[int, int] | None, float]:
+    """The sum of a value and the outputs of a layer that are computed from it, with their axis; and their factor.
+
+    Sums with parameters are passed through.
+    """
+    node, share = graph.nodes[layer.node], 1.0
+    assert node.equation is not None
+    axis = None if layer.out is None else _output_axis(node.equation, 1 - layer.operand)
+    edge = only_reader(graph, node.outputs[0], owner)
+    while edge is not None and axis is not None:
+        node, axis = graph.nodes[edge.consumer], _followed(edge.view, axis)
+        if not isinstance(node.rule, Scalar) or not node.rule.is_sum or axis is None:
+            break
+        share *= abs(sum(t.scale for t in node.rule.terms if t.variable == edge.variable))
+        others = (_original(graph, v) for e in node.edges for v in graph.edges[e].sources)
+        if any(graph.behind[layer.node] >> graph.producers[v] & 1 for v in others if v not in owner):
+            return (node.outputs[0], axis), share
+        edge = only_reader(graph, node.outputs[0], owner)
     return None, 1.0
 
 

@@ -15,6 +15,11 @@ An optimizer like Adam gives all entries of an update about the same size. A row
 $\sqrt n$ times as much as one, so that the update of W is divided by $\sqrt{n / 128}$ too where n is above 128: one
 rate then suits layers of any width. (Of narrower layers the steps are not made larger: nothing was gained by that.)
 
+Layers in branches beside residual connections change one sum together. Their steps are made smaller as those of others,
+but never larger. Where the outputs of a layer are added, as they stand, to what they are computed from, a change of
+them is large or small beside what the sum varies by: where this deviation is less than one, the update of W is
+multiplied by it. (In a transformer, steps were too large without: `benchmarks/accuracy.py --task digits-transformer`.)
+
 (Centered units: Schraudolph, Centering neural network gradient factors, 1998; Raiko, Valpola and LeCun, AISTATS 2012.)
 
 Its limits: what [`layers`][] finds, also inside of a `scan`, where the inputs are those of all time steps. A weight
@@ -40,7 +45,7 @@ from ._graph import Graph, Node
 from ._layers import Layer, layers, only_reader
 from ._problem import FeasibilityProblem
 from ._recurrence import Recurrence
-from ._state import context, shown
+from ._state import context, shown, value_of
 from .rules.scan import Scan
 
 _LEAST = 0.1
@@ -107,70 +112,81 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
     """
     owner = {value: i for i, value in enumerate(problem.graph.parameters) if value is not None}
     found, means, scales = [], [], []
-    for layer, inputs in _with_inputs(problem, owner):
+    for layer, inputs, total in _with_inputs(problem, owner):
         if inputs.size and layer.weight not in excluded and layer.bias not in excluded:
             shape = problem.trace.parameters[layer.weight].shape[int(layer.stacked) :]
             mean, scale = _each(lambda layer, x, shape=shape: _statistics(x, layer, shape), layer)(inputs)
             found.append(layer)
             means.append(mean)
-            scales.append(scale)
+            scales.append(scale if total is None else scale * _each(_unit, layer)(total))
     return Preconditioner(tuple(means), tuple(scales), tuple(found))
 
 
-def _with_inputs(problem: FeasibilityProblem, owner: Mapping[int, int]) -> list[tuple[Layer, Array]]:
-    """The layers of a problem, also those inside of its recurrences, each with all of its inputs."""
+Seen = tuple[Layer, Array, Array | None]
+"""A layer, all of its inputs, and the sum that its outputs are a part of, with their axis at the end, if they are."""
+
+
+def _with_inputs(problem: FeasibilityProblem, owner: Mapping[int, int], late: Collection[int] = ()) -> list[Seen]:
+    """The layers of a problem, also those inside of its recurrences, with what is seen of them."""
     graph, start = problem.graph, problem.start(False)
-    found = []
-    for layer in layers(graph, owner):
+    found: list[Seen] = []
+    for layer in layers(graph, owner, late):
         node = graph.nodes[layer.node]
         assert node.equation is not None
         if node.unknown[layer.operand]:
             inputs = shown(problem, start, node.edges[sum(node.unknown[: layer.operand])])
         else:
             inputs = problem.known[node.equation.inputs[layer.operand].index]
-        found.append((layer, inputs))
+        total = None
+        if layer.stream is not None:
+            total = jnp.moveaxis(value_of(problem, start, layer.stream[0]), layer.stream[1], -1)
+        found.append((layer, inputs, total))
     for number, node in enumerate(graph.nodes):
         if isinstance(node.rule, Scan):
             found += _inside(problem, number, owner)
     return found
 
 
-def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) -> list[tuple[Layer, Array]]:
-    """The layers inside of a recurrence, each with its inputs of all time steps along a new first axis.
+def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) -> list[Seen]:
+    """The layers inside of a recurrence, with what is seen of them in all time steps along a new first axis.
 
-    Parameters that it goes through, one a step, are those of stacked layers.
+    Parameters that it goes through, one a step, are those of stacked layers; without any, it goes through time.
     """
     node = problem.graph.nodes[number]
-    held, slices = _held(problem.graph, node, owner)
+    held, slices, carries = _held(problem.graph, node, owner)
     found: list[Layer] = []
 
-    def look(body: FeasibilityProblem) -> list[Array]:
-        inner = {value: held[i] for i, value in enumerate(body.graph.parameters) if i in held and value is not None}
-        pairs = _with_inputs(body, inner)
-        found[:] = [layer for layer, _ in pairs]
-        return [inputs for _, inputs in pairs]
+    def look(body: FeasibilityProblem) -> list[Array | None]:
+        unknown = [(i, value) for i, value in enumerate(body.graph.parameters) if value is not None]
+        states = [value for i, value in unknown if i in carries and not slices]
+        seen = _with_inputs(body, {value: held[i] for i, value in unknown if i in held}, states)
+        found[:] = [layer for layer, *_ in seen]
+        return [x for _, *arrays in seen for x in arrays]
 
     operands = [shown(problem, problem.start(False), e) for e in node.edges]
     ctx = replace(context(problem, number, False), unmoved=True)  # as on the forward pass
     assert isinstance(node.rule, Scan)
-    inputs = node.rule.over_time(ctx, operands, look) if held else []
-    pairs = []
-    for layer, x in zip(found, inputs, strict=True):
+    seen = node.rule.over_time(ctx, operands, look) if held else []
+    kept: list[Seen] = []
+    for layer, x, total in zip(found, seen[::2], seen[1::2], strict=True):
         sliced = {position in slices for position in (layer.weight, layer.bias) if position is not None}
         if sliced == {False}:
             later = replace(layer, axes=tuple(a + 1 for a in layer.axes))
-            pairs.append((later, jnp.moveaxis(x, 0, 1) if layer.stacked else x))
+            if layer.stacked:
+                x, total = jnp.moveaxis(x, 0, 1), None if total is None else jnp.moveaxis(total, 0, 1)
+            kept.append((later, x, total))
         elif sliced == {True} and not layer.stacked:
-            pairs.append((replace(layer, stacked=True), x))
-    return pairs
+            kept.append((replace(layer, stacked=True), x, total))
+    return kept
 
 
-def _held(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int, int], set[int]]:
+def _held(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int, int], set[int], range]:
     """The parameters that a recurrence reads as they stand, and nothing else does.
 
     **Returns:**
 
-    For each of them its place among the unknown operands of the body; and the positions of those that are slices.
+    For each of them its place among the unknown operands of the body; the positions of those that are slices; and the
+    places of the carries.
     """
     assert node.equation is not None
     recurrence = Recurrence.of(node.equation)
@@ -186,7 +202,7 @@ def _held(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int,
         elif place >= constants + carries:
             held[place + late] = reads[edge]
             slices.add(reads[edge])
-    return held, slices
+    return held, slices, range(constants, constants + carries + late)
 
 
 def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -207,8 +223,17 @@ def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Ar
     sizes = dict(zip(layer.along, mean.shape, strict=True))
     mean = mean.reshape([sizes.get(a, 1) for a in range(len(shape))])
     summed = math.prod(shape[a] for a in layer.along) if layer.out is None else math.prod(shape) / shape[layer.out]
-    size = jnp.sqrt(jnp.maximum(variance * max(1.0, summed / _WIDTH), _LEAST**2))
+    least = 1.0 if layer.in_branch else _LEAST
+    size = jnp.sqrt(jnp.maximum(variance * max(1.0, summed / _WIDTH), least**2))
     return (1.0 - 1.0 / count) * mean, 1.0 / size
+
+
+def _unit(layer: Layer, total: Array) -> Array:
+    """The unit of steps of outputs that are a part of a sum: the deviation of the sum, one at most."""
+    rows = range(total.ndim - 1)
+    total = _thinned(total, rows).astype(jnp.promote_types(total.dtype, jnp.float32))
+    variance = jnp.mean(jnp.var(total, tuple(rows)))
+    return jnp.clip(jnp.sqrt(variance) / layer.share, _LEAST, 1.0)
 
 
 def _thinned(inputs: Array, rows: Sequence[int]) -> Array:

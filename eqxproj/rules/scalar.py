@@ -112,6 +112,12 @@ class Scalar(AbstractRule):
         plain = len(self.terms) == 1 and first.scale == 1 and not first.axes and not first.factors
         return plain and self.pieces is not None and self.pieces.describe() == "identity"
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether the output is the sum of the operands, each times a coefficient, entry by entry."""
+        plain = not any(t.axes for t in self.terms)
+        return plain and self.pieces is not None and self.pieces.describe() == "identity"
+
     def describe(self, equation: Equation | None) -> str:
         if self.pieces is None:
             return f"scalar: {self.special or 'generic solver'}"

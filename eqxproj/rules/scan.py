@@ -11,7 +11,7 @@ This is what cyclic projections use. The two-color solvers project all time step
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +72,9 @@ class Scan(AbstractRule):
         return nus, ctx.function(*moved)
 
     def over_time(
-        self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], list[Array]]
-    ) -> list[Array]:
-        """What `look` finds in the body's problem at each time step, stacked along the first axis.
+        self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], list[Array | None]]
+    ) -> list[Any]:
+        """The arrays that `look` finds in the body's problem at each time step, stacked along the first axis.
 
         The problem's parameters are the unknown constants, carries and slices.
         """
