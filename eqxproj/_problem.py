@@ -51,15 +51,10 @@ class FeasibilityProblem(eqx.Module):
     metric: Metric = eqx.field(static=True)
     copies: Copies = eqx.field(static=True)
     tau: float = eqx.field(static=True)
-    offset: float = eqx.field(static=True, default=0.0)
-    """The logarithm of the weight of the objective's own edges."""
+    log_weights: tuple[float, ...] = eqx.field(static=True)
+    """The logarithm of the weight of each edge."""
     outer_unit: float | None = eqx.field(static=True, default=None)
     """The unit of the duals, where the problem is part of another."""
-
-    @property
-    def log_weights(self) -> tuple[float, ...]:
-        """The logarithm of the weight of each edge."""
-        return edge_logs(self.graph, self.metric, self.offset)
 
     @property
     def as_published(self) -> bool:
@@ -208,7 +203,8 @@ def make_problem(
 
     Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each,
     which goes through time in order. With `composites`, softmax, normalization and the like are one node each.
-    `recalled` are the results of products of the forward pass that are known already.
+    `recalled` are the results of products of the forward pass that are known already, `offset` is the logarithm of the
+    weight of the objective's own edges.
     """
     graph = build(traced, data, not two_colored, composites)
     if two_colored:
@@ -232,7 +228,7 @@ def make_problem(
     auxiliary = traced.auxiliary(rest)
     value = jnp.asarray(value)
     return FeasibilityProblem(
-        traced, known, initial, states, value, auxiliary, (lean, full), graph, metric, copies, float(tau), offset
+        traced, known, initial, states, value, auxiliary, (lean, full), graph, metric, copies, float(tau), logs
     )
 
 
