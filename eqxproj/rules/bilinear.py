@@ -28,7 +28,7 @@ from ._conjugate_gradients import conjugate_gradients
 from ._forms import BilinearForm, ConvForm, CopyForm, DotForm, ElementForm
 from ._multiplier import published_multiplier, solve_multiplier
 from ._rows import Rows
-from ._rule import AbstractRule, Context, step
+from ._rule import AbstractRule, Context, is_negligible, step
 from .local import LocalSolver
 
 _AGAIN = 8
@@ -161,7 +161,7 @@ def _affine(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, r
         diagonal = jnp.broadcast_to(1.0 / (1.0 + ratio * square), dual.shape).astype(dual.dtype)
         multiplier = root * conjugate_gradients(operator, dual / root, diagonal, tol=1e-6, max_steps=100)
         return _followed(ctx, form, a, w, p, multiplier)
-    multiplier = dual / (1.0 + ratio * square).astype(dual.dtype)
+    multiplier = dual if is_negligible((ratio,)) else dual / (1.0 + ratio * square).astype(dual.dtype)
     back = form.back_a(multiplier, w) if moves_a else form.back_w(a, multiplier)
     return [back], p + (multiplier * step(ctx.weights[0], square)).astype(p.dtype)
 
@@ -218,7 +218,7 @@ def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, k
 
     steep = unit * min(tilt, 1.0 / tilt)
     if steep >= (_STEEP_ENOUGH if ctx.metric.is_steep else _STEEP):
-        multiplier = dual / (1.0 + q)
+        multiplier = dual if is_negligible((ratio_a, ratio_w)) else dual / (1.0 + q)
         nu_a, nu_w = form.back_a(multiplier, w), form.back_w(a, multiplier)
         return [nu_a, nu_w], p + step(kappa, dual - multiplier).astype(p.dtype)
     # Only elementwise work stands inside the branches: XLA runs convolutions inside them far slower on a CPU.

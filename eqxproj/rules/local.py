@@ -8,8 +8,8 @@ $$\Big(I + \sum_i \tfrac{\kappa}{w_i} J_i J_i^T\Big)\lambda = \mu - \kappa\,(f(x
 by conjugate gradients that start from the multiplier before; $J$ and $J^T$ are the jvp and vjp *of this one node*,
 never of the model. A step that does not lower the cost is halved; where the right side stays as it was, as it does at
 once for an affine operation, that was the last one. The first step from $x_0$ is $J^T\mu$ in the limit of a steep
-metric, and where it is small, it is the answer. Its limits: one damping factor a node, and the minimum found is a local
-one.
+metric, and where it is small, it is the answer; where the metric is known to be that steep, as by default, nothing is
+solved. Its limits: one damping factor a node, and the minimum found is a local one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxtyping import Array
 from .._interpreter import Fragment
 from .._normal_form import Program, is_transposable
 from ._conjugate_gradients import conjugate_gradients
-from ._rule import AbstractRule, Context, Scale, step
+from ._rule import AbstractRule, Context, Scale, is_negligible, step
 
 _OUTER, _HALVINGS, _SMALL, _SAME = 6, 5, 1e-3, 1e-4
 
@@ -67,7 +67,8 @@ class LocalSolver(AbstractRule):
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
         inputs, duals = list(inputs), list(duals)
-        multiplier = _linearized(ctx, inputs, duals)
+        steep = ctx.metric.is_steep and all(map(is_negligible, ctx.ratios))
+        multiplier = duals if steep else _linearized(ctx, inputs, duals)
         nus = _pull(ctx, inputs, multiplier)
         if ctx.metric.is_steep:
             return nus, ctx.function(*_moved(inputs, nus, ctx.weights))

@@ -1,0 +1,95 @@
+"""What all rules share: when a node is known to answer by the dual of its output alone."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import eqxproj
+from eqxproj.rules._rule import is_negligible
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+X = jax.random.normal(KEYS[0], (5, 6, 8))
+W = jax.random.normal(KEYS[1], (8, 8)) / 3
+
+
+def product(m, x):
+    return jnp.tanh(x @ m) @ m
+
+
+def affine(m, x):
+    return x @ m
+
+
+def elementwise(m, x):
+    return jnp.tanh(m) * jnp.sin(m) + x[0, 0]
+
+
+def softmax(m, x):
+    return jax.nn.softmax(x @ m)
+
+
+def normalization(m, x):
+    return jax.vmap(jax.vmap(eqx.nn.LayerNorm(8)))(x @ m)
+
+
+def attention(m, x):
+    q, k = x @ m, x @ m.T
+    return jax.nn.softmax(q @ jnp.swapaxes(k, 1, 2)) @ x
+
+
+FUNCTIONS = [product, affine, elementwise, softmax, normalization, attention]
+
+
+def moved(function, grade):
+    def loss(m, x):
+        out = function(m, x)
+        wanted = jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+        return jnp.mean(eqxproj.losses.squared_error(out, wanted))
+
+    metric = eqxproj.Metric(grade, 1.0)
+    return lambda m: eqxproj.filter_displacement(loss, metric=metric, tau=1e-6)(m, X)
+
+
+@pytest.mark.parametrize(
+    "ratios, expected",
+    [
+        ((), True),
+        ((1e-15, 0.0), True),
+        ((1e-15, 2e-15), False),
+        ((1.0,), False),
+        ((jnp.zeros(3),), False),  # an array is not looked at while tracing
+    ],
+)
+def test_what_is_negligible(ratios, expected):
+    assert is_negligible(ratios) is expected
+
+
+def primitives(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jtu.tree_leaves(
+            list(equation.params.values()), is_leaf=lambda x: isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr))
+        ):
+            inner = value.jaxpr if isinstance(value, jex.core.ClosedJaxpr) else value
+            if isinstance(inner, jex.core.Jaxpr):
+                yield from primitives(inner)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_nothing_is_lost_where_it_is_negligible_and_nothing_is_solved_for(function):
+    """Beside a metric in which it is only nearly so, and where every node is solved."""
+    steep, less = moved(function, 1e18), moved(function, 1e13)
+    one, other = steep(W), less(W)
+    assert float(jnp.linalg.norm(one)) > 1e-3
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * float(jnp.max(jnp.abs(one))))
+    (count, more) = (list(primitives(jax.make_jaxpr(f)(W).jaxpr)) for f in (steep, less))
+    assert "while" not in count
+    if function in (softmax, normalization, attention):
+        assert "while" in more
+    assert len(count) < len(more) or function is elementwise
