@@ -2,13 +2,13 @@
 
 import equinox as eqx
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.scipy.linalg import expm
 from jax.scipy.special import gamma
+from jaxprs import primitives
 
 import eqxproj
 from eqxproj.losses import cross_entropy, squared_error
@@ -464,17 +464,6 @@ def test_a_derivative_that_is_not_finite_stops_training():
         eqxproj.train(model, (np.asarray(ROWS),), loss, steps=2)
 
 
-def _primitives(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr))
-        ):
-            inner = value.jaxpr if isinstance(value, jex.core.ClosedJaxpr) else value
-            if isinstance(inner, jex.core.Jaxpr):
-                yield from _primitives(inner)
-
-
 @pytest.mark.parametrize(
     "losses", [eqxproj.losses.cross_entropy, optax.softmax_cross_entropy_with_integer_labels], ids=["own", "optax"]
 )
@@ -489,4 +478,4 @@ def test_the_defaults_compile_no_loops(losses, tau, loops):
 
         return eqxproj.filter_displacement(mean, tau=tau)(eqx.combine(parameters, static), x, y)
 
-    assert ("while" in set(_primitives(jax.make_jaxpr(moved)(parameters, X, Y).jaxpr))) is loops
+    assert ("while" in set(primitives(jax.make_jaxpr(moved)(parameters, X, Y).jaxpr))) is loops

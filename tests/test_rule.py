@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import equinox as eqx
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 import pytest
+from jaxprs import primitives
 
 import eqxproj
 from eqxproj.rules._rule import is_negligible
@@ -68,17 +67,6 @@ def moved(function, grade):
 )
 def test_what_is_negligible(ratios, expected):
     assert is_negligible(ratios) is expected
-
-
-def primitives(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for value in jtu.tree_leaves(
-            list(equation.params.values()), is_leaf=lambda x: isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr))
-        ):
-            inner = value.jaxpr if isinstance(value, jex.core.ClosedJaxpr) else value
-            if isinstance(inner, jex.core.Jaxpr):
-                yield from primitives(inner)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
