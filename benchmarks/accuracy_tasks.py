@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools as ft
 import os
+import pathlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,9 @@ import numpy as np
 from shared import classification
 
 import eqxproj
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+from vision_transformer import VisionTransformer  # noqa: E402
 
 Arrays = tuple[Any, ...]
 
@@ -70,49 +75,6 @@ class Cnn(eqx.Module):
         for convolution in self.convolutions:
             x = pool(jax.nn.relu(convolution(x)))
         return self.last(jax.nn.relu(self.hidden(x.ravel())))
-
-
-class Block(eqx.Module):
-    """Self-attention of four heads and an MLP, each behind a normalization and beside a residual connection."""
-
-    norms: tuple[eqx.nn.LayerNorm, eqx.nn.LayerNorm]
-    attention: eqx.nn.MultiheadAttention
-    mlp: eqx.nn.MLP
-
-    def __init__(self, size: int, key: jax.Array):
-        keys = jax.random.split(key)
-        self.norms = (eqx.nn.LayerNorm(size), eqx.nn.LayerNorm(size))
-        self.attention = eqx.nn.MultiheadAttention(4, size, key=keys[0])
-        self.mlp = eqx.nn.MLP(size, size, 2 * size, 1, activation=jax.nn.gelu, key=keys[1])
-
-    def __call__(self, tokens):
-        x = jax.vmap(self.norms[0])(tokens)
-        tokens = tokens + self.attention(x, x, x)
-        return tokens + jax.vmap(self.mlp)(jax.vmap(self.norms[1])(tokens))
-
-
-class Transformer(eqx.Module):
-    """A vision transformer: patches, a learned vector for each place, blocks, and the mean of the last tokens."""
-
-    embed: eqx.nn.Conv2d
-    places: jax.Array
-    blocks: tuple[Block, ...]
-    norm: eqx.nn.LayerNorm
-    head: eqx.nn.Linear
-
-    def __init__(self, channels: int, patch: int, tokens: int, size: int, depth: int, key: jax.Array):
-        keys = jax.random.split(key, depth + 3)
-        self.embed = eqx.nn.Conv2d(channels, size, patch, stride=patch, key=keys[0])
-        self.places = 0.1 * jax.random.normal(keys[1], (tokens, size))
-        self.blocks = tuple(Block(size, k) for k in keys[3:])
-        self.norm, self.head = eqx.nn.LayerNorm(size), eqx.nn.Linear(size, 10, key=keys[2])
-
-    def __call__(self, x):
-        patches = self.embed(x)
-        tokens = patches.reshape(len(patches), -1).T + self.places
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(self.norm(jnp.mean(tokens, axis=0)))
 
 
 class Characters(eqx.Module):
@@ -235,7 +197,7 @@ TASKS: dict[str, Task] = {
     "digits": Task(_flat("digits"), lambda key: Network(64, 10, 128, 2, key), steps=600, batch_size=128),
     "digits-transformer": Task(
         ft.partial(_load, "digits", False),
-        lambda key: Transformer(1, 2, 16, 32, 2, key),
+        lambda key: VisionTransformer((1, 8, 8), 10, 32, 2, key),
         steps=400,
         batch_size=32,
     ),
@@ -246,7 +208,10 @@ TASKS: dict[str, Task] = {
     "mnist-residual-20": Task(_flat("mnist"), _chain(20, skip=True)),
     "cifar10-cnn": Task(ft.partial(_load, "cifar10", False), Cnn, steps=1000, batch_size=64),
     "cifar10-transformer": Task(
-        ft.partial(_load, "cifar10", False), lambda key: Transformer(3, 4, 64, 64, 3, key), steps=800, batch_size=64
+        ft.partial(_load, "cifar10", False),
+        lambda key: VisionTransformer((3, 32, 32), 10, 64, 3, key),
+        steps=800,
+        batch_size=64,
     ),
     "cifar10-mlp": Task(_flat("cifar10"), lambda key: Network(3072, 10, 512, 2, key), steps=1000),
     "higgs": Task(_flat("higgs_sample"), lambda key: Network(28, 2, 300, 2, key), steps=400),

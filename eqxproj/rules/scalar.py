@@ -109,8 +109,7 @@ class Scalar(AbstractRule):
     def repeats(self) -> bool:
         """Whether the output is the one operand, maybe of another type, and maybe plus a known constant."""
         first = self.terms[0]
-        plain = len(self.terms) == 1 and first.scale == 1 and not first.axes and not first.factors
-        return plain and self.pieces is not None and self.pieces.describe() == "identity"
+        return self.is_sum and len(self.terms) == 1 and first.scale == 1 and not first.factors
 
     @property
     def is_sum(self) -> bool:
