@@ -30,11 +30,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 _MAX_ITERATIONS = 60
 # Up to this size, `water_level` tries every active set, which fuses into one pass over the array.
 _ENUMERATE_UP_TO = 4
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checks
-# ----------------------------------------------------------------------------------------------------------------------
+# Steps of the cross-entropy up to so many units of rounding are those of its slope.
+_SHORT = 16
+# Up to so many classes, sums over them vectorize if they are the first axis.
+_FEW_CLASSES = 16
 
 
 def _floating(name: str, x: ArrayLike) -> tuple[Array, jnp.dtype]:
@@ -289,6 +288,19 @@ def _multipliers(z: Float[Array, "n *batch"], y: Float[Array, "n *batch"], tau: 
     return omega * (1 - x + 0.5 * x * x)
 
 
+def _short_step(z: Float[Array, "*batch n"], labels: Int[Array, "*batch"], tau: Float[Array, "*batch"]):
+    r"""$\tau (y - \mathrm{softmax}(z))$, for steps so short that rounding leaves no more of the prox.
+
+    As $|\nabla \mathrm{softmax}| \le \tfrac12$, it errs by less than $\tau / 2$ of itself.
+    """
+    axis = 0 if z.shape[-1] <= _FEW_CLASSES else -1
+    right = jnp.moveaxis(_is_right(labels, z.shape[-1]), -1, axis)
+    s = jax.nn.softmax(jnp.moveaxis(z, -1, axis), axis=axis)
+    others = jnp.where(right, 0, -jnp.expand_dims(tau, axis) * s)
+    # The entries sum to zero: where the label is certain, 1 - softmax cancels, and the others' sum does not.
+    return jnp.moveaxis(jnp.where(right, -jnp.sum(others, axis=axis, keepdims=True), others), axis, -1)
+
+
 def cross_entropy_displacement(
     logits: Float[Array, "*batch n"],
     labels: Int[Array, "*batch"] | Float[Array, "*batch n"],
@@ -307,7 +319,7 @@ def cross_entropy_displacement(
 
     - `logits`: one score per class.
     - `labels`: the right class, an integer; or one probability per class, floating-point, which need not sum to 1.
-    - `tau`: the step, positive.
+    - `tau`: the step, positive. Where it is known while tracing, short steps cost less.
 
     **Returns:**
 
@@ -316,8 +328,11 @@ def cross_entropy_displacement(
     z, dtype = _with_classes("logits", logits)
     step = _step(tau, z.shape[:-1], z.dtype)
     y = _probabilities(labels, z.shape, z.dtype)
-    limit = float(20 * jnp.finfo(z.dtype).eps) ** 0.25
-    known_small = _is_index(jnp.asarray(labels), z.shape) and _largest_known(tau) <= limit
+    epsilon = float(jnp.finfo(z.dtype).eps)
+    limit = (20 * epsilon) ** 0.25
+    largest_known = _largest_known(tau) if _is_index(jnp.asarray(labels), z.shape) else math.inf
+    if largest_known <= _SHORT * epsilon:
+        return _short_step(z, jnp.asarray(labels), step).astype(dtype)
     # Classes first: for a few classes and many samples, sums over the first axis vectorize.
     z, y = jnp.moveaxis(z, -1, 0), jnp.moveaxis(y, -1, 0)
     z = jnp.maximum(z - jnp.max(z, axis=0), -1e30)  # a masked class, at -inf, becomes an ordinary very unlikely one
@@ -331,10 +346,10 @@ def cross_entropy_displacement(
         return jnp.where(largest, -jnp.sum(others, axis=0), others)
 
     # One step of the fixed point d = y - tau m softmax(z + d) errs by less than t^3 at t = tau m, so that Newton's step
-    # below leaves t^5 / 20 of d: for small t, as by default, less than what rounding leaves, and no loop is needed; nor
+    # below leaves t^5 / 20 of d: for small t, less than what rounding leaves, and no loop is needed; nor
     # is one compiled where that is known while tracing.
     near, small = mass * jax.nn.softmax(z, axis=0), mass <= limit
-    if known_small:
+    if largest_known <= limit:
         omega = near
     else:
         omega = jax.lax.cond(jnp.all(small), lambda: near, lambda: jnp.where(small, near, _multipliers(z, y, mass)))

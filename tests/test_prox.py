@@ -159,11 +159,12 @@ def test_cross_entropy_with_probabilities():
     np.testing.assert_array_equal(d, cross_entropy_displacement(z, labels, 2.0))
 
 
-@pytest.mark.parametrize("tau", [1e-4, 0.01, 0.039, 0.04])
-def test_small_steps_on_cross_entropy_are_exact_in_every_class(tau):
-    """On both sides of the step up to which no loop runs."""
-    z, labels = batch(8, (300, 7), 4.0)
-    wide, y = np.asarray(z, float), one_hot(np.asarray(labels), 7)
+@pytest.mark.parametrize("n", [7, 40])
+@pytest.mark.parametrize("tau", [1e-6, 1.9e-6, 2e-6, 1e-4, 0.01, 0.039, 0.04])
+def test_small_steps_on_cross_entropy_are_exact_in_every_class(tau, n):
+    """On both sides of the steps up to which the slope is the answer, and no loop runs."""
+    z, labels = batch(8, (300, n), 4.0)
+    wide, y = np.asarray(z, float), one_hot(np.asarray(labels), n)
     want = np.zeros_like(wide)
     for _ in range(30):
         want = tau * (y - softmax(wide + want))  # a contraction, by half of tau
@@ -215,11 +216,12 @@ def test_cross_entropy_keeps_its_samples_apart():
         np.testing.assert_allclose(together[i], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_cross_entropy_keeps_small_displacements():
+@pytest.mark.parametrize("tau", [1.0, 1e-6])
+def test_cross_entropy_keeps_small_displacements(tau):
     z = jnp.array([40.0, 0.0, 5.0])  # softmax is within rounding of the label
-    d = np.asarray(cross_entropy_displacement(z, jnp.array(0), 1.0), np.float64)
+    d = np.asarray(cross_entropy_displacement(z, jnp.array(0), tau), np.float64)
     s = softmax(np.asarray(z, np.float64))
-    np.testing.assert_allclose(d, [s[1] + s[2], -s[1], -s[2]], rtol=1e-5)
+    np.testing.assert_allclose(d, tau * np.array([s[1] + s[2], -s[1], -s[2]]), rtol=1e-5)
 
 
 def test_masked_classes_do_not_move():
