@@ -22,7 +22,7 @@ from ._build import build
 from ._graph import Graph, table, with_identities
 from ._interpreter import forward
 from ._metric import Metric, check_metric, clamped, edge_logs, reader_logs
-from ._names import ONE_TO_ONE
+from ._names import AT_MOST_ONCE, ONE_TO_ONE
 from ._normal_form import Variable
 from ._state import State, context
 from ._trace import Trace, trace
@@ -53,6 +53,8 @@ class FeasibilityProblem(eqx.Module):
     tau: float = eqx.field(static=True)
     log_weights: tuple[float, ...] = eqx.field(static=True)
     """The logarithm of the weight of each edge."""
+    largest_shares: tuple[tuple[float, ...], tuple[float, ...]] = eqx.field(static=True)
+    """What no entry of `shares` is above."""
     outer_unit: float | None = eqx.field(static=True, default=None)
     """The unit of the duals, where the problem is part of another."""
 
@@ -114,7 +116,10 @@ class FeasibilityProblem(eqx.Module):
         return "\n".join(lines)
 
 
-def _count(graph: Graph, known, copies, metric, log_weights, edge: int, value: int, memory: bool) -> float | Array:
+def _count(
+    graph: Graph, known, copies, metric, log_weights, edge: int, value: int, memory: bool
+) -> tuple[float | Array, float]:
+    """How many copies of each element of a value its reader owns, and a number that this is not above."""
     spec = graph.edges[edge]
     node = graph.nodes[spec.consumer]
     assert node.rule is not None
@@ -123,11 +128,13 @@ def _count(graph: Graph, known, copies, metric, log_weights, edge: int, value: i
     with jax.ensure_compile_time_eval():
         ctx = context(stub, spec.consumer, memory)  # pyright: ignore[reportArgumentType]
         copies_each = node.rule.count(ctx, node.edges.index(edge), jnp.zeros(shape.shape, shape.dtype))
+        largest = float(np.max(np.asarray(copies_each), initial=0.0))
     uniform = _uniform(spec.view, value, spec.sources)
     if uniform is not None and isinstance(copies_each, float):
-        return uniform * copies_each
+        return uniform * copies_each, uniform * copies_each
     full = jnp.broadcast_to(jnp.asarray(copies_each, shape.dtype), shape.shape)
-    return spec.view.transpose(known, full)[spec.sources.index(value)]
+    found = spec.view.transpose(known, full)[spec.sources.index(value)]
+    return found, largest * _most(spec.view, value, spec.sources)
 
 
 class _Stub:
@@ -137,7 +144,7 @@ class _Stub:
         self.graph, self.known, self.copies, self.metric, self.log_weights = graph, known, copies, metric, log_weights
         self.tau = self.unit = 1.0
         self.as_published = False
-        self.shares = ((1.0,) * len(graph.values),) * 2
+        self.shares = self.largest_shares = ((1.0,) * len(graph.values),) * 2
 
 
 def _uniform(view, value: int, sources: Sequence[int]) -> float | None:
@@ -158,24 +165,51 @@ def _uniform(view, value: int, sources: Sequence[int]) -> float | None:
         if readers(index) > 1 or len(equation.outputs) > 1:
             return None
         if equation.name == "broadcast_in_dim":
-            times *= np.prod(out.shape, dtype=float) / max(np.prod(reads[0].shape, dtype=float), 1.0)
+            times *= _repeats(reads[0], out)
         elif equation.name not in ONE_TO_ONE:
             return None
         index = out.index
     return float(times)
 
 
-def _shares(graph: Graph, known, copies, metric: Metric, log_weights, memory: bool) -> tuple[float | Array, ...]:
+def _repeats(variable: Variable, out: Variable) -> float:
+    """How often a broadcast shows each element."""
+    return float(np.prod(out.shape, dtype=float) / max(np.prod(variable.shape, dtype=float), 1.0))
+
+
+def _most(view, value: int, sources: Sequence[int]) -> float:
+    """A number that no element of a value is shown more often than by a view."""
+    times = {view.operands[sources.index(value)].index: 1.0}
+    for equation in view.equations:
+        most = sum(times.get(v.index, 0.0) for v in equation.inputs)
+        for out in equation.outputs if most else ():
+            factor = float(np.prod(out.shape, dtype=float))
+            if equation.name == "broadcast_in_dim":
+                factor = _repeats(equation.inputs[0], out)
+            elif equation.name in AT_MOST_ONCE:
+                factor = 1.0
+            times[out.index] = most * factor
+    return times.get(view.outputs[0].index, 0.0)
+
+
+def _shares(
+    graph: Graph, known, copies, metric: Metric, log_weights, memory: bool
+) -> tuple[tuple[float | Array, ...], tuple[float, ...]]:
+    """The share of each value, and what its entries are not above."""
     shares: list[float | Array] = []
+    most: list[float] = []
     for value in range(len(graph.values)):
         logs = reader_logs(graph, metric, log_weights, value)
         top = max(logs, default=0.0)
         share: float | Array = 0.0
+        largest = 0.0
         for edge, log in zip(graph.readers[value], logs, strict=True):
-            times = _count(graph, known, copies, metric, log_weights, edge, value, memory)
-            share = share + float(np.exp(max(log - top, -80.0))) * times
+            times, bound = _count(graph, known, copies, metric, log_weights, edge, value, memory)
+            part = float(np.exp(max(log - top, -80.0)))
+            share, largest = share + part * times, largest + part * bound
         shares.append(float(share) if isinstance(share, (int, float)) else share)
-    return tuple(shares)
+        most.append(largest)
+    return tuple(shares), tuple(most)
 
 
 def check_copies(copies: str) -> None:
@@ -224,11 +258,12 @@ def make_problem(
     lean = _shares(graph, known, copies, metric, logs, False)
     differs = copies == "sample" and any(n.operation == "conv_general_dilated" for n in graph.nodes)
     full = _shares(graph, known, copies, metric, logs, True) if differs else lean
+    shares, largest = (lean[0], full[0]), (lean[1], full[1])
     value, *rest = (env[v.index] for v in graph.program.outputs)
     auxiliary = traced.auxiliary(rest)
     value = jnp.asarray(value)
     return FeasibilityProblem(
-        traced, known, initial, states, value, auxiliary, (lean, full), graph, metric, copies, float(tau), logs
+        traced, known, initial, states, value, auxiliary, shares, graph, metric, copies, float(tau), logs, largest
     )
 
 

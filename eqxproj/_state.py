@@ -22,7 +22,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from ._metric import clamped, clamped_output, ratio, reader_logs
-from .rules._rule import Context, step
+from .rules._rule import Context, is_negligible, step
 
 if TYPE_CHECKING:
     from ._problem import FeasibilityProblem
@@ -104,7 +104,9 @@ def context(problem: FeasibilityProblem, node: int, memory: bool) -> Context:
         scale, share = kappa_of(problem, value, memory)
         share = _positive(share)
         kappa.append(share * clamped_output(scale))
-        ratios.append(tuple(share * ratio(scale, x) for x in logs))
+        exact = [ratio(scale, x) for x in logs]
+        most = [problem.largest_shares[int(memory)][value] * r for r in exact]  # where it does not matter, one number
+        ratios.append(tuple(m if is_negligible([m]) else share * r for m, r in zip(most, exact, strict=True)))
     function = spec.function
     assert function is not None
     return Context(

@@ -16,7 +16,7 @@ import optax
 import pytest
 import scipy.optimize
 import scipy.special
-from test_bilinear import node_of
+from bilinear_oracle import node_of
 
 import eqxproj
 from eqxproj._metric import clamped, ratio

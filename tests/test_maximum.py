@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bilinear import node_of, reweighted
+from bilinear_oracle import node_of, reweighted
 from test_water_level import least_cost
 
 from eqxproj._state import context
@@ -85,8 +85,12 @@ CASES = {
     "dilated windows": window((7,), (3,), (2,), ((1, 0),), None, (2,)),
     "windows on a dilated base": window((4,), (3,), (1,), ((1, 1),), (2,)),
     "smallest of windows": window((2, 5), (1, 3), (1, 2), sign=-1.0),
+    "tiles": window((2, 4, 6), (1, 2, 2), (1, 2, 2)),
+    "tiles with a rest": window((5, 7), (2, 3), (2, 3)),
+    "padded tiles": window((4, 5), (2, 3), (2, 3), ((1, 0), (2, 1))),
+    "smallest of tiles": window((4, 4), (2, 2), (2, 2), sign=-1.0),
 }
-WINDOWS = [n for n in CASES if "windows" in n]
+WINDOWS = [n for n in CASES if "windows" in n or "tiles" in n]
 
 
 @functools.cache
@@ -224,6 +228,39 @@ def test_a_steep_metric_gives_the_vjp(name, log_kappa):
         want = jax.vjp(function, *(jnp.asarray(x[i]) for x in operands))[1](jnp.asarray(dual[i]))
         for nu, true in zip(nus, want, strict=True):
             assert np.linalg.norm(nu[i] - true) <= 1e-4 * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_among_ties_the_first_rises_and_all_sink(name):
+    """In a metric so steep that the ratios do not enter, where entries that are not tied do not matter."""
+    case, groups = CASES[name], groups_of(name)
+    operands, dual = instances(name, [1.0] * 4, 1.0)
+    operands = [np.round(x).astype(np.float32) for x in operands]
+    assert "argmax" in str(jax.make_jaxpr(projector(name, False, (41.0,) * len(operands), 0.0))(operands, dual))
+    nus, out, evaluated = projector(name, False, (41.0,) * len(operands), 0.0)(operands, dual)
+    np.testing.assert_array_equal(out, evaluated)
+    ties = 0
+    for i in range(len(dual)):
+        x0 = collect(name, False, [x[i] for x in operands])
+        want = np.zeros(sum(x[i].size for x in operands) + 1)
+        for x, mu, group in zip(case.sign * x0, case.sign * dual[i].ravel().astype(float), groups, strict=True):
+            tied = (x == x[group >= 0].max()) & (group >= 0)
+            ties += tied.sum() > 1
+            picked = group[tied][:1] if mu > 0 else group[tied]
+            want[picked] += case.sign * mu / len(picked)
+        found = np.concatenate([np.ravel(nu[i]) for nu in nus])
+        np.testing.assert_allclose(found, want[:-1], rtol=1e-5, atol=1e-6)
+    assert ties
+
+
+def test_masked_entries_of_tiles_stay():
+    rule, ctx = node("tiles", False)
+    ctx = reweighted(ctx, (41.0,), 0.0)
+    shape = CASES["tiles"].shapes[0]
+    for x in (jnp.full(shape, -jnp.inf), jnp.zeros(shape).at[0, 0, 1].set(-jnp.inf)):
+        for dual in (1.0, -1.0):
+            (nu,), _ = rule.project(ctx, [x], [jnp.full(jax.eval_shape(CASES["tiles"].function, x).shape, dual)])
+            assert jnp.isfinite(nu).all() and not nu[~jnp.isfinite(x)].any()
 
 
 @pytest.mark.parametrize("name", ["max of two", "max, last axis", "padded windows"])

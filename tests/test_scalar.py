@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bilinear_oracle import node_of, reweighted
 from scipy.special import erf
-from test_bilinear import node_of, reweighted
 from test_piecewise import brute_force
 
 from eqxproj._state import context

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from eqxproj.rules._water_level import max_dual
+from eqxproj.rules._water_level import max_dual, steep_max_dual
 
 seeded = hypothesis.settings(derandomize=True, deadline=None, max_examples=30, database=None)
 exponents = st.floats(-6, 6)
@@ -212,3 +212,15 @@ def test_errors_name_the_argument():
             max_dual(jnp.zeros((2, 2)), jnp.zeros(2), 1.0, 1.0, (1.0, 1.0))
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("weights", [1e18, (1e18, 1e22, 3e18, 1e18, 1e20)])
+def test_the_limit_of_a_steep_metric(weights):
+    """Beside the general one, on entries of which many are equal; what differs is rounding."""
+    x = jnp.round(jax.random.normal(jax.random.key(0), (200, 5))).at[:40, 3].set(-jnp.inf)
+    mu = jax.random.normal(jax.random.key(1), (200,)).at[::7].set(0.0)
+    ratio = tuple(1 / w for w in weights) if isinstance(weights, tuple) else 1 / weights
+    want = max_dual(x, mu, weights, 1.0, ratio)
+    np.testing.assert_allclose(steep_max_dual(x, mu, weights), want, rtol=1e-5, atol=1e-7)
+    masked = steep_max_dual(jnp.full((2, 3), -jnp.inf), jnp.array([1.0, -1.0]), 1e18)
+    np.testing.assert_array_equal(masked, jnp.zeros((2, 3)))

@@ -11,10 +11,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from .._normal_form import Equation
-from ._forms import ConvForm, _rest
+from ._forms import _rest
+from ._reads import reads
 
 
 class Rows:
@@ -89,10 +91,12 @@ class Rows:
             return times
         if not memory and not self.copied[0]:
             return 1.0
-        image, kernel = (jnp.ones(v.shape, v.dtype) for v in self.equation.inputs)
-        form = ConvForm(lambda a, w: self.equation.bind(a, w)[0], image, kernel, self.params)
-        reads = form.spread_a(jnp.ones(self.out_shape, image.dtype))
-        return jnp.broadcast_to(reads, image.shape) * (times / self.columns)
+        shapes = zip((self.shapes[0], self.out_shape, self.shapes[1]), (self.lhs, self.out, self.rhs), strict=True)
+        image, windows, sizes = ([shape[d] for d in spec[2:]] for shape, spec in shapes)
+        p = self.params
+        found = reads(image, windows, sizes, p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
+        found = found.reshape(1, 1, *found.shape).transpose(np.argsort(self.lhs)) / p["batch_group_count"]
+        return jnp.asarray(np.broadcast_to(times * found, self.shapes[0]), jnp.float32)
 
     def from_output(self, value: Array) -> Array:
         """An array of the output's shape as (group, row, column)."""

@@ -154,12 +154,13 @@ class AbstractRule(abc.ABC):
 def is_negligible(ratios: Sequence[Scale]) -> bool:
     """Whether, as is known while tracing, what a node moves its operands by cannot be told from nothing in its output.
 
-    Its multiplier is then the dual of its output. In float32 this changes nothing but where a gain is above $10^4$.
+    Its multiplier is then the dual of its output. In float32 this changes nothing but where a gain is above $10^3$.
     """
     return all(isinstance(r, (int, float)) and r <= _NEGLIGIBLE for r in ratios)
 
 
-_NEGLIGIBLE = 1e-15
+_NEGLIGIBLE = 1e-13
+"""Above what the default metric gives to an operand with a hundred thousand copies."""
 
 
 def step(weight: Scale, dual: Array) -> Array:

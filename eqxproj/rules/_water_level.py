@@ -71,6 +71,26 @@ def max_dual(
     return jnp.where(finite & (mu != 0), dual, 0).astype(x0.dtype)
 
 
+def steep_max_dual(
+    x0: Float[Array, "*batch n"], mu: Num[ArrayLike, "*#batch"], weights: float | tuple[float, ...]
+) -> Float[Array, "*batch n"]:
+    r"""[`max_dual`][] where $\kappa / w \to 0$ and no gap is as small as a step, but for those that are zero.
+
+    Upward the first of the largest entries gets all of $\mu$; downward they share it, in proportion to their weights.
+    Arguments and result as there.
+    """
+    work = jnp.promote_types(x0.dtype, jnp.float32)
+    finite = jnp.isfinite(x0)
+    tied = finite & (x0 == jnp.max(jnp.where(finite, x0, -jnp.inf), axis=-1, keepdims=True))
+    mu = jnp.broadcast_to(jnp.asarray(mu, work), x0.shape[:-1])[..., None]
+    areas = jnp.asarray(weights, work) / max(weights) if isinstance(weights, tuple) else jnp.ones((), work)
+    shares = jnp.where(tied, areas, 0)
+    total = jnp.sum(shares, axis=-1, keepdims=True)
+    first = jnp.argmax(tied, axis=-1, keepdims=True) == jnp.arange(x0.shape[-1])
+    dual = jnp.where(mu > 0, first & finite, shares / jnp.where(total > 0, total, 1)) * mu
+    return dual.astype(x0.dtype)
+
+
 def _clip(ratio: ArrayLike, dtype: jnp.dtype) -> Array:
     return jnp.clip(jnp.asarray(ratio, dtype), _SMALLEST, _LARGEST)
 

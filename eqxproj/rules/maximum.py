@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from .._normal_form import Equation
-from ._rule import AbstractRule, Context
-from ._water_level import max_dual
+from ._reads import reads
+from ._rule import AbstractRule, Context, is_negligible
+from ._water_level import max_dual, steep_max_dual
 
 
 def _windows(x: Array, params, fill: float) -> Array:
@@ -35,6 +37,41 @@ def _windows(x: Array, params, fill: float) -> Array:
         limit = [a + n * s + 1 for a, n, s in zip(start, steps, strides, strict=True)]
         slices.append(jax.lax.slice(padded, start, limit, strides))
     return jnp.stack(slices, -1)
+
+
+def _tile(params) -> bool:
+    """Whether no two windows overlap, so that each element is in one window at most."""
+    plain = all(d == 1 for d in (*params["base_dilation"], *params["window_dilation"]))
+    return plain and tuple(params["window_dimensions"]) == tuple(params["window_strides"])
+
+
+def _spread(windows: Array, params, shape: Sequence[int], fill: float | int) -> Array:
+    """For each element what its window has; `fill` for elements of none. Windows do not overlap."""
+    for axis, size in enumerate(params["window_dimensions"]):
+        windows = jnp.repeat(windows, size, axis) if size > 1 else windows
+    ends = [(-low, n + low - m, 0) for (low, _), n, m in zip(params["padding"], shape, windows.shape, strict=True)]
+    return jax.lax.pad(windows, jnp.asarray(fill, windows.dtype), ends)
+
+
+def _tiled_dual(x: Array, mu: Array, params) -> Array:
+    """[`steep_max_dual`][] on windows that do not overlap, without an array of the elements of each window.
+
+    An element compares what its window has, the maximum, how often it is there, and where first, with its own.
+    """
+    slices = jnp.moveaxis(_windows(x, params, -float(jnp.finfo(x.dtype).max)), -1, 0)
+    work = jnp.promote_types(x.dtype, jnp.float32)
+    top = jnp.max(slices, 0)
+    tied = slices == top
+    count, first = jnp.sum(tied, 0, dtype=work), jnp.argmax(tied, 0)
+    place = jnp.zeros((), int)
+    for axis, (size, (low, _)) in enumerate(zip(params["window_dimensions"], params["padding"], strict=True)):
+        along = (jnp.arange(x.shape[axis]) + low) % size
+        place = place * size + along.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+    mu = mu.astype(work)
+    up = jnp.where(_spread(first, params, x.shape, -1) == place, _spread(jnp.maximum(mu, 0), params, x.shape, 0), 0)
+    share = _spread(jnp.minimum(mu, 0) / count, params, x.shape, 0)
+    down = jnp.where(x == _spread(top, params, x.shape, jnp.nan), share, 0)
+    return jnp.where(jnp.isfinite(x), up + down, 0).astype(x.dtype)
 
 
 class Maximum(AbstractRule):
@@ -87,8 +124,10 @@ class Maximum(AbstractRule):
     def count(self, ctx: Context, operand: int, value: Array) -> float | Array:
         if not self._is_window(ctx):
             return 1.0
-        windows, back = jax.vjp(lambda x: _windows(x, ctx.params, 0.0), value)
-        return back(jnp.ones_like(windows))[0]
+        assert ctx.equation is not None
+        names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+        found = reads(value.shape, ctx.equation.outputs[0].shape, *(ctx.params[name] for name in names))
+        return jnp.asarray(np.broadcast_to(found, value.shape), value.dtype)
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         if self._is_window(ctx) and ctx.memory:
@@ -97,6 +136,12 @@ class Maximum(AbstractRule):
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
         sign = self._sign(ctx)
+        if is_negligible(ctx.ratios[0]) and not ctx.as_published:
+            if self._is_window(ctx) and not ctx.memory and _tile(ctx.params):
+                return [sign * _tiled_dual(sign * inputs[0], sign * duals[0], ctx.params)], self.evaluate(ctx, inputs)
+            weights = tuple(ctx.weights) if len(inputs) == 2 else ctx.weights[0]
+            nu = steep_max_dual(sign * self._last(ctx, inputs), sign * duals[0], weights)
+            return self._back(ctx, sign * nu, inputs), self.evaluate(ctx, inputs)
         x = sign * self._last(ctx, inputs)
         kappa = ctx.kappa[0]
         two = len(inputs) == 2

@@ -1,0 +1,66 @@
+"""Sets, each with a test of membership that is written without it."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from eqxproj import sets
+
+TWO_BITS = (-1.5, -0.5, 0.5, 1.5)
+PATTERN = (-1.0, 0.0, 0.3, 2.0)
+
+
+def error_of(dtype):
+    """The relative error of one rounding, with some room for what is computed in float32."""
+    return float(jnp.finfo(dtype).eps) / 2 + 1.5e-6
+
+
+def on_scaled_levels(x, levels, error):
+    """Whether the entries are one scale times levels, up to rounding."""
+    x, levels = x.ravel(), np.asarray(levels)
+    if not x.any():
+        return True
+    top = x[np.argmax(abs(x))]
+    scales = [top / level for level in levels if level * top > 0]
+    near = [levels[np.abs(x[:, None] / s - levels).argmin(1)] * s for s in scales]
+    return min(np.max(abs(x - y) - 2 * error * abs(y)) for y in near) <= 0
+
+
+def orthonormal(x, error):
+    matrix = x.reshape(len(x), -1)
+    matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    return abs(matrix @ matrix.T - np.eye(len(matrix))).max() <= 3 * error
+
+
+def tail(x, rank):
+    """The norm of all but the largest singular values."""
+    return np.linalg.norm(np.linalg.svd(x.reshape(len(x), -1), compute_uv=False)[rank:])
+
+
+def few(x, k, axis):
+    return ((x != 0).sum(axis) <= k).all()
+
+
+# Name to set and test of membership: `contains(float64 array, relative error of a rounding)`.
+WIDER = {
+    "k": (sets.sparse(k=3), lambda x, e: few(x, 3, None)),
+    "k_beyond": (sets.sparse(k=10**6), lambda x, e: True),
+    "k_rows": (sets.sparse(k=2, axis=-1), lambda x, e: few(x, 2, -1)),
+    "fraction_columns": (sets.sparse(0.5, axis=0), lambda x, e: few(x, max(1, len(x) // 2), 0)),
+    "given_scale": (sets.quantized([-1.0, 0.0, 1.0], scale=0.3), lambda x, e: on_scaled_levels(x, [-1, 0, 1], e)),
+    "given_bits": (sets.quantized(3, scale=0.2), lambda x, e: len(np.unique(x)) <= 8),
+    "sign_scale": (sets.quantized(1, scale="learned"), lambda x, e: len(np.unique(abs(x))) == 1),
+    "two_bits": (sets.quantized(2, scale="learned"), lambda x, e: on_scaled_levels(x, TWO_BITS, e)),
+    "pattern": (sets.quantized(PATTERN, scale="learned"), lambda x, e: on_scaled_levels(x, PATTERN, e)),
+    "simplex": (sets.simplex(), lambda x, e: (x >= 0).all() and (abs(x.sum(-1) - 1) <= e).all()),
+    "simplex_all": (sets.simplex(None, 2.5), lambda x, e: (x >= 0).all() and abs(x.sum() - 2.5) <= 2.5 * e),
+    "l1": (sets.l1_ball(), lambda x, e: abs(x).sum() <= 1 + 1e-6),
+    "l1_rows": (sets.l1_ball(0.7, axis=-1), lambda x, e: (abs(x).sum(-1) <= 0.7 * (1 + 1e-6)).all()),
+    "l2": (sets.l2_ball(1.5), lambda x, e: np.linalg.norm(x) <= 1.5 * (1 + 1e-6)),
+    "l2_columns": (sets.l2_ball(0.3, axis=0), lambda x, e: (np.sqrt((x**2).sum(0)) <= 0.3 * (1 + 1e-6)).all()),
+    "sphere": (sets.sphere(2.0), lambda x, e: abs(np.linalg.norm(x) - 2) <= 2 * e),
+    "sphere_rows": (sets.sphere(1.0, axis=(-1,)), lambda x, e: (abs(np.sqrt((x**2).sum(-1)) - 1) <= e).all()),
+    "increasing": (sets.monotone(), lambda x, e: (np.diff(x, axis=-1) >= 0).all()),
+    "decreasing": (sets.monotone(0, increasing=False), lambda x, e: (np.diff(x, axis=0) <= 0).all()),
+    "orthogonal": (sets.orthogonal(), orthonormal),
+    "rank": (sets.low_rank(2), lambda x, e: tail(x, 2) <= (e + 2e-6) * np.linalg.norm(x)),
+}
