@@ -9,6 +9,7 @@
   `broadcast_in_dim` and an addition of equal shapes;
 - a short `scan` of elementwise operations over constants is unrolled: that is how JAX writes polynomials, of which its
   special functions are made, and what is elementwise throughout is seen as one function;
+- a product that is only read transposed, as `vmap` leaves those of a matrix and vectors, is computed that way;
 - dead code is dropped.
 
 Its limits: other control flow (`scan`, `while`, `cond`) stays one equation, and effects are not kept.
@@ -17,8 +18,9 @@ Its limits: other control flow (`scan`, `while`, `cond`) stays one equation, and
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -314,6 +316,37 @@ def live(equations: Sequence[Equation], wanted: Sequence[Variable]) -> tuple[Equ
     return tuple(reversed(kept))
 
 
+def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple[Equation, ...]:
+    """The equations, with products that are only read transposed exchanging their operands instead."""
+    reads = Counter(v.index for v in (*outputs, *(v for e in equations for v in e.inputs)))
+    transposes = {e.inputs[0].index: e for e in equations if e.name == "transpose"}
+    turned: dict[int, Equation] = {}
+    dropped: set[int] = set()
+    for equation in equations:
+        index = equation.outputs[0].index
+        if equation.name == "dot_general" and index in transposes and reads[index] == 1:
+            found = _exchanged(equation, transposes[index])
+            if found is not None:
+                turned[found.outputs[0].index] = found
+                dropped.add(index)
+    return tuple(turned.get(e.outputs[0].index, e) for e in equations if e.outputs[0].index not in dropped)
+
+
+def _exchanged(equation: Equation, after: Equation) -> Equation | None:
+    """A `dot_general` with its operands exchanged, where this is what the transpose `after` it does."""
+    (contract, batch), params = equation.params["dimension_numbers"], dict(equation.params)
+    a, b = equation.inputs
+    shared, own = len(batch[0]), len(a.shape) - len(batch[0]) - len(contract[0])
+    axes = range(len(after.outputs[0].shape))
+    exchange = (*axes[:shared], *axes[shared + own :], *axes[shared : shared + own])
+    if params.get("out_sharding") is not None or tuple(after.params["permutation"]) != exchange:
+        return None
+    params["dimension_numbers"] = (tuple(reversed(contract)), tuple(reversed(batch)))
+    if isinstance(params.get("precision"), tuple):
+        params["precision"] = tuple(reversed(params["precision"]))
+    return replace(equation, params=params, inputs=(b, a), outputs=after.outputs)
+
+
 class Fresh:
     """Numbers for variables that are new to a program, and the constants that come with them."""
 
@@ -372,5 +405,5 @@ def normal_form(jaxpr: ClosedJaxpr) -> Program:
     builder = _Builder()
     inputs = [builder.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
     outputs = _walk(builder, jaxpr.jaxpr, jaxpr.consts, inputs, None)
-    equations = live(builder.equations, outputs)
+    equations = _turned(live(builder.equations, outputs), outputs)
     return Program(tuple(inputs), equations, tuple(outputs), builder.constants, builder.static)

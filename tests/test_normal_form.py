@@ -410,3 +410,46 @@ def test_source_within_the_users_own_jitted_functions(wrap, rng):
     found = {e.name: e.source for e in program.equations}
     assert found["sort"] == line_of(layer)
     assert found["max"] == line_of(loss, 2)
+
+
+def dot(contract, batch=((), ()), **options):
+    return lambda a, b: jax.lax.dot_general(a, b, (contract, batch), **options)
+
+
+TURNED = {
+    "vmap": lambda a, b: jax.vmap(lambda x: b[0] @ x)(a[0]),
+    "batch": lambda a, b: jnp.swapaxes(dot(((2,), (2,)), ((0,), (0,)))(a, b), 1, 2),
+    "several axes": lambda a, b: jnp.transpose(dot(((2,), (2,)))(a, b), (2, 3, 0, 1)),
+    "of a vector": lambda a, b: jnp.transpose(dot(((0,), (2,)))(a[0, 0], b), (0, 1)),
+    "precision": lambda a, b: (
+        dot(((1,), (1,)), precision=(jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH))(a[0], b[0]).T
+    ),
+    "type": lambda a, b: (
+        dot(((1,), (1,)), preferred_element_type=jnp.float32)(a[0].astype(jnp.bfloat16), b[0].astype(jnp.bfloat16)).T
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_a_product_that_is_read_transposed_exchanges_its_operands(name, rng):
+    a, b = random(rng, 2, 3, 4), random(rng, 2, 5, 4)
+    found = names(assert_same_function(TURNED[name], a, b))
+    assert "dot_general" in found and "transpose" not in found
+
+
+KEPT = {
+    "read twice": lambda a, b: (y := a[0] @ b[0].T).T + y.sum(),
+    "returned": lambda a, b: ((y := dot(((1,), (1,)))(a[0], b[0])), y.T),
+    "other axes": lambda a, b: jnp.transpose(dot(((2,), (2,)), ((0,), (0,)))(a, b), (1, 2, 0)),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_other_transposes_stay(name, rng):
+    assert "transpose" in names(assert_same_function(KEPT[name], random(rng, 2, 3, 4), random(rng, 2, 5, 4)))
+
+
+def test_precision_goes_with_the_operands(rng):
+    program = program_of(TURNED["precision"], random(rng, 2, 3, 4), random(rng, 2, 5, 4))
+    (product,) = [e for e in program.equations if e.name == "dot_general"]
+    assert product.params["precision"] == (jax.lax.Precision.HIGH, jax.lax.Precision.DEFAULT)
