@@ -29,8 +29,8 @@ DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
 """So steep that it is a gradient where there is one, at any depth: a node with a gain of $a$ damps what comes back
 through it by $1 + a^2/g$. On MNIST it learns as flatter ones do, or better. With a grade of 1e3, wide layers damp
 enough to hold up a deep autoencoder; with 1e5, a gain of a hundred inside of the network, or data of that size, does;
-with 1e12, the matrix exponential, inside of which there are gains of 1e7. At this grade, products and local solvers
-leave the damping out, which float32 would hardly show."""
+with 1e12, the matrix exponential, inside of which there are gains of 1e7. At this grade, products, maxima and local
+solvers leave the damping out, which float32 would hardly show."""
 DEFAULT_TAU = 1e-6
 """So small that a loss without a prox of its own answers by its slope, whatever its curvature: that of a cosine of
 small vectors is high, and so is that of a Gaussian likelihood with learned variances, whose prox at 0.01 narrows them
