@@ -7,6 +7,7 @@ on. The problem is a pytree: it may be made inside a `jit`, or passed into one.
 from __future__ import annotations
 
 import numbers
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -129,12 +130,12 @@ def _count(
         ctx = context(stub, spec.consumer, memory)  # pyright: ignore[reportArgumentType]
         copies_each = node.rule.count(ctx, node.edges.index(edge), jnp.zeros(shape.shape, shape.dtype))
         largest = float(np.max(np.asarray(copies_each), initial=0.0))
-    uniform = _uniform(spec.view, value, spec.sources)
-    if uniform is not None and isinstance(copies_each, float):
-        return uniform * copies_each, uniform * copies_each
+    times, uniform = _times(spec.view, value, spec.sources)
+    if uniform and isinstance(copies_each, float):
+        return times * copies_each, times * copies_each
     full = jnp.broadcast_to(jnp.asarray(copies_each, shape.dtype), shape.shape)
     found = spec.view.transpose(known, full)[spec.sources.index(value)]
-    return found, largest * _most(spec.view, value, spec.sources)
+    return found, times * largest
 
 
 class _Stub:
@@ -147,49 +148,24 @@ class _Stub:
         self.shares = self.largest_shares = ((1.0,) * len(graph.values),) * 2
 
 
-def _uniform(view, value: int, sources: Sequence[int]) -> float | None:
-    """How often a view shows each element of a value, where that is one number known from the shapes."""
-    if view.is_identity:
-        return 1.0
-    index = view.operands[sources.index(value)].index
-    times = 1.0
-
-    def readers(index: int) -> int:
-        return sum(v.index == index for e in view.equations for v in e.inputs)
-
-    for equation in view.equations:
-        reads = [v for v in equation.inputs if v.index == index]
-        if not reads:
-            continue
-        out = equation.outputs[0]
-        if readers(index) > 1 or len(equation.outputs) > 1:
-            return None
-        if equation.name == "broadcast_in_dim":
-            times *= _repeats(reads[0], out)
-        elif equation.name not in ONE_TO_ONE:
-            return None
-        index = out.index
-    return float(times)
-
-
-def _repeats(variable: Variable, out: Variable) -> float:
-    """How often a broadcast shows each element."""
-    return float(np.prod(out.shape, dtype=float) / max(np.prod(variable.shape, dtype=float), 1.0))
-
-
-def _most(view, value: int, sources: Sequence[int]) -> float:
-    """A number that no element of a value is shown more often than by a view."""
+def _times(view, value: int, sources: Sequence[int]) -> tuple[float, bool]:
+    """A number that a view shows no element of a value more often than, and whether it shows each just so often."""
     times = {view.operands[sources.index(value)].index: 1.0}
+    readers = Counter(v.index for e in view.equations for v in e.inputs)
+    uniform = True
     for equation in view.equations:
-        most = sum(times.get(v.index, 0.0) for v in equation.inputs)
-        for out in equation.outputs if most else ():
+        reads = [v for v in equation.inputs if v.index in times]
+        for out in equation.outputs if reads else ():
             factor = float(np.prod(out.shape, dtype=float))
             if equation.name == "broadcast_in_dim":
-                factor = _repeats(equation.inputs[0], out)
+                factor = factor / max(float(np.prod(reads[0].shape, dtype=float)), 1.0)
             elif equation.name in AT_MOST_ONCE:
                 factor = 1.0
-            times[out.index] = most * factor
-    return times.get(view.outputs[0].index, 0.0)
+            times[out.index] = factor * sum(times[v.index] for v in reads)
+        if reads:
+            plain = equation.name == "broadcast_in_dim" or equation.name in ONE_TO_ONE
+            uniform &= plain and len(equation.outputs) == 1 and all(readers[v.index] == 1 for v in reads)
+    return times.get(view.outputs[0].index, 0.0), uniform
 
 
 def _shares(

@@ -54,9 +54,10 @@ def _spread(windows: Array, params, shape: Sequence[int], fill: float | int) -> 
 
 
 def _tiled_dual(x: Array, mu: Array, params) -> Array:
-    """[`steep_max_dual`][] on windows that do not overlap, without an array of the elements of each window.
+    """[`steep_max_dual`][] on windows that do not overlap, in the shape of the elements.
 
-    An element compares what its window has, the maximum, how often it is there, and where first, with its own.
+    Each compares what its window has, the maximum, how often it is there and where first, with its own, so that nothing
+    needs to be scattered back.
     """
     slices = jnp.moveaxis(_windows(x, params, -float(jnp.finfo(x.dtype).max)), -1, 0)
     work = jnp.promote_types(x.dtype, jnp.float32)
@@ -135,17 +136,15 @@ class Maximum(AbstractRule):
         return ctx.function(*inputs)
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
-        sign = self._sign(ctx)
+        sign, two = self._sign(ctx), len(inputs) == 2
+        weights = tuple(ctx.weights) if two else ctx.weights[0]
         if is_negligible(ctx.ratios[0]) and not ctx.as_published:
             if self._is_window(ctx) and not ctx.memory and _tile(ctx.params):
                 return [sign * _tiled_dual(sign * inputs[0], sign * duals[0], ctx.params)], self.evaluate(ctx, inputs)
-            weights = tuple(ctx.weights) if len(inputs) == 2 else ctx.weights[0]
             nu = steep_max_dual(sign * self._last(ctx, inputs), sign * duals[0], weights)
             return self._back(ctx, sign * nu, inputs), self.evaluate(ctx, inputs)
         x = sign * self._last(ctx, inputs)
         kappa = ctx.kappa[0]
-        two = len(inputs) == 2
-        weights = tuple(ctx.weights) if two else ctx.weights[0]
         ratio = tuple(ctx.ratios[0]) if two else ctx.ratios[0][0]
         # Of tied maxima the first rises; in the software of arXiv 2506.05878 the last.
         order = slice(None, None, -1 if ctx.as_published and not two else 1)
