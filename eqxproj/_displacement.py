@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ._convolutions import laid_out
 from ._metric import Metric, check_metric
 from ._normal_form import Program
 from ._problem import RAW_TAU, Copies, FeasibilityProblem, check_copies, check_tau, make_problem
@@ -131,7 +132,8 @@ def filter_value_and_displacement(
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
         factor = tau if tau is not None else RAW_TAU if raw else default_tau(traced.program, chosen)
         problem = make_problem(traced, chosen, copies, factor, "constant", needs_identities(solver))
-        moved = displacement_of(problem, run(problem, solver, steps), raw)
+        state = laid_out(lambda: run(problem, solver, steps), traced.program)
+        moved = displacement_of(problem, state, raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
 
     @ft.wraps(loss)

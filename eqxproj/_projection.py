@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._convolutions import laid_out
 from ._custom_projection import custom_loss
 from ._displacement import run
 from ._metric import Metric, check_metric
@@ -68,7 +69,8 @@ def projection(
     def solved(primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
         traced = trace(loss, primals, (target,))
         problem = make_problem(traced, chosen, copies, 1.0, "constant", two_colored=True)
-        return traced.rebuild(solver.postprocess(problem, run(problem, solver, steps)))
+        state = laid_out(lambda: run(problem, solver, steps), traced.program)
+        return traced.rebuild(solver.postprocess(problem, state))
 
     def project(target: PyTree) -> tuple[PyTree, ...]:
         wanted, got = eqx.filter(out, eqx.is_inexact_array), eqx.filter(target, eqx.is_array_like)

@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ._convolutions import laid_out
 from ._errors import NonFiniteError
 from ._problem import FeasibilityProblem
 from ._state import State, conformed, context, operand, settled, value_of
@@ -104,7 +105,7 @@ class _Report(eqx.Module):
 @eqx.filter_jit
 def _advance(problem: FeasibilityProblem, solver: AbstractSolver, tol: float, state: State) -> tuple[State, _Report]:
     """One step; a step to a state that is not finite is not taken."""
-    new = conformed(solver.step(problem, state), state)
+    new = conformed(laid_out(lambda: solver.step(problem, state), problem.trace.program), state)
     finite = finite_nodes(problem, new)
     moved, broken = change(problem, state, new), violation(problem, new)
     ok = jnp.all(finite)

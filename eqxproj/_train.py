@@ -22,6 +22,7 @@ from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
 from ._build import check_dependence
+from ._convolutions import lowered
 from ._data import batches, check_data, check_model, take
 from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, default_tau, displacement_of, needs_identities, run
 from ._errors import NonFiniteError, TrainingInterrupted
@@ -460,7 +461,7 @@ def _compiled(update: Callable[..., Any], static: PyTree, state: tuple[Any, ...]
         new = update(static, *eqx.combine(arrays, fixed), number, batch, key)
         return eqx.partition(new[:3], eqx.is_array)[0], new[3]
 
-    compiled = jax.jit(pure).lower(arrays, np.int32(0), batch, key).compile()
+    compiled = lowered(pure, arrays, np.int32(0), batch, key).compile()
 
     def step(state, number, batch, key):
         out, value = compiled(eqx.filter(state, eqx.is_array), number, batch, key)
