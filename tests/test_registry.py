@@ -1,0 +1,184 @@
+"""Primitives with a projection of the user's own."""
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+import pytest
+from custom_models import STEEP, X, classification, cosine, random
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+import eqxproj
+from eqxproj._registry import RULES
+from eqxproj.losses import cross_entropy, squared_error
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """What a test registers is gone after it."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+def new_primitive(name):
+    """A primitive without a derivative: the sign of x times the square root of its size."""
+    primitive = Primitive(name)
+
+    def implementation(x):
+        return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
+
+    primitive.def_impl(implementation)
+    primitive.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+    mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=False))
+    batching.primitive_batchers[primitive] = lambda args, dims: (primitive.bind(*args), dims[0])
+    return primitive
+
+
+def root_model(primitive):
+    def loss(p, x, y):
+        return cross_entropy(jax.vmap(lambda x: primitive.bind(x @ p["a"] + p["b"]) @ p["d"] + p["e"])(x), y).mean()
+
+    return loss
+
+
+def test_new_primitive_without_a_rule():
+    primitive = new_primitive("signed_root_lonely")
+    model, x, y = classification()
+    with pytest.raises(eqxproj.UnsupportedPrimitiveError, match="signed_root_lonely"):
+        eqxproj.feasibility_problem(root_model(primitive), model, x, y)
+
+
+def slope(x):
+    return 0.5 / jnp.sqrt(jnp.abs(x) + 0.1)
+
+
+@pytest.mark.parametrize("form", ["points", "duals"])
+@pytest.mark.parametrize("by_name", [False, True], ids=["object", "name"])
+def test_new_primitive_trains(form, by_name):
+    primitive = new_primitive(f"signed_root_{form}_{by_name}")
+
+    @eqxproj.register_projection(primitive.name if by_name else primitive, form=form)
+    def rule(ctx, inputs, target):
+        (x,) = inputs
+        assert ctx.unknown == (True,) and target.shape == x.shape
+        return slope(x) * target if form == "duals" else x + slope(x) * (target - primitive.bind(x))
+
+    model, x, y = classification()
+    loss = root_model(primitive)
+    text = eqxproj.feasibility_problem(loss, model, x, y).explain()
+    assert "registered (rule)" in text
+    result = eqxproj.train(model, (x, y), loss, steps=200, optimizer=optax.adam(1e-2), eval_data=(x, y))
+    assert result.history["eval_loss"][-1] < 0.7 * result.history["eval_loss"][0]
+
+
+def tanh_loss(p, x, y):
+    return cross_entropy(jnp.tanh(x @ p["a"] + p["b"]) @ p["d"] + p["e"], y).mean()
+
+
+def test_built_in_rule_is_overridden():
+    model, x, y = classification()
+    before = eqxproj.feasibility_problem(tanh_loss, model, x, y).explain()
+    assert "registered" not in before and "add+tanh" in before
+
+    @eqxproj.register_projection("tanh", form="duals")
+    def frozen(ctx, inputs, dual):
+        return (0 * inputs[0],)
+
+    problem = eqxproj.feasibility_problem(tanh_loss, model, x, y)
+    (line,) = [line for line in problem.explain().split("\n") if line.split()[1:2] == ["tanh"]]
+    assert "registered (frozen)" in line
+    moved = eqxproj.filter_displacement(tanh_loss)(model, x, y)
+    assert float(jnp.abs(moved["a"]).max()) == 0.0 and float(jnp.abs(moved["d"]).max()) > 0
+
+
+def test_second_registration_replaces_the_first():
+    for scale in (0.0, 1.0):
+
+        @eqxproj.register_projection("tanh", form="duals")
+        def rule(ctx, inputs, dual, scale=scale):
+            return scale * (1 - jnp.tanh(inputs[0]) ** 2) * dual
+
+    model, x, y = classification()
+    moved = eqxproj.filter_displacement(tanh_loss, metric=STEEP)(model, x, y)
+    gradient = eqx.filter_grad(tanh_loss)(model, x, y)
+    assert cosine(moved, gradient) > 0.999
+
+
+def test_known_operands_of_a_primitive():
+    """The rule gets all operands; what it returns for known ones is ignored, and they may be left out."""
+    kinds = []
+
+    @eqxproj.register_projection("atan2", form="duals")
+    def rule(ctx, inputs, dual):
+        kinds.append(ctx.unknown)
+        y, x = inputs
+        nu = dual * x / (x**2 + y**2)
+        return (nu,) if len(kinds) == 1 else (nu, dual)
+
+    def loss(p, x, y):
+        return squared_error(jnp.arctan2(x @ p, 1.0 + x[:, :2] ** 2), y).mean()
+
+    p, y = random(0, 3, 2), jnp.ones((4, 2))
+    for _ in range(2):
+        moved = eqxproj.filter_displacement(loss, metric=STEEP)(p, X, y)
+        assert cosine(moved, jax.grad(loss)(p, X, y)) > 0.999
+    assert kinds == [(True, False)] * 2
+
+
+def test_primitive_with_several_outputs():
+    @eqxproj.register_projection("top_k", form="duals")
+    def rule(ctx, inputs, duals):
+        (x,) = inputs
+        values, _ = duals
+        indices = jax.lax.top_k(x, ctx.params["k"])[1]
+        return jnp.zeros_like(x).at[jnp.arange(len(x))[:, None], indices].add(values)
+
+    def loss(p, x, y):
+        return squared_error(jax.lax.top_k(x @ p, 2)[0], y).mean()
+
+    p, y = random(0, 3, 5), jnp.ones((4, 2))
+    moved = eqxproj.filter_displacement(loss, metric=STEEP)(p, X, y)
+    assert cosine(moved, jax.grad(loss)(p, X, y)) > 0.999
+
+
+def test_registration_returns_the_rule():
+    def rule(ctx, inputs, target):
+        return inputs
+
+    assert eqxproj.register_projection("cumsum")(rule) is rule
+    assert "cumsum" in RULES
+
+
+@pytest.mark.parametrize("primitive", [3, "", None, jnp.tanh])
+def test_bad_primitives(primitive):
+    with pytest.raises(TypeError, match="primitive"):
+        eqxproj.register_projection(primitive)
+
+
+def test_bad_form():
+    with pytest.raises((ValueError, TypeError), match="form"):
+        eqxproj.register_projection("tanh", form="vectors")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "returned, part",
+    [
+        (lambda x: (x, x, x), "'tanh' returned 3 inputs, but the primitive has 1"),
+        (lambda x: x[:1], r"'tanh' returned shape \(1, 16\) for input 0, which has shape \(256, 16\)"),
+    ],
+)
+def test_what_a_registered_rule_returns_is_checked(returned, part):
+    @eqxproj.register_projection("tanh")
+    def rule(ctx, inputs, target):
+        return returned(inputs[0])
+
+    with pytest.raises(ValueError, match=part):
+        eqxproj.filter_displacement(tanh_loss)(*classification())
+
+
+def test_registry_is_restored():
+    assert "tanh" not in RULES and "signed_root_points_True" not in RULES
