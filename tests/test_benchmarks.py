@@ -54,6 +54,7 @@ def test_settings_are_chosen_by_their_sweeps(tmp_path):
         ("discrete.py", ("--task", "sign-mlp", "hard-mixture"), ("sign-mlp", "hard-mixture")),
         ("constraints.py", ("--task", "two_bits", "--seeds", "1"), ("constrained", "free", "projected at the end")),
         ("linear_recurrence.py", ("--cell", "rnn"), ("gradient", "projection", "scan back", "scan both")),
+        ("convolutions.py", ("--repeats", "2", "--groups", "4"), ("4 groups", "to the kernel, in a loop", "cnn")),
         ("time_parallel.py", ("--cell", "rnn"), ("gradient", "one step, flat", "displacement, 16 steps")),
     ],
 )
