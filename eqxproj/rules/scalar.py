@@ -28,6 +28,7 @@ from ._piecewise import PiecewiseAffine, apply_primitive
 from ._piecewise_dual import piecewise_affine_dual
 from ._rule import AbstractRule, Context
 from ._scalar_solver import generic_dual, round_dual, square_dual
+from ._smooth import Bounds, bounds_of, smooth_dual
 from .local import FLAT
 
 Special = Literal["square", "round", "floor", "ceil"]
@@ -176,9 +177,14 @@ class Scalar(AbstractRule):
             return square_dual(s0, dual, kappa, sigma, q)
         if self.special is not None:
             return round_dual(s0, dual, kappa, sigma, q, self.special)
-        return generic_dual(
-            lambda s: self.phi(ctx.known, [s])[0], s0, dual, kappa, sigma, q, search=not ctx.metric.is_steep
-        )
+
+        def phi(s):
+            return self.phi(ctx.known, [s])[0]
+
+        if ctx.metric.is_steep or self._bounds is None or s0.dtype != sigma.dtype:
+            return generic_dual(phi, s0, dual, kappa, sigma, q, search=not ctx.metric.is_steep)
+        otherwise = functools.partial(generic_dual, phi, s0, dual, kappa, sigma, q)
+        return smooth_dual(phi, self._bounds, s0, dual, sigma, q, otherwise)
 
     def _expected_slope(self, ctx: Context, s0: Array) -> Array | None:
         """The slope of the expectation under noise, of functions with jumps; `None` for all others."""
@@ -215,6 +221,10 @@ class Scalar(AbstractRule):
             return jax.jvp(lambda s: self.phi(ctx.known, [s])[0], (s0,), (jnp.ones_like(s0),))[1]
         except Exception:  # what a primitive without a derivative raises is its own choice
             return None
+
+    @functools.cached_property
+    def _bounds(self) -> Bounds | None:
+        return bounds_of(self.phi, self.static)
 
     @functools.cached_property
     def _jumps(self) -> tuple[float, ...]:
