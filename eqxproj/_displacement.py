@@ -63,7 +63,7 @@ def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> Stat
 
 
 _UNROLLED = 4
-"""So few steps are unrolled: XLA runs convolutions inside loops far slower on a CPU."""
+"""So few steps are unrolled, which takes as many times as long to compile and is a tenth faster with convolutions."""
 
 
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:

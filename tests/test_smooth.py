@@ -32,11 +32,16 @@ FUNCTIONS: dict[str, tuple[Any, Any, float, float, bool]] = {
     "faster cos": (lambda s: jnp.cos(3 * s), lambda s: np.cos(3 * s), 3.0, 9.0, False),
     "atan": (jnp.arctan, np.arctan, 1.0, 9 / np.sqrt(192), True),
     "silu": (jax.nn.silu, lambda s: s * sigmoid(s), 1.0998, 0.5, False),
+    "softplus": (jax.nn.softplus, lambda s: np.logaddexp(0, s), 1.0, 0.25, True),
+    "mish": (jax.nn.mish, lambda s: s * np.tanh(np.logaddexp(0, s)), 1.0885, 0.6442, False),
     "gelu": (lambda s: jax.nn.gelu(s, approximate=False), gelu, 1.1290, 2 / np.sqrt(2 * np.pi), False),
 }
 ROUGH = {
     "relu": jax.nn.relu,
     "elu": jax.nn.elu,
+    "bent a little": lambda s: jnp.tanh(s) + 1e-3 * jnp.abs(s - 0.123),
+    "with a step": lambda s: jnp.tanh(s) + jnp.where(s > 1, 1e-3, 0.0),
+    "fast": lambda s: jnp.sin(100 * s),
     "floor": jnp.floor,
     "sign": jnp.sign,
     "log": jnp.log,

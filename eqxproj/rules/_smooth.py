@@ -15,7 +15,8 @@ Where $\phi$ rises or falls throughout, the residual between $s_0$ and a better 
 $1 - \sigma|\mu|B$ is enough.
 
 Limits: the bounds are found on a grid of 1/128 between -32 and 32, and hold there only, for functions without finer
-structure than that.
+structure than that. Whether a function is smooth is found out on the same grid: its values are to rise by the integral
+of its slope, and that by the integral of its second derivative.
 """
 
 from __future__ import annotations
@@ -30,12 +31,9 @@ from jaxtyping import Array, Float
 
 from .._interpreter import Fragment
 
-SMOOTH = frozenset(
-    "add add_any atan asinh convert_element_type copy cos div erf erfc exp exp2 expm1 integer_pow logistic mul neg sin "
-    "square sub tanh".split()
-)
-"""Operations whose compositions have no kink and no jump. (A division may have a pole; bounds are then infinite.)"""
 _RANGE, _GRID = 32.0, 128
+_KINK = 1e-5
+"""What a slope may differ by from the integral of the second derivative, next to one or the largest slope."""
 _CONVEX = 0.5
 """What may be taken from the one of a convex objective: Newton's steps then converge without a search."""
 _STEPS = 8
@@ -52,22 +50,34 @@ class Bounds(NamedTuple):
 
 
 def bounds_of(phi: Fragment, static: Mapping[int, float]) -> Bounds | None:
-    """The bounds of a function of one operand, with a tenth to spare; `None` where it has none, or is not known.
+    """The bounds of a smooth function of one operand, with a tenth to spare; `None` of all others.
 
     **Arguments:**
 
     - `phi`: the function.
-    - `static`: the numbers that it reads from outside.
+    - `static`: the numbers that it reads from outside. Of a function that reads more, nothing is known.
     """
-    if not all(e.name in SMOOTH for e in phi.equations) or not phi.known <= static.keys():
+    if not phi.known <= static.keys():
         return None
     shapes = {v.index: v for e in phi.equations for v in e.inputs}
-    grid = np.linspace(-_RANGE, _RANGE, int(2 * _RANGE * _GRID) + 1).astype(phi.operands[0].dtype)
+    # Between the points where functions written with cases have their seams.
+    grid = (np.arange(int(2 * _RANGE * _GRID)) + 0.5) / _GRID - _RANGE
     known = {i: np.full(grid.shape if shapes[i].shape else (), static[i], shapes[i].dtype) for i in phi.known}
     with jax.ensure_compile_time_eval():
-        slope, bend = (np.asarray(x, float) for x in _derivatives(lambda s: phi(known, [s])[0], jnp.asarray(grid))[1:])
-    if not (np.all(np.isfinite(slope)) and np.all(np.isfinite(bend))):
+        s = jnp.asarray(grid, phi.operands[0].dtype)
+        try:
+            found = _derivatives(lambda s: phi(known, [s])[0], s)
+        except Exception:  # what a primitive without a derivative raises is its own choice
+            return None
+        value, slope, bend = (np.asarray(x, float) for x in found)
+    if not all(np.all(np.isfinite(x)) for x in (value, slope, bend)):
         return None
+    steepest = max(1.0, float(np.max(np.abs(slope))))
+    for x, derivative in ((value, slope), (slope, bend)):
+        gap = np.diff(x) - (derivative[1:] + derivative[:-1]) / (2 * _GRID)
+        rounding = 4 * float(jnp.finfo(s.dtype).eps) * np.max(np.abs(x))
+        if np.max(np.abs(gap)) > _KINK * steepest + rounding:
+            return None
     monotone = bool(np.all(slope >= 0) or np.all(slope <= 0))
     return Bounds(1.1 * float(np.max(np.abs(slope))), 1.1 * float(np.max(np.abs(bend))), monotone)
 

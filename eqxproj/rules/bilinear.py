@@ -221,7 +221,8 @@ def _neuron(ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, k
         multiplier = dual if is_negligible((ratio_a, ratio_w)) else dual / (1.0 + q)
         nu_a, nu_w = form.back_a(multiplier, w), form.back_w(a, multiplier)
         return [nu_a, nu_w], p + step(kappa, dual - multiplier).astype(p.dtype)
-    # Only elementwise work stands inside the branches: XLA runs convolutions inside them far slower on a CPU.
+    # Only elementwise work stands inside the branches: XLA runs convolutions inside them far slower on a CPU, unless
+    # the whole program is laid out (`_convolutions.py`), which only our own compiled functions are.
     sizes = jnp.sqrt(jnp.stack([jnp.max(square_a, initial=0.0), jnp.max(square_w, initial=0.0)]))
     small = jnp.max(jnp.abs(dual), initial=0.0) * jnp.max(sizes) < _SMALL * steep * jnp.min(sizes)
     opposed = jnp.where(dual < 0, -1.0, 1.0).astype(dtype) / tilt

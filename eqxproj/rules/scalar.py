@@ -6,8 +6,9 @@ $x_i$ moves by $c_i\lambda/w_i$: the projection is one-dimensional, $\min_s (s-s
 in $\sigma$. Affine nodes (add, sub, neg, scaling, sums, means) are those with $\phi$ the identity.
 
 $\phi$ is recognized from its equations: a function that is affine on finitely many pieces is projected exactly, and
-so are square, round, floor and ceil; any other function of one unknown goes through a derivative-free solver, or,
-in a steep metric, where the linear step is the answer, through its slope (by a jvp of that function alone).
+so are square, round, floor and ceil. Any other function of one unknown goes through a derivative-free search; or, in a
+steep metric, where the linear step is the answer, through its slope; or, in a flat one, where the function is smooth
+and the step moderate, through Newton's method (each by a jvp of that function alone).
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ class Scalar(AbstractRule):
         def phi(s):
             return self.phi(ctx.known, [s])[0]
 
-        if ctx.metric.is_steep or self._bounds is None or s0.dtype != sigma.dtype:
+        if ctx.metric.is_steep or s0.dtype != sigma.dtype or self._bounds is None:
             return generic_dual(phi, s0, dual, kappa, sigma, q, search=not ctx.metric.is_steep)
         otherwise = functools.partial(generic_dual, phi, s0, dual, kappa, sigma, q)
         return smooth_dual(phi, self._bounds, s0, dual, sigma, q, otherwise)
