@@ -98,17 +98,21 @@ def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence
             if problem.as_published:
                 gap = gap * _published.share_of_readers(problem, value)
             elif problem.metric.is_steep:
-                gap = _above_rounding(gap, outputs[i])
+                gap = jnp.zeros_like(gap) if spec.rule.leaps else _above_rounding(gap, outputs[i])
             dual = dual + gap * jnp.asarray(share * clamped_output(scale), gap.dtype)
         duals.append(dual)
-    return spec.rule.project(ctx, inputs, duals)
+    nus, moved = spec.rule.project(ctx, inputs, duals)
+    if problem.metric.is_steep and spec.rule.leaps:  # a leap would be a gap, times a steep weight, of what comes after
+        moved = [value_of(problem, state, v) for v in spec.outputs]
+    return nus, moved
 
 
 def _above_rounding(gap: Array, output: Array) -> Array:
     """A gap between a value and what its producer now computes, without what two evaluations differ by from rounding.
 
     Times the weights of a steep metric, that is no small number any more: next to the duals of a gradient's size it is
-    everything. A gap that comes from moves of the operands is as small there, and the duals tell of them.
+    everything. A gap that comes from moves of the operands is as small there, and the duals tell of them. (Where an
+    output leaps, no gap is minded: one operand that a step takes past a jump would be everything as well.)
     """
     size = jnp.max(jnp.abs(output), initial=0.0)
     return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))

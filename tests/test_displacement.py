@@ -241,6 +241,25 @@ def test_several_steps():
     assert eqx.tree_equal(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("solver", [eqxproj.AlternatingProjections(), eqxproj.CyclicProjections()])
+@pytest.mark.parametrize("hard", [jnp.sign, jnp.round, lambda s: jax.nn.one_hot(jnp.argmax(s, -1), 8)])
+def test_a_leap_on_the_way_is_no_wish(hard, solver):
+    """In a steep metric, sweeps move arguments on a jump past it; that says nothing, whatever the weights."""
+
+    def f(p, x, y):
+        return cross_entropy(hard(hard(x @ p["a"]) @ p["b"]) @ p["c"], y).mean()
+
+    model = {"a": random(1, 4, 8), "b": random(2, 8, 8), "c": random(3, 8, 3)}
+    x, y = random(4, 64, 4).at[:4].set(0.0), jnp.arange(64) % 3  # on the jump of a sign; all positions tie
+    one = eqxproj.filter_displacement(f)(model, x, y)
+    options = {"metric": eqxproj.Metric(1e3, 1e4), "tau": 0.1}
+    many = eqxproj.filter_displacement(f, solver=solver, steps=24, **options)(model, x, y)
+    for name in model:
+        a, b = np.ravel(one[name]), np.ravel(many[name])
+        assert np.linalg.norm(b) < 100 * np.linalg.norm(a)
+        assert a @ b > 0.95 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
 # The limit of a steep metric is the gradient.
 
 

@@ -109,6 +109,11 @@ class AbstractRule(abc.ABC):
 
     label: ClassVar[str]
 
+    @property
+    def leaps(self) -> bool:
+        """Whether the output may leap where an operand hardly moves. A steep metric then minds the duals alone."""
+        return False
+
     @abc.abstractmethod
     def project(
         self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]

@@ -223,6 +223,12 @@ class Scalar(AbstractRule):
         except Exception:  # what a primitive without a derivative raises is its own choice
             return None
 
+    @property
+    def leaps(self) -> bool:
+        if self.pieces is not None:
+            return self.pieces.has_jumps
+        return self.special in ("round", "floor", "ceil") or (self.special is None and bool(self._jumps))
+
     @functools.cached_property
     def _bounds(self) -> Bounds | None:
         return bounds_of(self.phi, self.static)

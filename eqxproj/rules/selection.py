@@ -52,6 +52,10 @@ class Selection(AbstractRule):
         aligned = all(v.shape[: len(batch)] == batch for v in self.fragment.outputs)
         return aligned and any(equation.inputs[0] == v for v in self.fragment.operands)
 
+    @property
+    def leaps(self) -> bool:
+        return bool(self.chosen)
+
     def describe(self, equation: Equation | None) -> str:
         return self.label if self.chosen else "local solver, position of the forward pass"
 
