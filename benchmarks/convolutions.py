@@ -4,9 +4,8 @@
 
 A 3x3 convolution of 32 channels on 64 images of 16x16, in groups, as it is and as `eqxproj` writes it: its value, and
 its transposes to the input and to the kernel. All run in turn in one process; printed are the medians of the
-milliseconds of each, and of the ratios of the plain one to the one laid out. The last line is the step of `train` by
-alternating projections with so many sweeps, on the convolutional network of `step_time.py`: of the program as traced,
-and as `train` compiles it.
+milliseconds of each, and of the ratios of the plain one to the one laid out. The last line is a step of
+Adam on the displacement by so many sweeps of alternating projections, on the convolutional network of `step_time.py`.
 """
 
 from __future__ import annotations

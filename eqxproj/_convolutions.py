@@ -6,7 +6,8 @@ in another order, as of the transposes of any, takes up to fifty times as long. 
 wherever it stands, the transpose of a grouped convolution to its kernel, whose groups are parts of the batch, takes up
 to a hundred times as long as the same with groups of channels.
 
-`laid_out` and `lowered` write the transpositions into the traced program; the results are the same, to rounding.
+`laid_out` and `lowered` write the transpositions and groups into the traced program; the results are the same, to
+rounding.
 
 Limits: programs for accelerators stay as they are; so do convolutions of groups with few channels, which are slow in
 that order too.
@@ -15,6 +16,7 @@ that order too.
 from __future__ import annotations
 
 import functools as ft
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,7 +38,7 @@ _FEW = 8
 
 
 def laid_out(function: Callable[[], Any], program: Program) -> Any:
-    """What `function()` returns, any pytree, with the convolutions in its loops and branches in a fast layout.
+    """What `function()` returns, any pytree, with its convolutions as XLA has fast programs for them.
 
     To be called inside of a `jit`: outside of one, the function would be traced on each call.
 
@@ -59,7 +61,7 @@ def laid_out(function: Callable[[], Any], program: Program) -> Any:
 
 
 def lowered(function: Callable[..., Any], *args: PyTree) -> jax.stages.Lowered:
-    """`jax.jit(function).lower(*args)`, with the convolutions in loops and branches in a fast layout."""
+    """`jax.jit(function).lower(*args)`, with its convolutions as XLA has fast programs for them."""
     traced = jax.jit(function).trace(*args)
     new = _changed(traced.jaxpr, inside=False)
     if jax.default_backend() != "cpu" or new is traced.jaxpr:
@@ -101,7 +103,7 @@ def _changed_open(jaxpr: Jaxpr, inside: bool) -> Jaxpr:
         params = {name: _changed_param(value, inner) for name, value in equation.params.items()}
         same = all(value is equation.params[name] for name, value in params.items())
         equations.append(equation if same else equation.replace(params=params))
-    same = len(equations) == len(jaxpr.eqns) and all(map(_is, equations, jaxpr.eqns))
+    same = len(equations) == len(jaxpr.eqns) and all(map(operator.is_, equations, jaxpr.eqns))
     return jaxpr if same else jaxpr.replace(eqns=equations)
 
 
@@ -115,10 +117,6 @@ def _is_slow(equation: JaxprEqn, inside: bool) -> bool:
     return inside and (groups == 1 or shape[channels] // groups >= _FEW)
 
 
-def _is(a: Any, b: Any) -> bool:
-    return a is b
-
-
 def _changed_param(value: Any, inside: bool) -> Any:
     if isinstance(value, ClosedJaxpr):
         return _changed(value, inside)
@@ -126,7 +124,7 @@ def _changed_param(value: Any, inside: bool) -> Any:
         return _changed_open(value, inside)
     if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
         new = tuple(_changed_param(x, inside) for x in value)
-        return value if all(map(_is, new, value)) else new
+        return value if all(map(operator.is_, new, value)) else new
     return value
 
 

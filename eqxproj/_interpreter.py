@@ -6,7 +6,7 @@ its operand. Its known operands are looked up in an environment that the forward
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,16 @@ class Fragment:
         """The variables that the equations read from outside."""
         inside = {v.index for e in self.equations for v in e.outputs} | {v.index for v in self.operands}
         return frozenset(v.index for e in self.equations for v in e.inputs if v.index not in inside)
+
+    def of_one(self, static: Mapping[int, float], shape: tuple[int, ...]) -> Callable[[Array], Array]:
+        """An elementwise fragment as a function of its one operand, of any shape.
+
+        - `static`: the numbers that it reads from outside, all of them.
+        - `shape`: of the operand, which need not be that of the fragment's.
+        """
+        variables = {v.index: v for e in self.equations for v in e.inputs}
+        known = {i: np.full(shape if variables[i].shape else (), static[i], variables[i].dtype) for i in self.known}
+        return lambda x: self(known, [x])[0]
 
     def __call__(self, known: Mapping[int, Any], values: Sequence[Array]) -> list[Array]:
         env = {index: known[index] for index in self.known}

@@ -88,7 +88,10 @@ def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence
     ctx = replace(context(problem, node, state.memory), unmoved=_is_unmoved(problem, state, node))
     inputs = [operand(problem, state, e) for e in spec.edges]
     duals = []
-    outputs = None if state.fresh[node] or not spec.outputs else spec.rule.evaluate(ctx, inputs)
+    # In a steep metric a leap would be a gap, times its weight, to the node and to what reads it: neither minds it.
+    leaps = problem.metric.is_steep and not problem.as_published and spec.rule.leaps
+    current = state.fresh[node] or not spec.outputs or leaps
+    outputs = None if current else spec.rule.evaluate(ctx, inputs)
     for i, value in enumerate(spec.outputs):
         wish = wishes[i]
         dual = jnp.zeros(problem.graph.values[value].shape, problem.graph.values[value].dtype) if wish is None else wish
@@ -98,21 +101,18 @@ def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence
             if problem.as_published:
                 gap = gap * _published.share_of_readers(problem, value)
             elif problem.metric.is_steep:
-                gap = jnp.zeros_like(gap) if spec.rule.leaps else _above_rounding(gap, outputs[i])
+                gap = _above_rounding(gap, outputs[i])
             dual = dual + gap * jnp.asarray(share * clamped_output(scale), gap.dtype)
         duals.append(dual)
     nus, moved = spec.rule.project(ctx, inputs, duals)
-    if problem.metric.is_steep and spec.rule.leaps:  # a leap would be a gap, times a steep weight, of what comes after
-        moved = [value_of(problem, state, v) for v in spec.outputs]
-    return nus, moved
+    return nus, [value_of(problem, state, v) for v in spec.outputs] if leaps else moved
 
 
 def _above_rounding(gap: Array, output: Array) -> Array:
     """A gap between a value and what its producer now computes, without what two evaluations differ by from rounding.
 
     Times the weights of a steep metric, that is no small number any more: next to the duals of a gradient's size it is
-    everything. A gap that comes from moves of the operands is as small there, and the duals tell of them. (Where an
-    output leaps, no gap is minded: one operand that a step takes past a jump would be everything as well.)
+    everything. A gap that comes from moves of the operands is as small there, and the duals tell of them.
     """
     size = jnp.max(jnp.abs(output), initial=0.0)
     return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))

@@ -96,16 +96,14 @@ def jumps_of(phi: Fragment, static: Mapping[int, float]) -> tuple[float, ...]:
     - `phi`: the function, of one operand.
     - `static`: the numbers that it reads from outside, all of them.
     """
-    variables = {v.index: v for e in phi.equations for v in e.inputs}
-    known = {i: np.full(variables[i].shape, static[i], variables[i].dtype) for i in phi.known}
     operand = phi.operands[0]
-    size = max(1, int(np.prod(operand.shape)))
+    size, function = max(1, int(np.prod(operand.shape))), phi.of_one(static, operand.shape)
 
     def values(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The function on a grid, as many points at once as the operand has elements."""
         s = np.linspace(low, high, count)
         filled = np.resize(s, (-(-count // size), *operand.shape)).astype(operand.dtype)
-        rows = [np.asarray(phi(known, [jnp.asarray(row)])[0], np.float64) for row in filled]
+        rows = [np.asarray(function(jnp.asarray(row)), np.float64) for row in filled]
         return s, np.concatenate([np.broadcast_to(y, operand.shape).ravel() for y in rows])[:count]
 
     found = []

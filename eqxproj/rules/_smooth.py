@@ -59,14 +59,12 @@ def bounds_of(phi: Fragment, static: Mapping[int, float]) -> Bounds | None:
     """
     if not phi.known <= static.keys():
         return None
-    shapes = {v.index: v for e in phi.equations for v in e.inputs}
     # Between the points where functions written with cases have their seams.
     grid = (np.arange(int(2 * _RANGE * _GRID)) + 0.5) / _GRID - _RANGE
-    known = {i: np.full(grid.shape if shapes[i].shape else (), static[i], shapes[i].dtype) for i in phi.known}
     with jax.ensure_compile_time_eval():
         s = jnp.asarray(grid, phi.operands[0].dtype)
         try:
-            found = _derivatives(lambda s: phi(known, [s])[0], s)
+            found = _derivatives(phi.of_one(static, grid.shape), s)
         except Exception:  # what a primitive without a derivative raises is its own choice
             return None
         value, slope, bend = (np.asarray(x, float) for x in found)

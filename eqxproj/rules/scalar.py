@@ -178,10 +178,7 @@ class Scalar(AbstractRule):
             return square_dual(s0, dual, kappa, sigma, q)
         if self.special is not None:
             return round_dual(s0, dual, kappa, sigma, q, self.special)
-
-        def phi(s):
-            return self.phi(ctx.known, [s])[0]
-
+        phi = functools.partial(self._value, ctx)
         if ctx.metric.is_steep or s0.dtype != sigma.dtype or self._bounds is None:
             return generic_dual(phi, s0, dual, kappa, sigma, q, search=not ctx.metric.is_steep)
         otherwise = functools.partial(generic_dual, phi, s0, dual, kappa, sigma, q)
@@ -197,12 +194,13 @@ class Scalar(AbstractRule):
             return self._slope_with_jumps(ctx, s0)
         return None
 
+    def _value(self, ctx: Context, s: Array) -> Array:
+        """The function without its affine head."""
+        return self.phi(ctx.known, [s])[0]
+
     def _slope_with_jumps(self, ctx: Context, s0: Array) -> Array:
         """That of the expectation, or the plain slope where no jump is near and the function is not flat."""
-
-        def phi(s):
-            return self.phi(ctx.known, [s])[0]
-
+        phi = functools.partial(self._value, ctx)
         slope = None if any(e.name in FLAT for e in self.phi.equations) else self._slope(ctx, s0)
         if slope is None:
             return expected_slope(phi, s0)
@@ -219,7 +217,7 @@ class Scalar(AbstractRule):
         if self.pieces is not None or self.special is not None:
             return None
         try:
-            return jax.jvp(lambda s: self.phi(ctx.known, [s])[0], (s0,), (jnp.ones_like(s0),))[1]
+            return jax.jvp(functools.partial(self._value, ctx), (s0,), (jnp.ones_like(s0),))[1]
         except Exception:  # what a primitive without a derivative raises is its own choice
             return None
 
