@@ -23,10 +23,10 @@ import optax
 from shared import classification, write
 
 import eqxproj
-from eqxproj._data import batches
-from eqxproj._displacement import DEFAULT_METRIC, DEFAULT_TAU, displacement_of, needs_identities, run
-from eqxproj._problem import make_problem
-from eqxproj._trace import trace
+from eqxproj._problem._make import make_problem
+from eqxproj._program._trace import trace
+from eqxproj._training._data import batches
+from eqxproj._training._displacement import DEFAULT_METRIC, DEFAULT_TAU, displacement_of, needs_identities, run
 
 
 class Attention(eqx.Module):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import eqxproj
-from eqxproj._state import conformed, settled
+from eqxproj._problem._state import conformed, settled
 
 
 def classification(model, x, y):

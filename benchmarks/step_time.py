@@ -25,7 +25,7 @@ import optax
 from shared import classification, in_turn, projection_step, write
 
 import eqxproj
-from eqxproj._train import _Run, default_optimizer
+from eqxproj._training._train import _Run, default_optimizer
 
 
 class Cnn(eqx.Module):

@@ -28,7 +28,7 @@ import optax
 from shared import classification, in_turn, projection_step, write
 
 import eqxproj
-from eqxproj._displacement import DEFAULT_METRIC
+from eqxproj._training._displacement import DEFAULT_METRIC
 
 _SWEEPS = 16
 

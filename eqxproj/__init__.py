@@ -3,21 +3,21 @@
 from . import datasets as datasets
 from . import losses as losses
 from . import sets as sets
-from ._custom_projection import custom_projection as custom_projection
-from ._displacement import filter_displacement as filter_displacement
-from ._displacement import filter_value_and_displacement as filter_value_and_displacement
+from ._control_flow._builtin import BUILTIN as _BUILTIN
 from ._errors import NonFiniteError as NonFiniteError
 from ._errors import TrainingInterrupted as TrainingInterrupted
 from ._errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
 from ._metric import Metric as Metric
-from ._problem import FeasibilityProblem as FeasibilityProblem
-from ._problem import feasibility_problem as feasibility_problem
-from ._projection import projection as projection
-from ._registry import register_projection as register_projection
-from ._solve import Solution as Solution
-from ._solve import solve as solve
-from ._train import TrainResult as TrainResult
-from ._train import train as train
+from ._problem._make import feasibility_problem as feasibility_problem
+from ._problem._problem import FeasibilityProblem as FeasibilityProblem
+from ._program._custom import custom_projection as custom_projection
+from ._training._displacement import filter_displacement as filter_displacement
+from ._training._displacement import filter_value_and_displacement as filter_value_and_displacement
+from ._training._projection import projection as projection
+from ._training._train import TrainResult as TrainResult
+from ._training._train import train as train
+from .rules._registry import RULES as _RULES
+from .rules._registry import register_projection as register_projection
 from .solvers import AbstractSolver as AbstractSolver
 from .solvers import AlternatingProjections as AlternatingProjections
 from .solvers import AlternatingReflections as AlternatingReflections
@@ -26,3 +26,7 @@ from .solvers import CyclicProjections as CyclicProjections
 from .solvers import DifferenceMap as DifferenceMap
 from .solvers import DouglasRachford as DouglasRachford
 from .solvers import RelaxedReflectReflect as RelaxedReflectReflect
+from .solvers._solve import Solution as Solution
+from .solvers._solve import solve as solve
+
+_RULES.update(_BUILTIN)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 
 @dataclass(frozen=True)
 class Unsupported:
@@ -77,3 +80,13 @@ class TrainingInterrupted(KeyboardInterrupt):
         super().__init__(
             f"Training was interrupted after step {step}. The model is in the attribute `model` of this exception."
         )
+
+
+def check_shapes(new: Sequence[Any], old: Sequence[Array], who: str) -> None:
+    """Raises a `ValueError` where a rule has returned something of another shape than its inputs."""
+    for position, (n, o) in enumerate(zip(new, old, strict=True)):
+        if jnp.shape(n) != jnp.shape(o):
+            raise ValueError(
+                f"{who} returned shape {jnp.shape(n)} for input {position}, which has shape {jnp.shape(o)}. A rule "
+                "returns new inputs (or duals) of the shapes of the old ones."
+            )

@@ -11,18 +11,12 @@ exact ratio says hardly at all; and iterations of such moves grow without bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import equinox as eqx
 
-if TYPE_CHECKING:
-    from ._graph import Graph
-
 _CLAMP = 69.0
 _OUTPUT_CLAMP = 55.0
-_LIFT = 80.0
-"""Added to what lies as deep as a cycle in a steep metric: beyond both clamps."""
 _STEEP = 100.0
 
 
@@ -60,39 +54,6 @@ class Metric(eqx.Module):
     def log_weight(self, depth: int, is_parameter: bool) -> float:
         """The logarithm of the weight of an edge into a node of this depth."""
         return depth * math.log(self.grade) + (math.log(self.parameter) if is_parameter else 0.0)
-
-
-def edge_logs(graph: Graph, metric: Metric, offset: float = 0.0) -> tuple[float, ...]:
-    """The logarithm of the weight of each edge.
-
-    Around the cycles of a recurrence that is laid out over time, weights would have to grow from each time step to the
-    one before it, and an edge has one weight for all. In a steep metric all that lies as deep as a cycle is therefore
-    taken to be so heavy that nothing there moves; what is exact are the ratios ([`reader_logs`][]).
-    """
-    lifted = graph.cyclic_depth if metric.is_steep else None
-
-    def log(edge) -> float:
-        depth = graph.depth[edge.consumer]
-        lift = 0.0 if lifted is None or depth < lifted else _LIFT
-        return offset + lift + metric.log_weight(depth, edge.is_parameter)
-
-    return tuple(map(log, graph.edges))
-
-
-def reader_logs(graph: Graph, metric: Metric, logs: Sequence[float], value: int) -> list[float]:
-    """The logarithms of the weights with which the readers of a value count in its own, in their order.
-
-    One that reads it a time step later is nearer to the objective by that step: in a steep metric it counts for less
-    than the operands that the value is computed from, whatever its depth within the time step.
-    """
-    found = []
-    for edge in graph.readers[value]:
-        log = logs[edge]
-        if metric.is_steep and value in graph.edges[edge].delayed:
-            own = graph.nodes[graph.producers[value]].edges
-            log = min([log, *(logs[e] - math.log(metric.grade) for e in own)])
-        found.append(log)
-    return found
 
 
 def check_metric(metric: object) -> None:

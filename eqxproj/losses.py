@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, ArrayLike
 
-from ._custom_projection import custom_loss
-from ._prox import (
+from ._numerics._prox import (
     cross_entropy_displacement,
     cross_entropy_value,
     hinge_displacement,
@@ -19,6 +18,7 @@ from ._prox import (
     squared_error_displacement,
     squared_error_value,
 )
+from ._program._custom import custom_loss
 
 _margin = custom_loss(margin_value, lambda logits, labels, tau: margin_displacement(logits, labels), hard=True)
 _cross_entropy = custom_loss(cross_entropy_value, cross_entropy_displacement)

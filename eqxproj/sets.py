@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from . import _sets_nearest as nearest
+from ._numerics import _nearest as nearest
 
 Axis = int | tuple[int, ...] | None
 

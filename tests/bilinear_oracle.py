@@ -17,7 +17,7 @@ import scipy.optimize
 
 import eqxproj
 from eqxproj._metric import clamped, ratio
-from eqxproj._state import context
+from eqxproj._problem._readers import context
 
 
 def node_of(function, *unknown, copies: Any = "neuron", operation=None) -> Any:

@@ -25,7 +25,7 @@ from bilinear_oracle import (
     sums,
 )
 
-from eqxproj.rules._forms import BilinearForm
+from eqxproj.rules._bilinear_forms import BilinearForm
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,15 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from eqxproj._graph._graph._build import build
 
 import eqxproj
-from eqxproj._build import build
-from eqxproj._fusion import dependents
-from eqxproj._normal_form import normal_form
-from eqxproj._solve import violation
-from eqxproj._state import conformed, kappa_of
-from eqxproj._trace import trace
+from eqxproj._problem._readers import kappa_of
+from eqxproj._problem._state import conformed
+from eqxproj._program._equations import dependents
+from eqxproj._program._normal_form import normal_form
+from eqxproj._program._trace import trace
 from eqxproj.losses import cross_entropy, squared_error
+from eqxproj.solvers._solve import violation
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
 Y = jnp.array([0, 1, 2, 0, 1])
@@ -230,7 +231,7 @@ def test_views(f, model):
     counts = np.split(dense.sum(0), np.cumsum([a.size for a in shown])[:-1])
     for value, count in zip(spec.sources, counts, strict=True):
         assert problem.graph.readers[value] == (edge,)
-        share = np.asarray(kappa_of(problem, value, False)[1])
+        share = np.asarray(kappa_of(problem, value)[1])
         found = np.broadcast_to(share, problem.graph.values[value].shape)
         np.testing.assert_allclose(found.ravel(), count, rtol=1e-6)
 

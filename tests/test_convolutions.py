@@ -12,8 +12,8 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import eqxproj
-from eqxproj._convolutions import laid_out, lowered
-from eqxproj._trace import trace
+from eqxproj._program._convolutions import laid_out, lowered
+from eqxproj._program._trace import trace
 
 _NORMAL = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 """Positions of batch, channels and space; of output channels, input channels and space; and of the output's."""

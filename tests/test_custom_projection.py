@@ -9,7 +9,7 @@ import pytest
 from custom_models import STEEP, X, Y, classification, cosine, random
 
 import eqxproj
-from eqxproj._custom_projection import CustomProjection
+from eqxproj._program._custom import CustomProjection
 from eqxproj.losses import cross_entropy, squared_error
 
 

@@ -39,7 +39,7 @@ def no_training(monkeypatch):
     def compiled(*args, **kwargs):
         raise AssertionError("training has begun")
 
-    monkeypatch.setattr("eqxproj._train._compiled", compiled)
+    monkeypatch.setattr("eqxproj._training._train._compiled", compiled)
 
 
 @pytest.fixture
@@ -448,9 +448,9 @@ def test_interrupt_returns_model_and_history(stop):
             raise KeyboardInterrupt
         return record(self, step, value, seconds, model)
 
-    record = eqxproj._train._Watch.record
+    record = eqxproj._training._train._Watch.record
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eqxproj._train._Watch, "record", interrupt)
+        patch.setattr(eqxproj._training._train._Watch, "record", interrupt)
         with pytest.raises(TrainingInterrupted) as caught:
             train(steps=6, eval_every=2, eval_data=(X, Y), evaluate={"loss": loss})
     error = caught.value

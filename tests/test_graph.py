@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eqxproj._graph._graph._build import build
+from eqxproj._graph._graph._graph import conflicts, table, with_identities
 
 import eqxproj
-from eqxproj._build import build
-from eqxproj._graph import conflicts, table, with_identities
-from eqxproj._trace import trace
+from eqxproj._program._trace import trace
 from eqxproj.losses import cross_entropy, squared_error
-from eqxproj.rules.scalar import identity
+from eqxproj.rules._scalar import identity
 
 WIDTH, BATCH = 6, 5
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from eqxproj._graph._graph._build import build
+from eqxproj._graph._graph._graph import with_identities
 
-from eqxproj._build import build
-from eqxproj._displacement import DEFAULT_METRIC
-from eqxproj._graph import with_identities
-from eqxproj._layers import layers
-from eqxproj._preconditioner import Preconditioner, preconditioner
-from eqxproj._problem import make_problem
-from eqxproj._trace import trace
-from eqxproj.rules.scalar import identity
+from eqxproj._problem._make import make_problem
+from eqxproj._program._trace import trace
+from eqxproj._training._displacement import DEFAULT_METRIC
+from eqxproj._training._layers import layers
+from eqxproj._training._preconditioner import Preconditioner, preconditioner
+from eqxproj.rules._scalar import identity
 
 KEYS = jax.random.split(jax.random.key(0), 6)
 X = 1.5 + jax.random.normal(KEYS[0], (64, 6))

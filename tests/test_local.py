@@ -20,10 +20,10 @@ from bilinear_oracle import node_of
 
 import eqxproj
 from eqxproj._metric import clamped, ratio
-from eqxproj._prox import cross_entropy_displacement
-from eqxproj._state import context
-from eqxproj.rules._rule import Context
-from eqxproj.rules.local import LocalSolver
+from eqxproj._numerics._prox import cross_entropy_displacement
+from eqxproj._problem._readers import context
+from eqxproj.rules._base import Context
+from eqxproj.rules._local import LocalSolver
 
 
 def normalized(x, numpy):

@@ -17,7 +17,7 @@ import pytest
 from bilinear_oracle import node_of, reweighted
 from test_water_level import least_cost
 
-from eqxproj._state import context
+from eqxproj._problem._readers import context
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import eqxproj
-from eqxproj._state import conformed, settled
+from eqxproj._problem._state import conformed, settled
 
 BATCH, WIDTH = 128, 256
 CUBE = 4 * BATCH * WIDTH * WIDTH  # bytes of one copy of every scalar product's operand in the hidden layer

@@ -9,7 +9,7 @@ import pytest
 
 import eqxproj
 from eqxproj._metric import Metric, clamped, clamped_output, ratio
-from eqxproj._state import kappa_of
+from eqxproj._problem._readers import kappa_of
 from eqxproj.losses import cross_entropy, squared_error
 
 
@@ -97,7 +97,7 @@ def test_weight_of_a_value_with_several_consumers(fan_out):
     )
     graph = problem.graph
     (value,) = [v for v in range(len(graph.values)) if len(graph.readers[v]) == 2 and graph.values[v].shape == (3, 4)]
-    log, share = kappa_of(problem, value, False)
+    log, share = kappa_of(problem, value)
     weights = [10.0 ** graph.depth[graph.edges[e].consumer] for e in graph.readers[value]]
     assert math.exp(log) == pytest.approx(max(weights))
     if fan_out == "mean":

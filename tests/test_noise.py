@@ -8,11 +8,11 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from eqxproj import filter_displacement
-from eqxproj._fusion import dependents
-from eqxproj._interpreter import Fragment
-from eqxproj._normal_form import normal_form
-from eqxproj.rules._noise import expected_slope, expected_slope_of_pieces, jumps_of, within
-from eqxproj.rules.scalar import recognize
+from eqxproj._numerics._noise import expected_slope, expected_slope_of_pieces, jumps_of, within
+from eqxproj._program._equations import dependents
+from eqxproj._program._fragment import Fragment
+from eqxproj._program._normal_form import normal_form
+from eqxproj.rules._scalar import recognize
 
 FUNCTIONS = {
     "sign": (jnp.sign, {0.0: jnp.sign}),

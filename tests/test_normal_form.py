@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from eqxproj._interpreter import forward
-from eqxproj._normal_form import live, normal_form
+from eqxproj._program._equations import live
+from eqxproj._program._fragment import forward
+from eqxproj._program._normal_form import normal_form
 
 CALLS = {"jit", "pjit", "custom_jvp_call", "remat2", "checkpoint"}
 CALLS |= {"closed_call", "core_call"}

@@ -12,7 +12,7 @@ import pytest
 from golden_models import MODELS, SOLVERS, loss_of
 
 import eqxproj
-from eqxproj._state import conformed, settled
+from eqxproj._problem._state import conformed, settled
 
 RELATIVE, ABSOLUTE = 1e-4, 2e-5
 # One column of the output layer is decided by rounding: the ten Newton steps of its products do not converge in either

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from eqxproj.rules._piecewise import MAX_PIECES, PiecewiseAffine, apply_primitive
-from eqxproj.rules._piecewise_dual import piecewise_affine_dual
+from eqxproj._numerics._piecewise import MAX_PIECES, PiecewiseAffine, apply_primitive
+from eqxproj._numerics._piecewise_dual import piecewise_affine_dual
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 

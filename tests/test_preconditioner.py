@@ -14,10 +14,10 @@ import optax
 import pytest
 
 import eqxproj
-from eqxproj._displacement import DEFAULT_METRIC
-from eqxproj._preconditioner import Preconditioner, preconditioner
-from eqxproj._problem import make_problem
-from eqxproj._trace import trace
+from eqxproj._problem._make import make_problem
+from eqxproj._program._trace import trace
+from eqxproj._training._displacement import DEFAULT_METRIC
+from eqxproj._training._preconditioner import Preconditioner, preconditioner
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 X = 1.5 + jax.random.normal(KEYS[0], (64, 6))

@@ -11,7 +11,7 @@ import pytest
 import scipy.optimize
 import scipy.special
 
-from eqxproj._prox import (
+from eqxproj._numerics._prox import (
     _wright,
     cross_entropy_displacement,
     cross_entropy_value,

@@ -11,8 +11,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 import eqxproj
-from eqxproj._registry import RULES
 from eqxproj.losses import cross_entropy, squared_error
+from eqxproj.rules._registry import RULES
 
 
 @pytest.fixture(autouse=True)

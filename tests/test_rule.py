@@ -10,7 +10,7 @@ import pytest
 from jaxprs import primitives
 
 import eqxproj
-from eqxproj.rules._rule import is_negligible
+from eqxproj.rules._base import is_negligible
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 X = jax.random.normal(KEYS[0], (5, 6, 8))

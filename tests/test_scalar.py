@@ -17,7 +17,7 @@ from bilinear_oracle import node_of, reweighted
 from scipy.special import erf
 from test_piecewise import brute_force
 
-from eqxproj._state import context
+from eqxproj._problem._readers import context
 
 MASK = np.asarray([1.0, -2.0, 0.5], np.float32)
 SHIFT = np.asarray([0.3, -1.0, 2.0], np.float32)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.special import erf
 from test_piecewise import EPS, brute_force, enable_x64, objective, positive, signed
 
-from eqxproj.rules._scalar_solver import generic_dual, round_dual, square_dual
+from eqxproj._numerics._scalar import generic_dual, round_dual, square_dual
 
 
 def round_away(s):

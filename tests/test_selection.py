@@ -7,14 +7,14 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from eqxproj._graph._graph._build import build
 
 import eqxproj
 from eqxproj import Metric
-from eqxproj._build import build
-from eqxproj._interpreter import forward
-from eqxproj._trace import trace
-from eqxproj.rules._rule import Context
-from eqxproj.rules.selection import Selection
+from eqxproj._program._fragment import forward
+from eqxproj._program._trace import trace
+from eqxproj.rules._base import Context
+from eqxproj.rules._selection import Selection
 
 
 def node(function, x):

@@ -10,9 +10,9 @@ import pytest
 from scipy.special import erf
 from test_piecewise import brute_force, objective
 
-from eqxproj._normal_form import normal_form
-from eqxproj.rules._smooth import bounds_of, smooth_dual
-from eqxproj.rules.scalar import Fragment
+from eqxproj._numerics._smooth import bounds_of, smooth_dual
+from eqxproj._program._normal_form import normal_form
+from eqxproj.rules._scalar import Fragment
 
 
 def sigmoid(s):

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import eqxproj
-from eqxproj._data import batches, check_data, take
-from eqxproj._train import default_optimizer, takes_key
+from eqxproj._training._data import batches, check_data, take
+from eqxproj._training._train import default_optimizer, takes_key
 from eqxproj.losses import cross_entropy, squared_error
 
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from eqxproj.rules._water_level import max_dual, steep_max_dual
+from eqxproj._numerics._water_level import max_dual, steep_max_dual
 
 seeded = hypothesis.settings(derandomize=True, deadline=None, max_examples=30, database=None)
 exponents = st.floats(-6, 6)

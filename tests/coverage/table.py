@@ -10,8 +10,8 @@ import equinox as eqx
 import jax
 
 import eqxproj
-from eqxproj._fusion import dependents
-from eqxproj._names import ELEMENTWISE, VIEWS
+from eqxproj._program._equations import dependents
+from eqxproj._program._primitives import ELEMENTWISE, VIEWS
 
 from ._row import Case, Row, extra
 

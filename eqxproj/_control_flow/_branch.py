@@ -1,0 +1,71 @@
+"""`cond` and `switch`: the projection onto the graph of the branch that the forward pass takes.
+
+Which branch is taken stays as the forward pass has it, whether or not the predicate depends on unknowns. Each branch
+is a program of its own, projected by one sweep through its constraints ([`sweep`][]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+from jaxtyping import Array
+
+from .._errors import Unsupported
+from .._program._equations import Equation
+from ..rules._base import AbstractRule, Context, step
+from ._sweep import missing_in, sweep
+
+
+class Branch(AbstractRule):
+    """The projection onto the graph of one of several functions."""
+
+    label: ClassVar[str] = "branch"
+
+    def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
+        return all(v.is_float for v, u in zip(equation.inputs[1:], unknown[1:], strict=True) if u)
+
+    def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
+        found: list[Unsupported] = []
+        ctx = Context.plain()
+        for branch in equation.params["branches"]:
+
+            def once(index, *operands, branch=branch):
+                start = [x for x, u in zip(operands, unknown[1:], strict=True) if u]
+                function = _function(branch, operands, unknown[1:])
+                return sweep(function, start, function(*start), [False] * len(start), ctx)
+
+            found.extend(missing_in(once, equation))
+        return found
+
+    def describe(self, equation: Equation | None) -> str:
+        return "branch of the forward pass"
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+        index, *operands = ctx.operands(inputs)
+        shown = [i for i, mu in enumerate(duals) if jnp.issubdtype(mu.dtype, jnp.inexact)]
+        choices = []
+        for branch in ctx.params["branches"]:
+            function = _function(branch, operands, ctx.unknown[1:])
+
+            def back(start, duals, function=function):
+                outputs = lambda *values: [function(*values)[i] for i in shown]  # noqa: E731
+                return sweep(outputs, start, duals, ctx.weight_like, ctx)
+
+            choices.append(back)
+        nus = jax.lax.switch(jnp.asarray(index, jnp.int32), choices, list(inputs), [duals[i] for i in shown])
+        moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
+        return nus, ctx.function(*moved)
+
+
+def _function(branch: Any, operands: Sequence[Any], unknown: Sequence[bool]):
+    """A branch as a function of its unknown operands."""
+
+    def function(*values):
+        rest = iter(values)
+        return list(jaxpr_as_fun(branch)(*(next(rest) if u else x for x, u in zip(operands, unknown, strict=True))))
+
+    return function

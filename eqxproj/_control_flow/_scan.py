@@ -1,0 +1,144 @@
+r"""Recurrences: the projection of a whole `scan` as one node, going back through time in order.
+
+The body is a program of its own. With the carries of the forward pass in hand, time is walked backward: at each step
+one sweep through the body's own constraints ([`sweep`][]) turns the duals of the next carry and of the stacked output
+into duals of the carry, of the step's slices and of the constants, whose duals add up over time. Nothing is unrolled;
+in a steep metric the result is that of backpropagation through time.
+
+This is what cyclic projections use. The two-color solvers project all time steps at once (see `_time.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._errors import Unsupported
+from .._problem._problem import FeasibilityProblem
+from .._program._equations import Equation
+from .._program._recurrence import Recurrence
+from ..rules._base import AbstractRule, Context, step
+from ._sweep import missing_in, problem_of, sweep
+
+
+class Scan(AbstractRule):
+    """The projection onto the graph of a recurrence."""
+
+    label: ClassVar[str] = "scan, in order"
+
+    def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
+        return all(v.is_float for v, u in zip(equation.inputs, unknown, strict=True) if u)
+
+    def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
+        recurrence = Recurrence.of(equation)
+        constants, carries, slices = recurrence.split(range(len(equation.inputs)))
+        walk = _Walk(recurrence, unknown)
+
+        def once(*operands):
+            x = [jnp.zeros(operands[i].shape[1:], operands[i].dtype) for i in slices]  # there may be no step at all
+            _, ys = recurrence.body(*(operands[i] for i in (*constants, *carries)), *x)
+            entering = [operands[i] for i in carries]
+            return walk.step([operands[i] for i in constants], entering, x, entering, ys, Context.plain(unknown))
+
+        return missing_in(once, equation)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+        walk, constants, (entering, slices, seen) = _walked(ctx, inputs)
+        recurrence = walk.recurrence
+        last = [d for d, u in zip(duals[: recurrence.carries], walk.unknown[1], strict=True) if u]
+
+        def back(state, now):
+            of_constants, of_carries = state
+            carry, x, of_ys, products = now
+            full = walk.fill(1, of_carries, [jnp.zeros_like(c) for c in carry])
+            new_constants, new_carries, of_x = walk.step(constants, carry, x, full, of_ys, ctx, products)
+            added = [a + b for a, b in zip(of_constants, new_constants, strict=True)]
+            return (added, new_carries), of_x
+
+        held = [c for c, u in zip(constants, walk.unknown[0], strict=True) if u]
+        zeros = [jnp.zeros(c.shape, jnp.promote_types(c.dtype, jnp.float32)) for c in held]  # bfloat16 loses long sums
+        xs = (entering, slices, list(duals[recurrence.carries :]), seen)
+        (of_constants, of_carries), of_slices = recurrence.scan(back, (zeros, last), xs, backward=True)
+        given = recurrence.split(ctx.unknown)[1]
+        of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(given)), given, strict=True) if u]
+        nus = [*(nu.astype(c.dtype) for nu, c in zip(of_constants, held, strict=True)), *of_init, *of_slices]
+        moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
+        return nus, ctx.function(*moved)
+
+    def over_time(
+        self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], list[Array | None]]
+    ) -> list[Any]:
+        """The arrays that `look` finds in the body's problem at each time step, stacked along the first axis.
+
+        The problem's parameters are the unknown constants, carries and slices.
+        """
+        walk, constants, along = _walked(ctx, inputs)
+
+        def once(carry, x, products):
+            function, start, stiff = walk.function(constants, carry, x, ctx)
+            zeros = [jnp.zeros_like(y) for y in function(*start)]
+            return look(problem_of(function, start, zeros, stiff, ctx, products))
+
+        return jax.vmap(once)(*along)
+
+
+def _walked(ctx: Context, inputs: Sequence[Array]) -> tuple[_Walk, list[Array], tuple[list[Array], ...]]:
+    """The walk, its constants, and for all time steps the entering carries, the slices and the body's products."""
+    assert ctx.equation is not None
+    recurrence = Recurrence.of(ctx.equation)
+    constants, carries, slices = recurrence.split(ctx.operands(inputs))
+    if ctx.unmoved and ctx.equation.kept:
+        kept = [ctx.known[v.index] for v in ctx.equation.kept]
+        entering, seen = kept[: recurrence.carries], kept[recurrence.carries :]
+    else:
+        entering, seen = recurrence.walk(constants, carries, slices, with_products=True)[2:]
+    return _Walk(recurrence, ctx.unknown), constants, (entering, slices, seen)
+
+
+class _Walk:
+    """One step back in time. `unknown` says of the constants, carries and slices of the body which are unknown."""
+
+    def __init__(self, recurrence: Recurrence, unknown: Sequence[bool]):
+        self.recurrence = recurrence
+        constants, _, slices = recurrence.split(list(unknown))
+        self.unknown = (constants, recurrence.unknown_carries(unknown), slices)
+
+    def fill(self, kind: int, values: Sequence, known: Sequence) -> list:
+        """All operands of one kind: the unknown ones from `values`, the others from `known`."""
+        rest = iter(values)
+        return [next(rest) if u else k for u, k in zip(self.unknown[kind], known, strict=True)]
+
+    def function(self, constants, carry, x, ctx: Context) -> tuple[Callable[..., list[Array]], list[Array], list[bool]]:
+        """One time step as a function of its unknown operands; their values, and which of them are parameters.
+
+        Its outputs are the unknown carries, then the stacked outputs that are floats.
+        """
+        known = (constants, carry, x)
+        start = [v for kind in range(3) for v, u in zip(known[kind], self.unknown[kind], strict=True) if u]
+        counts = [sum(flags) for flags in self.unknown]
+
+        def function(*values):
+            parts = [values[: counts[0]], values[counts[0] : counts[0] + counts[1]], values[counts[0] + counts[1] :]]
+            full = [v for kind in range(3) for v in self.fill(kind, parts[kind], known[kind])]
+            new, ys = self.recurrence.body(*full)
+            carried = [c for c, u in zip(new, self.unknown[1], strict=True) if u]
+            return carried + [y for y in ys if jnp.issubdtype(y.dtype, jnp.inexact)]
+
+        parameter = iter(ctx.weight_like)
+        given = self.recurrence.split(ctx.unknown)
+        likes = [[next(parameter, False) if u else False for u in flags] for flags in given]
+        stiff = [likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u]
+        return function, start, stiff
+
+    def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, products=()) -> tuple[list, list, list]:
+        """The duals of the unknown constants, carries and slices of one time step, whose products may be at hand."""
+        function, start, stiff = self.function(constants, carry, x, ctx)
+        duals = [mu for mu, u in zip(of_carries, self.unknown[1], strict=True) if u]
+        duals += [mu for mu in of_ys if jnp.issubdtype(mu.dtype, jnp.inexact)]
+        nus = sweep(function, start, duals, stiff, ctx, products)
+        first, second, _ = map(sum, self.unknown)
+        return nus[:first], nus[first : first + second], nus[first + second :]

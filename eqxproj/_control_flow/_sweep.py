@@ -1,0 +1,109 @@
+r"""One backward sweep through a function: from duals of its outputs to duals of its inputs.
+
+An operation that is a program of its own (the body of a scan, a branch of a `cond`) is projected by the projections of
+its parts: its problem is the function with the objective $-\sum_k \langle \mu_k, y_k \rangle$, whose prox moves each
+output by its dual, and the cyclic sweep of that problem accumulates on the inputs, as on parameters, their duals.
+Inner programs may hold programs again. In a steep metric the answer is $J^T \mu$, by the chain rule of the sweep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._errors import Unsupported, UnsupportedPrimitiveError
+from .._metric import Metric
+from .._problem._make import make_problem
+from .._problem._problem import FeasibilityProblem
+from .._program._custom import custom_loss
+from .._program._equations import Equation, dependents
+from .._program._normal_form import normal_form
+from .._program._trace import trace
+from ..rules._base import Context
+from ..solvers._cyclic import CyclicProjections
+
+_linear = custom_loss(lambda output, dual: -(output * dual), lambda output, dual, tau: tau * dual)
+
+
+def sweep(
+    function: Callable[..., Sequence[Array]],
+    inputs: Sequence[Array],
+    duals: Sequence[Array],
+    stiff: Sequence[bool],
+    ctx: Context,
+    recalled: Sequence[Array] = (),
+) -> list[Array]:
+    """The duals of the inputs of a function, from those of its outputs.
+
+    **Arguments:**
+
+    - `function`: from the unknown inputs to a sequence of arrays.
+    - `inputs`: where to start from.
+    - `duals`: weight times wanted change of each output.
+    - `stiff`: for each input whether it is a parameter.
+    - `ctx`: the node whose function it is, or part of it.
+    - `recalled`: the function's products at these inputs, where they are known; see [`forward`][].
+
+    **Returns:**
+
+    One dual an input, zero where no output depends on it.
+
+    **Raises:** `UnsupportedPrimitiveError` as [`feasibility_problem`][].
+    """
+    zeros = [jnp.zeros_like(x) for x in inputs]
+    if not depends(function, inputs):
+        return zeros
+    problem = problem_of(function, inputs, duals, stiff, ctx, recalled)
+    solver = CyclicProjections()
+    state = solver.step(problem, solver.init(problem))
+    shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
+    return [z if s is None else s.astype(z.dtype) for z, s in zip(zeros, shifts, strict=True)]
+
+
+def problem_of(
+    function: Callable[..., Sequence[Array]],
+    inputs: Sequence[Array],
+    duals: Sequence[Array],
+    stiff: Sequence[bool],
+    ctx: Context,
+    recalled: Sequence[Array] = (),
+) -> FeasibilityProblem:
+    """The problem that [`sweep`][] runs through, of the same arguments. The inputs are its parameters, in order."""
+
+    def loss(values: Sequence[Array], duals: Sequence[Array]) -> Array:
+        outputs = function(*values)
+        return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
+
+    traced = trace(loss, list(inputs), (list(duals),), stiff=stiff)
+    own = Metric(ctx.metric.grade, ctx.metric.parameter)
+    problem = make_problem(traced, own, ctx.copies, 1.0, "constant", False, _offset(ctx), recalled=recalled)  # pyright: ignore[reportArgumentType]
+    return replace(problem, outer_unit=ctx.unit)
+
+
+def depends(function: Callable[..., Sequence[Array]], inputs: Sequence[Array]) -> bool:
+    """Whether any output of a function depends on its inputs."""
+    program = normal_form(jax.make_jaxpr(lambda *values: tuple(function(*values)))(*inputs))
+    found = dependents(program.equations, program.inputs)
+    return any(v.index in found for v in program.outputs)
+
+
+def _offset(ctx: Context) -> float:
+    """The logarithm of the weight of a node's outputs, from those of its operands, one step farther back."""
+    stiffness = math.log(ctx.metric.parameter)
+    logs = [log - stiff * stiffness for log, stiff in zip(ctx.log_weights, ctx.weight_like, strict=True)]
+    return min(logs, default=0.0) - math.log(ctx.metric.grade)
+
+
+def missing_in(projection: Callable[..., Any], equation: Equation) -> Sequence[Unsupported]:
+    """What has no rule inside of an operation, found by projecting it with abstract operands."""
+    try:
+        jax.eval_shape(projection, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs))
+    except UnsupportedPrimitiveError as error:
+        return error.missing
+    return ()

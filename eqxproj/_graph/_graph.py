@@ -1,0 +1,256 @@
+"""The factor graph of a loss: values, edges that show them to nodes, and nodes that constrain them.
+
+A *value* is a parameter, a pinned datum, or the output of a node. An *edge* shows one or several values to one operand
+of a node, through a view. A *node* constrains its operands and its outputs. Any such graph gets two colors: the
+colors are laid breadth-first from the objective, and where an edge would join equal colors an identity node is put
+on it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from .._program._equations import Equation, Program, Variable
+from .._program._fragment import Fragment, View
+from ..rules._base import AbstractRule
+
+Kind = Literal["parameter", "data", "operation", "objective", "identity"]
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """One operand of one node. `sources` are the values it shows; `view` is the map from them to the operand."""
+
+    variable: Variable
+    view: View
+    sources: tuple[int, ...]
+    consumer: int
+    is_parameter: bool
+    delayed: frozenset[int] = frozenset()
+    """The sources that are shown one time step late: they close the cycles of a recurrence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One constraint. A parameter or pinned datum is a node without operands.
+
+    `unknown` says which operands of `equation` (the one primitive of the node, if it is one) are edges.
+    """
+
+    kind: Kind
+    operation: str
+    source: str
+    rule: AbstractRule | None
+    function: Fragment | None
+    edges: tuple[int, ...]
+    outputs: tuple[int, ...]
+    equation: Equation | None = None
+    unknown: tuple[bool, ...] = ()
+    scale: float = 1.0
+
+    def describe_rule(self) -> str:
+        if self.rule is not None:
+            return self.rule.describe(self.equation)
+        return "all copies equal" if self.kind == "parameter" else "held in place"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The graph of a program. Values, edges and nodes refer to one another by position."""
+
+    program: Program
+    values: tuple[Variable, ...]
+    edges: tuple[Edge, ...]
+    nodes: tuple[Node, ...]
+    parameters: tuple[int | None, ...]
+    """For each parameter of the trace its value, or `None` where the loss does not depend on it."""
+    largest: float = 1.0
+    """The largest coefficient of a term of the loss: one over the batch size, where the loss is a mean."""
+    hard: bool = False
+    """Whether the objective is nothing but sets, so that tau is of no account."""
+
+    @cached_property
+    def producers(self) -> tuple[int, ...]:
+        """For each value, the node that it belongs to."""
+        owner = {value: i for i, node in enumerate(self.nodes) for value in node.outputs}
+        return tuple(owner[i] for i in range(len(self.values)))
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """For each value, the edges that show it."""
+        found: list[list[int]] = [[] for _ in self.values]
+        for i, edge in enumerate(self.edges):
+            for value in edge.sources:
+                found[value].append(i)
+        return tuple(tuple(edges) for edges in found)
+
+    @cached_property
+    def predecessors(self) -> tuple[tuple[int, ...], ...]:
+        """For each node, the nodes whose values it reads."""
+        return tuple(
+            tuple(dict.fromkeys(self.producers[v] for e in node.edges for v in self.edges[e].sources))
+            for node in self.nodes
+        )
+
+    @cached_property
+    def _prompt(self) -> tuple[tuple[int, ...], ...]:
+        """For each node, the nodes whose values it reads without delay. These relations have no cycle."""
+        return tuple(
+            tuple(
+                dict.fromkeys(
+                    self.producers[v]
+                    for e in node.edges
+                    for v in self.edges[e].sources
+                    if v not in self.edges[e].delayed
+                )
+            )
+            for node in self.nodes
+        )
+
+    @cached_property
+    def objectives(self) -> tuple[int, ...]:
+        return tuple(i for i, node in enumerate(self.nodes) if node.kind == "objective")
+
+    @cached_property
+    def forward_order(self) -> tuple[int, ...]:
+        """Every node after those that it reads from."""
+        done: dict[int, None] = {}
+        stack = [(i, False) for i in reversed(range(len(self.nodes)))]
+        while stack:
+            node, ready = stack.pop()
+            if ready:
+                done[node] = None
+            elif node not in done:
+                stack.append((node, True))
+                stack.extend((p, False) for p in self._prompt[node] if p not in done)
+        return tuple(done)
+
+    @cached_property
+    def depth(self) -> tuple[int, ...]:
+        """The longest way from the objective to each node; edges that are not delayed lead to a smaller one."""
+        depth = [0] * len(self.nodes)
+        for node in reversed(self.forward_order):
+            for p in self._prompt[node]:
+                depth[p] = max(depth[p], depth[node] + 1)
+        return tuple(depth)
+
+    @cached_property
+    def behind(self) -> tuple[int, ...]:
+        """For each node those that it is computed from without delay, as the bits of a number."""
+        found = [0] * len(self.nodes)
+        for node in self.forward_order:
+            for p in self._prompt[node]:
+                found[node] |= found[p] | 1 << p
+        return tuple(found)
+
+    @cached_property
+    def ahead(self) -> tuple[int, ...]:
+        """For each node those that are computed from it without delay, as the bits of a number."""
+        found = [0] * len(self.nodes)
+        for node in reversed(self.forward_order):
+            for p in self._prompt[node]:
+                found[p] |= found[node] | 1 << node
+        return tuple(found)
+
+    @cached_property
+    def cyclic_depth(self) -> int | None:
+        """The least depth of a node whose value is read with a delay; `None` where none is, and there are no cycles."""
+        late = {self.producers[v] for edge in self.edges for v in edge.delayed}
+        return min((self.depth[node] for node in late), default=None)
+
+    @cached_property
+    def distance(self) -> tuple[int, ...]:
+        """The shortest way from the objective to each node, its breadth-first layer."""
+        distance = dict.fromkeys(self.objectives, 0)
+        queue = deque(self.objectives)
+        while queue:
+            node = queue.popleft()
+            for p in self.predecessors[node]:
+                if p not in distance:
+                    distance[p] = distance[node] + 1
+                    queue.append(p)
+        return tuple(distance[i] for i in range(len(self.nodes)))
+
+    @cached_property
+    def colors(self) -> tuple[int, ...]:
+        """0 for the color of the objective (A), 1 for the other (B)."""
+        return tuple(d % 2 for d in self.distance)
+
+    @cached_property
+    def frontiers(self) -> tuple[tuple[int, ...], ...]:
+        """The objective, then again and again what the last nodes read from: a node stands wherever it is met."""
+        found: list[tuple[int, ...]] = []
+        layer = tuple(self.objectives)
+        while layer:
+            found.append(layer)
+            layer = tuple(dict.fromkeys(p for n in layer for p in self._prompt[n]))
+        return tuple(found)
+
+    def layers(self, order: str) -> tuple[tuple[int, ...], ...]:
+        """The nodes from the objective back: `"topological"` by longest way, `"breadth_first"` by frontiers."""
+        if order == "breadth_first":
+            return self.frontiers
+        layers: list[list[int]] = [[] for _ in range(max(self.depth) + 1)]
+        for node, d in enumerate(self.depth):
+            layers[d].append(node)
+        if any(edge.delayed for edge in self.edges):  # which may join nodes of one layer, but never of one color
+            layers = [[n for n in layer if self.colors[n] == color] for layer in layers for color in (0, 1)]
+        return tuple(tuple(layer) for layer in layers if layer)
+
+    def color(self, color: int) -> tuple[int, ...]:
+        return tuple(i for i, c in enumerate(self.colors) if c == color)
+
+
+def conflicts(graph: Graph) -> tuple[int, ...]:
+    """The edges that join two nodes of one color."""
+    return tuple(
+        i
+        for i, edge in enumerate(graph.edges)
+        if any(graph.colors[graph.producers[v]] == graph.colors[edge.consumer] for v in edge.sources)
+    )
+
+
+def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
+    """Puts an identity node on every edge that joins two nodes of one color, until there is none.
+
+    An edge that shows several values, of which only some conflict, gets an identity node on those alone.
+    """
+    for _ in range(len(graph.edges) + 1):
+        bad = conflicts(graph)
+        if not bad:
+            return graph
+        graph = _split(graph, bad[0], identity)
+    raise AssertionError("two-coloring did not end")
+
+
+def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
+    edge = graph.edges[index]
+    color = graph.colors[edge.consumer]
+    values, edges, nodes = list(graph.values), list(graph.edges), list(graph.nodes)
+    sources = list(edge.sources)
+    for position, value in enumerate(edge.sources):
+        if graph.colors[graph.producers[value]] != color:
+            continue
+        variable = graph.values[value]
+        fragment = Fragment((), (variable,), (variable,))
+        values.append(variable)
+        late = edge.delayed & {value}
+        edges.append(Edge(variable, View((), (variable,), (variable,)), (value,), len(nodes), edge.is_parameter, late))
+        source = nodes[edge.consumer].source
+        outputs = (len(values) - 1,)
+        nodes.append(Node("identity", "identity", source, identity, fragment, (len(edges) - 1,), outputs))
+        sources[position] = len(values) - 1
+    edges[index] = replace(edge, sources=tuple(sources), delayed=edge.delayed & set(sources))
+    return replace(graph, values=tuple(values), edges=tuple(edges), nodes=tuple(nodes))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns; the first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

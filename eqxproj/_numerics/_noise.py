@@ -1,0 +1,127 @@
+r"""Functions with jumps, seen through noise: the slope of their expectation.
+
+In a steep metric no wish is worth a move across a jump, and on the flat parts of a sign or a rounding the nearest
+point answers nothing. But the expectation $\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise
+$\varepsilon$ of unit variance is smooth, and to a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$
+is needed: by Stein's identity $t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed
+form where $\phi$ is affine on pieces. With slope $m$ before all breakpoints $b_j$, and changes $m_j$ of slope and jumps
+$h_j$ there, $\phi$ is a sum of one part a breakpoint, and each is seen through noise of its own size $t_j$:
+
+$$\bar\phi'(s) = m + \sum_j m_j\,\Phi(u_j) + \frac{h_j}{t_j}\,\varphi(u_j), \qquad u_j = \frac{s - b_j}{t_j},$$
+
+where $\Phi$ and $\varphi$ are the normal distribution and density, and $t_j$ is a share of the root mean square of the
+distances $s - b_j$, of all elements: a jump is seen from where the arguments are, in any unit of them, and the more
+sharply the more of them are near.
+Functions of which no such form is known are seen through noise of unit size, in the unit of their argument, where a
+jump of theirs lies between the least and the largest of the arguments, and by their slope elsewhere, unless they are
+flat: many functions are smooth where they are used, and continued somehow beyond, as the beta function is below zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float
+
+from .._program._fragment import Fragment
+from ._piecewise import PiecewiseAffine
+
+_REACH, _POINTS = 4.0, 33  # of the quadrature
+_RANGE, _SHIFT, _COARSE, _FINE, _SUSPECTS = 8.0, 1e-3, 4097, 513, 8  # of the search for jumps; off round numbers
+
+
+_SHARE = 0.4
+"""Of the distances from a breakpoint, the size of the noise that it is seen through."""
+
+
+def expected_slope_of_pieces(phi: PiecewiseAffine, s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The slope of the expectation of a function that is affine on pieces, in closed form."""
+    total = jnp.full_like(s, phi.slopes[0])
+    for i, point in enumerate(phi.breakpoints):
+        size = _noise(s - point)
+        (m0, c0), (m1, c1) = ((phi.slopes[k], phi.intercepts[k]) for k in (i, i + 1))
+        if m1 != m0:
+            total = total + (m1 - m0) * norm.cdf((s - point) / size)
+        jump = ((m1 * point if m1 else 0.0) + c1) - ((m0 * point if m0 else 0.0) + c0)
+        if np.isfinite(jump) and jump:
+            total = total + jump * norm.pdf((s - point) / size) / size
+    return total
+
+
+def _noise(distance: Array) -> Array:
+    """The size of the noise that a breakpoint is seen through; one where all elements are on it."""
+    finite = jnp.isfinite(distance)
+    square = jnp.sum(jnp.where(finite, distance, 0.0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
+    return jnp.where(square > 0, _SHARE * jnp.sqrt(square), 1.0).astype(distance.dtype)
+
+
+def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    r"""The slope of the expectation of any function under noise of unit size, by quadrature of Stein's identity.
+
+    Values that are not finite are left out.
+    """
+    nodes = np.linspace(-_REACH, _REACH, _POINTS)
+    weights = np.exp(-(nodes**2) / 2)
+    weights = weights * nodes / np.sum(weights * nodes**2)  # exact for an affine function
+    now = phi(s)
+
+    def add(total: Array, node: tuple[Array, Array]) -> tuple[Array, None]:
+        rise = phi(s + node[0]) - now
+        return total + node[1] * jnp.where(jnp.isfinite(rise), rise, 0), None
+
+    return jax.lax.scan(add, jnp.zeros_like(s), (jnp.asarray(nodes, s.dtype), jnp.asarray(weights, s.dtype)))[0]
+
+
+def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
+    """Whether a jump lies between the least and the largest of the arguments; not known of more than are looked for."""
+    if len(jumps) >= _SUSPECTS:
+        return jnp.asarray(True)
+    finite = jnp.isfinite(s)
+    low, high = jnp.min(s, initial=jnp.inf, where=finite), jnp.max(s, initial=-jnp.inf, where=finite)
+    at = jnp.asarray(jumps, s.dtype)
+    return jnp.any((at >= low) & (at <= high))
+
+
+def jumps_of(phi: Fragment, static: Mapping[int, float]) -> tuple[float, ...]:
+    """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step.
+
+    No more than eight are found.
+
+    **Arguments:**
+
+    - `phi`: the function, of one operand.
+    - `static`: the numbers that it reads from outside, all of them.
+    """
+    operand = phi.operands[0]
+    size, function = max(1, int(np.prod(operand.shape))), phi.of_one(static, operand.shape)
+
+    def values(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The function on a grid, as many points at once as the operand has elements."""
+        s = np.linspace(low, high, count)
+        filled = np.resize(s, (-(-count // size), *operand.shape)).astype(operand.dtype)
+        rows = [np.asarray(function(jnp.asarray(row)), np.float64) for row in filled]
+        return s, np.concatenate([np.broadcast_to(y, operand.shape).ravel() for y in rows])[:count]
+
+    found = []
+    with jax.ensure_compile_time_eval():
+        s, y = values(-_RANGE, _RANGE + _SHIFT, _COARSE)
+        y = np.where(np.isfinite(y), y, 0.0)
+        rise = np.abs(np.diff(y))
+        # A jump may be far from where the function is steep, but no smooth function has fourth differences like it.
+        rough: list[int] = []
+        for first in np.argsort(-np.abs(np.diff(y, 4)))[: 8 * _SUSPECTS]:  # one jump shows in four of them
+            if len(rough) < _SUSPECTS and all(abs(first - other) > 4 for other in rough):
+                rough.append(int(first))
+        for i in sorted({i for first in rough for i in range(first, first + 4)}):
+            at, near = values(s[i], s[i + 1], _FINE)
+            fine = np.abs(np.diff(near))
+            fine = np.where(np.isfinite(fine), fine, 0.0)
+            around = np.max(rise[max(i - 1, 0) : i + 2])
+            rounding = 1e3 * float(jnp.finfo(operand.dtype).eps) * np.max(np.abs(y[i : i + 2]))
+            if np.max(fine) > max(0.25 * around, rounding):
+                found.append(float(at[np.argmax(fine)]))
+    return tuple(found)

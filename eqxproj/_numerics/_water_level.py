@@ -1,0 +1,148 @@
+r"""Projection onto the graph of the maximum, $\{(x, y) : y = \max_i x_i\}$.
+
+Downward, the largest entries sink together to a common level; upward, one entry rises alone. Time and memory are
+linear in the size of the input: no sort, and nothing of size n x n.
+
+The answer is given as duals, the weights times the displacements, and what is asked for also comes as a dual. Where
+the step is small only the ratio of output to input weight enters, so that weights clamped at a large constant still
+give the right duals, and a demand of 1e-20 on entries of size 1 is not lost to rounding.
+
+Limits: the set is not convex. Upward, ties at the maximum have several nearest points, and the first is returned. The
+demand must be finite. The while-loop cannot be differentiated in reverse mode.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Num
+
+from ._prox import water_level
+
+# Ratios of weights outside this range act like its ends: infinitely stiff, or infinitely soft.
+_SMALLEST, _LARGEST = 1e-30, 1e30
+
+
+def max_dual(
+    x0: Float[Array, "*batch n"],
+    mu: Num[ArrayLike, "*#batch"],
+    weights: float | tuple[float, ...],
+    kappa: Num[ArrayLike, "*#batch"],
+    ratio: Num[ArrayLike, "*#batch"] | Sequence[Num[ArrayLike, "*#batch"]],
+) -> Float[Array, "*batch n"]:
+    r"""The duals of the projection onto $y = \max_i x_i$.
+
+    Minimizes $\sum_i w_i (x_i - x^0_i)^2 + \kappa (\max_i x_i - y_0)^2$. Where the maximum is unique and the demand
+    small, the answer is $\mu / (1 + \kappa / w)$ at the largest entry and zero elsewhere.
+
+    **Arguments:**
+
+    - `x0`: the entries. Those that are not finite are padding, and stay.
+    - `mu`: the demand $\kappa (y_0 - \max_i x^0_i)$, finite.
+    - `weights`: $w_i > 0$, one number for all entries or a tuple with one for each.
+    - `kappa`: the weight of the output. Only `ratio` enters; it is here so that all such rules are called alike.
+    - `ratio`: $\kappa / w_i$, one for all entries or, where `weights` is a tuple, one for each.
+
+    **Returns:**
+
+    $w_i (x_i - x^0_i)$, with the shape and dtype of `x0`.
+    """
+    del kappa
+    work = jnp.promote_types(x0.dtype, jnp.float32)
+    n = x0.shape[-1]
+    x = x0.astype(work)
+    finite = jnp.isfinite(x)
+    top = jnp.max(jnp.where(finite, x, -jnp.inf), axis=-1, keepdims=True)
+    gaps = jnp.where(finite, top - x, jnp.inf)  # the top itself is at zero
+    mu = jnp.broadcast_to(jnp.asarray(mu, work), x.shape[:-1])[..., None]
+    size = jnp.where(mu == 0, 1, jnp.abs(mu))
+    if isinstance(weights, tuple):
+        ratios = _stack(weights, ratio, x.shape, work)
+        up = _raise_cheapest(_relative(gaps, size, jnp.asarray(weights, work)), ratios)
+        down = _sink(_relative(gaps, size, max(weights)), ratios)
+    else:
+        if isinstance(ratio, Sequence):
+            raise ValueError(f"`ratio` must be one number or array where `weights` is, got {len(ratio)} of them.")
+        ratios = jnp.broadcast_to(_clip(ratio, work), x.shape[:-1])[..., None]
+        # With equal weights the first of the largest entries is the cheapest to raise.
+        first = jnp.argmin(gaps, axis=-1, keepdims=True) == jnp.arange(n)
+        up = jnp.where(first, 1 / (1 + ratios), 0)
+        down = _sink(_relative(gaps, size, weights), ratios)
+    dual = jnp.where(mu > 0, up, -down) * jnp.abs(mu)
+    return jnp.where(finite & (mu != 0), dual, 0).astype(x0.dtype)
+
+
+def steep_max_dual(
+    x0: Float[Array, "*batch n"], mu: Num[ArrayLike, "*#batch"], weights: float | tuple[float, ...]
+) -> Float[Array, "*batch n"]:
+    r"""[`max_dual`][] where $\kappa / w \to 0$ and no gap is as small as a step, but for those that are zero.
+
+    Upward the first of the largest entries gets all of $\mu$; downward they share it, in proportion to their weights.
+    Arguments and result as there.
+    """
+    work = jnp.promote_types(x0.dtype, jnp.float32)
+    finite = jnp.isfinite(x0)
+    tied = finite & (x0 == jnp.max(jnp.where(finite, x0, -jnp.inf), axis=-1, keepdims=True))
+    mu = jnp.broadcast_to(jnp.asarray(mu, work), x0.shape[:-1])[..., None]
+    areas = jnp.asarray(weights, work) / max(weights) if isinstance(weights, tuple) else jnp.ones((), work)
+    shares = jnp.where(tied, areas, 0)
+    total = jnp.sum(shares, axis=-1, keepdims=True)
+    first = jnp.argmax(tied, axis=-1, keepdims=True) == jnp.arange(x0.shape[-1])
+    dual = jnp.where(mu > 0, first & finite, shares / jnp.where(total > 0, total, 1)) * mu
+    return dual.astype(x0.dtype)
+
+
+def _clip(ratio: ArrayLike, dtype: jnp.dtype) -> Array:
+    return jnp.clip(jnp.asarray(ratio, dtype), _SMALLEST, _LARGEST)
+
+
+def _stack(
+    weights: tuple[float, ...],
+    ratio: ArrayLike | Sequence[ArrayLike],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> Float[Array, "*batch n"]:
+    """One ratio per entry, along the last axis."""
+    if not isinstance(ratio, Sequence) or not len(weights) == len(ratio) == shape[-1]:
+        got = f"{len(ratio)} ratios" if isinstance(ratio, Sequence) else f"{type(ratio).__name__} for `ratio`"
+        raise ValueError(
+            f"`weights` and `ratio` must both have one entry for each of the {shape[-1]} entries of `x0`, "
+            f"got {len(weights)} weights and {got}."
+        )
+    return jnp.stack([jnp.broadcast_to(_clip(r, dtype), shape[:-1]) for r in ratio], axis=-1)
+
+
+def _relative(
+    gaps: Float[Array, "*batch n"], size: Float[Array, "*batch 1"], weights: float | Float[Array, " n"]
+) -> Float[Array, "*batch n"]:
+    r"""$w g / |\mu|$. The quotient $w/|\mu|$ may overflow, and XLA may form it: a gap of zero must not become NaN."""
+    return gaps / jnp.clip(size / weights, 1e-37, 1e37)
+
+
+def _raise_cheapest(e: Float[Array, "*batch n"], ratios: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    r"""Upward: the duals in units of $\mu$.
+
+    To have entry $i$ alone rise to $\max x^0 + d$ costs $w_i (g_i + d)^2 + \kappa (d - \mu / \kappa)^2$, with its gap
+    $g_i$. With $e_i = w_i g_i / \mu$ and $\rho_i = \kappa / w_i$, the best $d$ is positive where $e_i < 1$; then the
+    cost is $\frac{\mu^2}{\kappa} \frac{(1 + \rho_i e_i)^2}{1 + \rho_i}$ and the dual
+    $\mu \frac{1 + \rho_i e_i}{1 + \rho_i}$. An entry with $e_i \ge 1$ does not pay: it would not pass the maximum.
+    """
+    e = jnp.minimum(e, 1)
+    price = jnp.where(e < 1, (1 + ratios * e) / jnp.sqrt(1 + ratios), jnp.inf)
+    chosen = jnp.argmin(price, axis=-1, keepdims=True) == jnp.arange(e.shape[-1])
+    return jnp.where(chosen, (1 + ratios * e) / (1 + ratios), 0)
+
+
+def _sink(e: Float[Array, "*batch n"], ratios: Float[Array, "*batch _"]) -> Float[Array, "*batch n"]:
+    r"""Downward: the duals in units of $\mu$ (both are negative, so these are not).
+
+    At $d$ below the maximum, $\sum_i w_i \max(d - g_i, 0) + \kappa d = |\mu|$. Divided by $|\mu|$, in terms of
+    $L = w d / |\mu|$ and $e_i = w g_i / |\mu|$ for the largest weight $w$, with $a_i = w_i / w$ and
+    $\rho = \kappa / w$: $\sum_i a_i \max(L - e_i, 0) + \rho L = 1$, and the duals are $a_i \max(L - e_i, 0)$.
+    """
+    rate = jnp.min(ratios, axis=-1, keepdims=True)
+    areas = None if ratios.shape[-1] == 1 else rate / ratios
+    stiffest = jnp.ones_like(rate) if areas is None else jnp.max(jnp.where(e == 0, areas, 0), axis=-1, keepdims=True)
+    e = jnp.minimum(e, 1 / (rate + stiffest))  # none that stays dry needs to be told from another
+    level = water_level(e, rate[..., 0], areas)[..., None]
+    wet = jnp.maximum(level - e, 0)
+    return wet if areas is None else areas * wet

@@ -1,0 +1,116 @@
+"""How copies, values and weights are read from a state.
+
+Transforms a problem and a state into the arrays that a node's rule works on, and into its context.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._graph._weights import reader_logs
+from .._metric import clamped, clamped_output, ratio
+from ..rules._base import Context, is_negligible, step
+from ._problem import FeasibilityProblem
+from ._state import State
+
+
+def kappa_of(problem: FeasibilityProblem, value: int) -> tuple[float, float | Array]:
+    """The weight of a value: the logarithm of its scale, and the weight in units of that scale."""
+    logs = reader_logs(problem.graph, problem.metric, problem.log_weights, value)
+    share = 1.0 if problem.as_published else problem.shares[value]
+    return max(logs, default=0.0), share
+
+
+def _positive(share: float | Array) -> float | Array:
+    """Ones where an element has no copies: nothing is wanted of it, and its weight is of no account."""
+    return share if isinstance(share, float) else jnp.where(share > 0, share, 1.0)
+
+
+def context(problem: FeasibilityProblem, node: int, memory: bool) -> Context:
+    graph, spec = problem.graph, problem.graph.nodes[node]
+    logs = tuple(problem.log_weights[e] for e in spec.edges)
+    weights = tuple(clamped(x) for x in logs)
+    kappa, ratios = [], []
+    for value in spec.outputs:
+        scale, share = kappa_of(problem, value)
+        share = _positive(share)
+        kappa.append(share * clamped_output(scale))
+        exact = [ratio(scale, x) for x in logs]
+        most = [problem.largest_shares[value] * r for r in exact]  # where it does not matter, one number
+        ratios.append(tuple(m if is_negligible([m]) else share * r for m, r in zip(most, exact, strict=True)))
+    function = spec.function
+    assert function is not None
+    return Context(
+        function=lambda *inputs: function(problem.known, inputs),
+        known=problem.known,
+        equation=spec.equation,
+        unknown=spec.unknown,
+        weights=weights,
+        log_weights=logs,
+        kappa=tuple(kappa),
+        ratios=tuple(ratios),
+        copies=problem.copies,
+        memory=memory,
+        weight_like=tuple(graph.edges[e].is_parameter for e in spec.edges),
+        scale=spec.scale * problem.tau,
+        metric=problem.metric,
+        unit=problem.unit,
+        as_published=problem.as_published,
+    )
+
+
+def value_of(problem: FeasibilityProblem, state: State, value: int) -> Array:
+    """A value as its producer last wrote it."""
+    written = state.values[value]
+    if written is not None:
+        return written
+    start = problem.initial[value]
+    assert start is not None
+    moved = moved_by(problem, state, value)
+    return start if moved is None else start + moved.astype(start.dtype)
+
+
+def moved_by(problem: FeasibilityProblem, state: State, value: int) -> Array | None:
+    """How far a parameter has moved since the start; `None` for not at all."""
+    shift = state.shifts[value]
+    if shift is None:
+        return None
+    scale, share = kappa_of(problem, value)
+    return step(_positive(share) * clamped(scale), shift)
+
+
+def shown(problem: FeasibilityProblem, state: State, edge: int) -> Array:
+    """What an edge shows: its values through its view."""
+    spec = problem.graph.edges[edge]
+    return spec.view.show(problem.known, [value_of(problem, state, v) for v in spec.sources])
+
+
+def expanded(problem: FeasibilityProblem, edge: int, u: Array) -> Array:
+    """The copies that the consumer of an edge owns of an operand."""
+    number = problem.graph.edges[edge].consumer
+    node = problem.graph.nodes[number]
+    assert node.rule is not None
+    return node.rule.expand(context(problem, number, True), node.edges.index(edge), u)
+
+
+def operand(problem: FeasibilityProblem, state: State, edge: int) -> Array:
+    """The copies that an edge holds, without its dual expanded where the state has memory."""
+    u = shown(problem, state, edge)
+    if state.memory:
+        u = expanded(problem, edge, u)
+    dual = state.duals[edge]
+    return u if dual is None else u + step(clamped(problem.log_weights[edge]), dual).astype(u.dtype)
+
+
+def collapsed(problem: FeasibilityProblem, state: State, edge: int) -> Array | None:
+    """The sum of the duals of an edge's copies, in the shape of the operand."""
+    dual = state.duals[edge]
+    if dual is None or not state.memory:
+        return dual
+    variable = problem.graph.edges[edge].variable
+    like = jnp.zeros(variable.shape, variable.dtype)
+    if jax.eval_shape(lambda u: expanded(problem, edge, u), like).shape == like.shape:
+        return dual
+    return jax.vjp(lambda u: expanded(problem, edge, u), like)[1](dual)[0]

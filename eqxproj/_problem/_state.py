@@ -1,0 +1,73 @@
+"""The state of an algorithm, and how copies, values and weights are read from it.
+
+The copy of a value $v$ that an edge holds is $u = S v + \\mu/w$: the value as its producer last wrote it, shown
+through the edge's view, and the *dual* that its consumer has added. Nothing is lost to rounding when a dual is far
+below the value. Parameters likewise are their initial value and an accumulated dual. A dual that is `None` is zero,
+and a node whose operands have no dual and whose output is up to date (`fresh`) has nothing to do: both are known
+while tracing, so that one sweep from the forward pass costs what it must.
+
+Algorithms that return to consensus before each projection keep, for an operand with several copies, the sum of their
+duals; `memory` marks a state that keeps every copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+
+class State(eqx.Module):
+    """Values, edges' duals, and what is known of them while tracing.
+
+    - `values`: for each value that a node puts out, the array it last wrote; `None` for parameters and data.
+    - `shifts`: for each parameter the dual accumulated since the start; `None` elsewhere, and where it is zero.
+    - `duals`: for each edge its dual, in the shape of the operand, or with `memory` of its copies.
+    - `fresh`: for each node, whether its output is the function of its operands.
+    """
+
+    values: tuple[Array | None, ...]
+    shifts: tuple[Array | None, ...]
+    duals: tuple[Array | None, ...]
+    fresh: tuple[bool, ...] = eqx.field(static=True)
+    memory: bool = eqx.field(static=True)
+
+
+def conformed(state: State, like: State) -> State:
+    """The state with zeros where it has `None` and `like` has an array."""
+
+    def fill(x, y):
+        return jnp.zeros(y.shape, y.dtype) if x is None and y is not None else x
+
+    shifts, duals = (
+        tuple(fill(x, y) for x, y in zip(mine, other, strict=True))
+        for mine, other in ((state.shifts, like.shifts), (state.duals, like.duals))
+    )
+    return State(state.values, shifts, duals, (False,) * len(state.fresh), state.memory)
+
+
+def settled(step: Callable[[State], State], state: State) -> State:
+    """A state to start iterating from: what a step leaves at zero stays `None`, all else is an array from the start."""
+    state = conformed(state, state)
+    while True:
+        more = conformed(state, jax.eval_shape(step, state))
+        if jtu.tree_structure(more) == jtu.tree_structure(state):
+            return state
+        state = more
+
+
+def combine(coefficients: Sequence[float], states: Sequence[State]) -> State:
+    """The affine combination of states; the coefficients add up to one."""
+
+    def mix(*leaves):
+        parts = [jnp.asarray(c, x.dtype) * x for c, x in zip(coefficients, leaves, strict=True) if x is not None]
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+    first = states[0]
+    groups = zip(*((s.values, s.shifts, s.duals) for s in states), strict=True)
+    values, shifts, duals = (jtu.tree_map(mix, *group, is_leaf=lambda x: x is None) for group in groups)
+    return State(values, shifts, duals, (False,) * len(first.fresh), first.memory)

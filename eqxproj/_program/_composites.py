@@ -1,0 +1,148 @@
+r"""Finds what is one operation though it is written as many: softmax, normalization, and the like.
+
+A *junction* is an equation that brings together several functions of one variable $d$, its dominator. Where one of
+them has passed through a reduction ($x - \bar x$, $e_i/\sum_j e_j$), all from $d$ to the junction is one function of
+one array. Left as a chain, it would be a constraint an equation, with copies of the same array on each, which pull
+apart what belongs together. As a [`Composite`][] it is one constraint, projected by the local solver.
+
+Only elementwise operations, views, reductions and cumulative ones are joined, never parameters: products of two
+unknowns and nonlinear functions with a rule of their own stay nodes. An exponential before a reduction belongs to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.extend.core import Primitive
+
+from ._equations import Equation, Variable, live
+from ._fragment import evaluate
+from ._primitives import ELEMENTWISE, VIEWS
+
+_composite_p = Primitive("composite")
+_composite_p.multiple_results = True
+
+_REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp".split()
+)
+_PREPARES = ("exp", "exp2", "sub", "add", "mul", "div", "neg")
+"""What belongs to a composite if it stands right before it, and reads nothing else that is unknown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Composite(Equation):
+    """An operation that is several equations."""
+
+    inner: tuple[Equation, ...] = field(kw_only=True)
+
+    @property
+    def name(self) -> str:
+        names = {e.name for e in self.inner}
+        if "exp" in names and "reduce_sum" in names:
+            return "log_softmax" if "log" in names else "softmax"
+        return "normalization" if names & {"rsqrt", "sqrt", "pow"} else "composite"
+
+    def bind(self, *operands: Any) -> list[Any]:
+        env = {v.index: x for v, x in zip(self.inputs, operands, strict=True)}
+        evaluate(self.inner, env)
+        return [env[v.index] for v in self.outputs]
+
+
+class _Dominators:
+    """The tree of dominators of unknown variables, as far as light equations reach."""
+
+    def __init__(self, equations: Sequence[Equation], unknown: frozenset[int]):
+        self.parent: dict[int, int] = {}
+        self.depth: dict[int, int] = {}
+        for equation in equations:
+            inputs = list(dict.fromkeys(v.index for v in equation.inputs if v.index in unknown))
+            for index in inputs:
+                self.depth.setdefault(index, 0)
+            if equation.name not in (ELEMENTWISE | VIEWS | _REDUCTIONS) or not inputs:
+                continue
+            common: int | None = inputs[0]
+            for index in inputs[1:]:
+                common = self._common(common, index)
+            if common is not None:
+                for v in equation.outputs:
+                    self.parent[v.index], self.depth[v.index] = common, self.depth[common] + 1
+
+    def _common(self, a: int | None, b: int | None) -> int | None:
+        """The nearest variable through which all ways to both lead."""
+        while a is not None and b is not None and a != b:
+            if self.depth[a] >= self.depth[b]:
+                a = self.parent.get(a)
+            else:
+                b = self.parent.get(b)
+        return a if a == b else None
+
+
+def with_composites(
+    equations: Sequence[Equation], unknown: frozenset[int], ends: Sequence[Variable]
+) -> tuple[Equation, ...]:
+    """Joins equations to composites.
+
+    **Arguments:**
+
+    - `equations`: a program's, in order.
+    - `unknown`: the variables that depend on parameters.
+    - `ends`: variables that stay.
+
+    **Returns:**
+
+    Equations that compute the same `ends`.
+    """
+    makers = {v.index: e for e in equations for v in e.outputs}
+    tree = _Dominators(equations, unknown)
+    readers: dict[int, int] = {}
+    for equation in equations:
+        for index in {v.index for v in equation.inputs}:
+            readers[index] = readers.get(index, 0) + 1
+    done = []
+    for equation in equations:
+        inputs = {v.index for v in equation.inputs if v.index in unknown}
+        out = equation.outputs[0]
+        joined = None
+        if len(inputs) > 1 and equation.name in ELEMENTWISE and out.index in tree.parent and out.is_float:
+            start = _prepared(tree.parent[out.index], makers, readers, unknown)
+            joined = _joined(equation, start, equations, makers, unknown)
+        done.append(equation if joined is None else joined)
+    return live(done, ends)
+
+
+def _prepared(start: int, makers: dict[int, Equation], readers: dict[int, int], unknown: frozenset[int]) -> int:
+    """Moves the start of a composite back through what prepares its reduction."""
+    exponential = False
+    at = start
+    while at in makers and makers[at].name in _PREPARES:
+        inputs = [v for v in makers[at].inputs if v.index in unknown]
+        if len(inputs) != 1 or not inputs[0].is_float or (readers.get(at, 0) > 1 and at != start):
+            break
+        exponential = exponential or makers[at].name in ("exp", "exp2")
+        at = inputs[0].index
+    return at if exponential else start
+
+
+def _joined(
+    junction: Equation, start: int, equations: Sequence[Equation], makers: dict[int, Equation], unknown: frozenset[int]
+) -> Composite | None:
+    """The composite from a variable to a junction; `None` where no reduction lies between."""
+    inside: dict[int, Equation] = {}
+    stack = [junction]
+    while stack:
+        equation = stack.pop()
+        if id(equation) not in inside:
+            inside[id(equation)] = equation
+            stack.extend(
+                makers[v.index]
+                for v in equation.inputs
+                if v.index in unknown and v.index != start and v.index in makers
+            )
+    inner = tuple(e for e in equations if id(e) in inside)
+    if not any(e.name in _REDUCTIONS for e in inner):
+        return None
+    made = {v.index for e in inner for v in e.outputs}
+    reads = tuple({v.index: v for e in inner for v in e.inputs if v.index not in made}.values())
+    return Composite(_composite_p, {}, reads, junction.outputs, junction.source, inner=inner)

@@ -1,0 +1,262 @@
+"""`custom_projection`: a function with a projection rule of its own, as `jax.custom_vjp` gives it a derivative.
+
+A call becomes one equation of the jaxpr, of a primitive that keeps the function whole. Everything else sees through
+it: it is evaluated, lowered, differentiated and batched as the function itself is, so that the same model trains with
+optax.
+
+Its limits are those of `jax.custom_vjp`: arrays that the function needs are its arguments, not closed over.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial, update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array
+
+from .._errors import check_shapes
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Call:
+    """One call of a function with a rule: the function on flat arrays, and the rule on flat arrays.
+
+    - `function(*inputs) -> [outputs]`.
+    - `rule(ctx, inputs, targets) -> [new inputs]`, or for a loss `rule(inputs, tau) -> displacement of the first
+        input`.
+    """
+
+    def __init__(self, name: str, function: Callable[..., list[Array]], rule: Callable[..., Any], hard: bool = False):
+        self.name, self.function, self.rule, self.hard = name, function, rule, hard
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def batched(self, dims: Sequence[Any], is_loss: bool) -> Call:
+        """The same call over a batch, of which `dims` says which inputs have it. Outputs have it in front."""
+        function = jax.vmap(self.function, in_axes=tuple(dims), out_axes=0)
+        if is_loss:
+
+            def loss_rule(inputs, tau):
+                return _front(jax.vmap(self.rule, in_axes=(list(dims), 0))(inputs, tau), dims[0])
+
+            return Call(self.name, function, loss_rule, self.hard)
+
+        def rule(ctx, inputs, targets):
+            new = jax.vmap(lambda i, t: list(self.rule(ctx, i, t)), in_axes=(list(dims), 0))(
+                list(inputs), list(targets)
+            )
+            return [_front(n, d) for n, d in zip(new, dims, strict=True)]
+
+        return Call(self.name, function, rule, self.hard)
+
+
+def _front(x: Array, dim: int | None) -> Array:
+    """From a batch dimension in front to where the operand has it; copies of an operand without one are averaged."""
+    return x.mean(0).astype(x.dtype) if dim is None else jnp.moveaxis(x, 0, dim)
+
+
+def _primitive(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *args, call: call.function(*args))
+
+    def abstract(*avals, call):
+        shapes = jax.eval_shape(call.function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+        return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
+
+    def batch(args, dims, *, call):
+        out = primitive.bind(*args, call=call.batched(list(dims), name == "custom_loss"))
+        return out, [0] * len(out)
+
+    def jvp(primals, tangents, *, call):
+        full = [_zero(p) if isinstance(t, ad.Zero) else t for p, t in zip(primals, tangents, strict=True)]
+        return jax.jvp(call.function, tuple(primals), tuple(full))
+
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = jvp
+    lowered = mlir.lower_fun(lambda *args, call: call.function(*args), multiple_results=True)
+    mlir.register_lowering(primitive, lowered)
+    return primitive
+
+
+def _zero(primal: Any) -> Any:
+    if jnp.issubdtype(jnp.result_type(primal), jnp.inexact):
+        return jnp.zeros_like(primal)
+    return np.zeros(jnp.shape(primal), jax.dtypes.float0)
+
+
+projection_p = _primitive("custom_projection")
+loss_p = _primitive("custom_loss")
+
+
+class CustomProjection(Generic[_P, _T]):
+    """What [`custom_projection`][] returns: call it as the function itself."""
+
+    def __init__(self, function: Callable[_P, _T]):
+        self.function = function
+        self.rule: Callable[..., Any] | None = None
+        update_wrapper(self, function)
+
+    def def_projection(self, rule: _F) -> _F:
+        """Defines the projection; use as a decorator.
+
+        **Arguments:**
+
+        - `rule`: `rule(ctx, inputs, target) -> new_inputs`. `inputs` is the tuple of the call's positional arguments;
+            `target` has the structure of the output. It returns the new arguments as a tuple (or the one new argument
+            of a function of one): the inputs, near the given ones, whose output is, or is nearer to, the target. What
+            it returns for arguments that are known, or no floats, is ignored, and may be `None`. Python numbers among
+            the arguments are passed on as they are. `ctx.weights` and `ctx.kappa` weigh the
+            distances of the inputs and of the output.
+
+        **Returns:**
+
+        The rule, unchanged.
+        """
+        self.rule = rule
+        return rule
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if self.rule is None:
+            raise ValueError(
+                f"The function {self._name!r} is decorated with `custom_projection`, but has no projection. Define it "
+                f"with `@{self._name}.def_projection` before the first call."
+            )
+        positional = self._positional(args, kwargs)
+        leaves, treedef = jtu.tree_flatten(positional)
+        is_array = [isinstance(x, jax.Array | np.ndarray | np.generic) for x in leaves]
+        out_treedef: list[Any] = []
+        call: Callable[..., Any] = self.function
+
+        def join(flat: Sequence[Any]) -> Any:
+            arrays = iter(flat)
+            full = [next(arrays) if picked else x for x, picked in zip(leaves, is_array, strict=True)]
+            return jtu.tree_unflatten(treedef, full)
+
+        def function(*flat):
+            found, out_treedef[:] = _flattened(call(*join(flat)))
+            return found
+
+        def rule(ctx, inputs, targets):
+            assert self.rule is not None
+            old = join(inputs)
+            new = self.rule(ctx, old, jtu.tree_unflatten(out_treedef[0], list(targets)))
+            new = new if isinstance(new, tuple) and len(new) == len(positional) else (new,)
+            picked = [x for x, picked in zip(self._leaves(new, old), is_array, strict=True) if picked]
+            return self._checked(picked, inputs, ctx.unknown)
+
+        arrays = [jnp.asarray(x) for x, picked in zip(leaves, is_array, strict=True) if picked]
+        out = projection_p.bind(*arrays, call=Call(self._name, function, rule))
+        return jtu.tree_unflatten(out_treedef[0], out)
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments in the order of the function's signature, with its defaults."""
+        if not kwargs:
+            return args
+        bound = inspect.signature(self.function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.kwargs:
+            raise TypeError(
+                f"The function {self._name!r} is decorated with `custom_projection`, whose rule takes a tuple of "
+                f"arguments: it can have no keyword-only ones, but got {', '.join(bound.kwargs)}."
+            )
+        return bound.args
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.function, "__name__", "function")
+
+    def _leaves(self, new: tuple[Any, ...], old: tuple[Any, ...]) -> list[Any]:
+        """The leaves of the new arguments; `None` for an argument stands for the old one."""
+        if len(new) != len(old):
+            raise ValueError(
+                f"The projection of {self._name!r} must return {len(old)} new inputs, a tuple like the arguments; it "
+                f"returned {len(new)}."
+            )
+        new = tuple(o if n is None else n for n, o in zip(new, old, strict=True))
+        found, wanted = jtu.tree_structure(new), jtu.tree_structure(old)
+        if found != wanted:
+            raise ValueError(
+                f"The projection of {self._name!r} must return new inputs structured like the arguments, {wanted}; it "
+                f"returned {found}."
+            )
+        return jtu.tree_leaves(new)
+
+    def _checked(self, new: Sequence[Any], old: Sequence[Array], unknown: Sequence[bool]) -> list[Array]:
+        kept = [n if is_unknown else o for n, o, is_unknown in zip(new, old, unknown, strict=True)]
+        check_shapes(kept, old, f"The projection of {self._name!r}")
+        return [jnp.asarray(x) for x in kept]
+
+
+def _flattened(tree: Any) -> tuple[list[Array], tuple[Any]]:
+    leaves, treedef = jtu.tree_flatten(jtu.tree_map(jnp.asarray, tree))
+    return leaves, (treedef,)
+
+
+def custom_projection(function: Callable[_P, _T]) -> CustomProjection[_P, _T]:
+    """Decorates a function whose projection is then given with `def_projection`.
+
+    **Arguments:**
+
+    - `function`: any function of arrays or pytrees of arrays, differentiable or not.
+
+    **Returns:**
+
+    A callable that computes the same, under `jit`, `vmap`, `grad` and `scan` too, and which training by projections
+    treats as one operation.
+
+    !!! example
+
+        ```python
+        @eqxproj.custom_projection
+        def soft_step(x):
+            return jnp.where(x > 0, 1.0, 0.0)
+
+
+        @soft_step.def_projection
+        def _(ctx, inputs, target):
+            (x,) = inputs
+            near = jnp.abs(x) < 1  # where a step may still be taken back
+            return jnp.where(near, x + target - soft_step(x), x)
+        ```
+
+    Training takes small steps, so that a rule should answer a small wish with a small move: one that answers nothing
+    until the target is nearer to another output than to the present one will never be asked for so much.
+
+    **Raises:** `ValueError` when called without a projection.
+    """
+    return CustomProjection(function)
+
+
+def custom_loss(
+    value: Callable[..., Array], displacement: Callable[..., Array], *, hard: bool = False
+) -> Callable[..., Array]:
+    """A loss `value(predictions, targets)` with a prox; `displacement(predictions, targets, tau)` is what it adds.
+
+    With `hard=True` the loss stands for the constraint that it be zero, and tau is of no account.
+    """
+
+    def call(predictions: Any, targets: Any) -> Array:
+        predictions, targets = jnp.asarray(predictions), jnp.asarray(targets)
+
+        def rule(inputs, tau):
+            return displacement(inputs[0], inputs[1], tau)
+
+        call = Call(value.__name__, lambda *args: [value(*args)], rule, hard)
+        return loss_p.bind(predictions, targets, call=call)[0]
+
+    return partial(call)

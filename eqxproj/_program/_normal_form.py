@@ -1,0 +1,295 @@
+"""The normal form of a jaxpr: a flat list of primitive equations.
+
+`normal_form` transforms a closed jaxpr into a [`Program`][]:
+
+- calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, and the constants of inner jaxprs are lifted
+  to the program's own; a `custom_jvp_call` of what has no other derivative, such as a loop, stays one equation;
+- every variable is numbered afresh, so that an inner jaxpr that is called twice gives two sets of variables;
+- implicit broadcasting of elementwise operations is made explicit: a vmapped `add f32[4,8] f32[1,8]` is a
+  `broadcast_in_dim` and an addition of equal shapes;
+- a short `scan` of elementwise operations over constants is unrolled: that is how JAX writes polynomials, of which its
+  special functions are made, and what is elementwise throughout is seen as one function;
+- a product that is only read transposed, as `vmap` leaves those of a matrix and vectors, is computed that way;
+- dead code is dropped.
+
+Its limits: other control flow (`scan`, `while`, `cond`) stays one equation, and effects are not kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
+from jax.extend.core import primitives as jp
+
+from ._equations import Equation, Program, Variable, live
+from ._primitives import ELEMENTWISE, OWN_DERIVATIVE, VIEWS
+
+_CALLS = ("jit", "pjit", "custom_jvp_call", "remat2", "checkpoint", "remat")
+_CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
+_ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_LIBRARIES = tuple(
+    os.sep + name + os.sep for name in ("jax", "jaxlib", "equinox", "optax", "flax", "jaxtyping", "beartype")
+)
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+def source_of(source_info: Any, outer: str | None = None) -> str:
+    """The place in the user's own code: the innermost frame that belongs to no library of the stack.
+
+    An equation of an inlined function whose own frames are all a library's stands where the function is called,
+    `outer`.
+    """
+    traceback = getattr(source_info, "traceback", None)
+    for frame in getattr(traceback, "frames", ()) or ():
+        if "trace_to_jaxpr" in frame.function_name and outer is not None:
+            break  # what follows is the place of the function's first call, of which later ones reuse the trace
+        if _is_users(frame.file_name):
+            function = frame.function_name.rpartition("<locals>.")[2]
+            return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({function})"
+    return jex.source_info_util.summarize(source_info) if outer is None else outer
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file belongs to none of the libraries of the stack, nor to the standard library."""
+    if file.startswith("<") or os.path.abspath(file).startswith(_HERE):
+        return False
+    if "site-packages" in file:
+        return not any(part in file for part in _LIBRARIES)
+    return f"{os.sep}lib{os.sep}python" not in file
+
+
+class _Builder:
+    """Collects the equations of a program while the nested jaxprs are walked."""
+
+    def __init__(self) -> None:
+        self.equations: list[Equation] = []
+        self.constants: dict[int, Any] = {}
+        self.static: dict[int, float] = {}
+        self.count = 0
+
+    def variable(self, shape: Sequence[int], dtype: Any) -> Variable:
+        self.count += 1
+        return Variable(self.count - 1, tuple(shape), dtype)
+
+    def constant(self, value: Any, dtype: Any = None) -> Variable:
+        array = value
+        if not isinstance(value, jax.Array):  # kept out of JAX, so that it stays a number inside of a `jit`
+            array = np.asarray(value, dtype)
+            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        variable = self.variable(array.shape, array.dtype)
+        self.constants[variable.index] = array
+        is_number = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
+        if not isinstance(array, jax.core.Tracer) and array.size == 1 and is_number:
+            self._note(variable, array)
+        return variable
+
+    def literal(self, literal: Literal) -> Variable:
+        variable = self.variable(np.shape(literal.val), literal.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        self.constants[variable.index] = np.asarray(literal.val, literal.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        if np.size(literal.val) == 1:
+            self._note(variable, literal.val)
+        return variable
+
+    def _note(self, variable: Variable, number: Any) -> None:
+        """Notes the value of a constant of one element, if it is real."""
+        if not np.iscomplexobj(number):
+            self.static[variable.index] = float(np.asarray(number).reshape(()))
+
+    def emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str):
+        outputs = tuple(self.variable(aval.shape, aval.dtype) for aval in avals)
+        self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source))
+        self._propagate_static(self.equations[-1])
+        return outputs
+
+    def _propagate_static(self, equation: Equation) -> None:
+        passes_on = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "stop_gradient")
+        if equation.name == "neg" and equation.inputs[0].index in self.static:
+            self.static[equation.outputs[0].index] = -self.static[equation.inputs[0].index]
+        if equation.name in passes_on and equation.inputs[0].index in self.static:
+            value = self.static[equation.inputs[0].index]
+            kind = np.dtype(equation.outputs[0].dtype).kind if hasattr(equation.outputs[0].dtype, "kind") else "f"
+            self.static[equation.outputs[0].index] = float(int(value)) if kind in "iu" else value
+
+    def broadcast(self, variable: Variable, shape: tuple[int, ...], source: str) -> Variable:
+        """An explicit broadcast of `variable` to `shape`, of the same rank or from a scalar."""
+        dimensions = tuple(range(len(shape))) if len(variable.shape) == len(shape) else ()
+        params = dict(shape=shape, broadcast_dimensions=dimensions, sharding=None)
+        aval = jax.ShapeDtypeStruct(shape, variable.dtype)
+        return self.emit(jp.broadcast_in_dim_p, params, [variable], [aval], source)[0]
+
+
+def _inner_jaxpr(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
+    odd = any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in equation.outvars)
+    if equation.primitive.name not in (*_CALLS, *(OWN_DERIVATIVE if odd else ())):
+        return None
+    for key in _INNER:
+        inner = equation.params.get(key)
+        found = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+        if isinstance(found[0], Jaxpr):
+            whole = equation.primitive.name == "custom_jvp_call" and not _is_differentiable(*found)
+            return None if whole else found
+    return None
+
+
+def _is_differentiable(jaxpr: Jaxpr, consts: Sequence[Any]) -> bool:
+    """Whether JAX can transpose the derivative of what a function does inside, of its own derivative apart."""
+    if _holds_only(jaxpr, ELEMENTWISE | VIEWS):
+        return True
+
+    def outputs(_, values):
+        return [y for y in jax.core.eval_jaxpr(jaxpr, consts, *values) if jnp.issubdtype(y.dtype, jnp.inexact)]
+
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    return is_transposable(outputs, shapes)
+
+
+def is_transposable(function: Callable[..., Any], operands: Sequence[Any], known: Any = None) -> bool:
+    """Whether JAX can transpose the derivative of `function(known, operands)` by the operands, given as shapes."""
+
+    def transposed(known, operands):
+        out, back = jax.vjp(lambda *values: function(known, values), *operands)
+        return back(out)
+
+    try:
+        jax.eval_shape(transposed, known, operands)
+    except Exception:  # what a primitive without a derivative raises is its own choice
+        return False
+    return True
+
+
+_UNROLLED = 32
+"""Steps up to which a `scan` of elementwise operations is unrolled."""
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of the operands of a `scan` are constants, and how many carries."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carries, *_ = params["ft_in"].unpack()  # from JAX 0.11 on the operands are a tree of three branches
+    return len(constants), len(carries)
+
+
+def _is_polynomial(builder: _Builder, equation: Any, operands: Sequence[Variable]) -> bool:
+    """Whether an equation is a short `scan` of elementwise operations over constants that keeps its end alone."""
+    if equation.primitive.name != "scan":
+        return False
+    params = equation.params
+    held, carried = scan_counts(params)
+    scanned = [builder.constants.get(v.index) for v in operands[held + carried :]]
+    known = all(x is not None and not isinstance(x, jax.core.Tracer) for x in scanned)
+    short = params["length"] <= _UNROLLED and len(equation.outvars) == carried
+    return known and short and bool(scanned) and _holds_only(params["jaxpr"].jaxpr, ELEMENTWISE | {"broadcast_in_dim"})
+
+
+def _holds_only(jaxpr: Jaxpr, names: frozenset[str]) -> bool:
+    """Whether all operations of a function, those of calls that are seen through included, have one of these names."""
+    for equation in jaxpr.eqns:
+        inner = _inner_jaxpr(equation)
+        if not (equation.primitive.name in names if inner is None else _holds_only(inner[0], names)):
+            return False
+    return True
+
+
+def _unroll(builder: _Builder, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable]:
+    params = equation.params
+    held, carried = scan_counts(params)
+    start = held + carried
+    carry = list(operands[held:start])
+    scanned = [np.asarray(builder.constants[v.index]) for v in operands[start:]]
+    steps = range(params["length"])
+    for i in reversed(steps) if params["reverse"] else steps:
+        elements = [builder.constant(x[i], x.dtype) for x in scanned]
+        inputs = [*operands[:held], *carry, *elements]
+        carry = _walk(builder, params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs, source)
+    return carry
+
+
+def _walk(builder: _Builder, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Variable], outer: str | None):
+    env: dict[Any, Variable] = dict(zip(jaxpr.invars, inputs, strict=True))
+    for var, value in zip(jaxpr.constvars, consts, strict=True):
+        env[var] = builder.constant(value)
+
+    def read(atom: Any) -> Variable:
+        return builder.literal(atom) if isinstance(atom, Literal) else env[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        source = source_of(equation.source_info, outer)
+        inner = _inner_jaxpr(equation)
+        if equation.primitive.name in _ALIASES:
+            results = operands
+        elif inner is not None:
+            results = _walk(builder, inner[0], inner[1], operands, source)
+        elif _is_polynomial(builder, equation, operands):
+            results = _unroll(builder, equation, operands, source)
+        else:
+            if equation.primitive.name in ELEMENTWISE:
+                shape = equation.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+                operands = [
+                    v if v.shape == shape or v.index in builder.static else builder.broadcast(v, shape, source)
+                    for v in operands
+                ]
+            avals = [v.aval for v in equation.outvars]
+            results = builder.emit(equation.primitive, equation.params, operands, avals, source)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple[Equation, ...]:
+    """The equations, with products that are only read transposed exchanging their operands instead."""
+    reads = Counter(v.index for v in (*outputs, *(v for e in equations for v in e.inputs)))
+    transposes = {e.inputs[0].index: e for e in equations if e.name == "transpose"}
+    turned: dict[int, Equation] = {}
+    dropped: set[int] = set()
+    for equation in equations:
+        index = equation.outputs[0].index
+        if equation.name == "dot_general" and index in transposes and reads[index] == 1:
+            found = _exchanged(equation, transposes[index])
+            if found is not None:
+                turned[found.outputs[0].index] = found
+                dropped.add(index)
+    return tuple(turned.get(e.outputs[0].index, e) for e in equations if e.outputs[0].index not in dropped)
+
+
+def _exchanged(equation: Equation, after: Equation) -> Equation | None:
+    """A `dot_general` with its operands exchanged, where this is what the transpose `after` it does."""
+    (contract, batch), params = equation.params["dimension_numbers"], dict(equation.params)
+    a, b = equation.inputs
+    shared, own = len(batch[0]), len(a.shape) - len(batch[0]) - len(contract[0])
+    axes = range(len(after.outputs[0].shape))
+    exchange = (*axes[:shared], *axes[shared + own :], *axes[shared : shared + own])
+    if params.get("out_sharding") is not None or tuple(after.params["permutation"]) != exchange:
+        return None
+    params["dimension_numbers"] = (tuple(reversed(contract)), tuple(reversed(batch)))
+    if isinstance(params.get("precision"), tuple):
+        params["precision"] = tuple(reversed(params["precision"]))
+    return replace(equation, params=params, inputs=(b, a), outputs=after.outputs)
+
+
+def normal_form(jaxpr: ClosedJaxpr) -> Program:
+    """Transforms a closed jaxpr into its normal form.
+
+    **Arguments:**
+
+    - `jaxpr`: what `jax.make_jaxpr` returns.
+
+    **Returns:**
+
+    A [`Program`][] that computes the same outputs.
+    """
+    builder = _Builder()
+    inputs = [builder.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    outputs = _walk(builder, jaxpr.jaxpr, jaxpr.consts, inputs, None)
+    equations = _turned(live(builder.equations, outputs), outputs)
+    return Program(tuple(inputs), equations, tuple(outputs), builder.constants, builder.static)

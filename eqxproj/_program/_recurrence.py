@@ -1,0 +1,83 @@
+"""Reads a `scan` equation: its parts, and which of its carries depend on unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jaxtyping import Array
+
+from ._equations import Equation, Program, dependents
+from ._fragment import forward, products
+from ._normal_form import normal_form, scan_counts
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """The parts of a `scan`: `body(*constants, *carries, *slices)` returns the next carries and what is stacked."""
+
+    jaxpr: ClosedJaxpr
+    constants: int
+    carries: int
+    length: int
+    reverse: bool
+
+    @classmethod
+    def of(cls, equation: Equation) -> Recurrence:
+        params = equation.params
+        constants, carries = scan_counts(params)
+        return cls(params["jaxpr"], constants, carries, params["length"], params["reverse"])
+
+    def body(self, *operands: Any) -> tuple[list[Array], list[Array]]:
+        """The next carries and the outputs to be stacked."""
+        out = jaxpr_as_fun(self.jaxpr)(*operands)
+        return list(out[: self.carries]), list(out[self.carries :])
+
+    def split(self, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Items, one an operand, by kind: constants, carries, slices."""
+        first, second = self.constants, self.constants + self.carries
+        return list(items[:first]), list(items[first:second]), list(items[second:])
+
+    def program(self) -> Program:
+        return normal_form(self.jaxpr)
+
+    def unknown_outputs(self, unknown: Sequence[bool]) -> list[bool]:
+        """Which carries and stacked outputs depend on unknown operands; those that are no floats count as known."""
+        program = self.program()
+        constants, carries, slices = self.split(unknown)
+        while True:
+            flags = [*constants, *carries, *slices]
+            seeds = [v for v, is_unknown in zip(program.inputs, flags, strict=True) if is_unknown]
+            found = dependents(program.equations, seeds)
+            reached = [v.index in found and v.is_float for v in program.outputs]
+            more = [a or b for a, b in zip(carries, reached[: self.carries], strict=True)]
+            if more == carries:
+                return [*more, *reached[self.carries :]]
+            carries = more
+
+    def unknown_carries(self, unknown: Sequence[bool]) -> list[bool]:
+        """Which carries depend on unknown operands."""
+        return self.unknown_outputs(unknown)[: self.carries]
+
+    def scan(self, body: Any, init: Any, xs: Any, backward: bool = False) -> tuple[Any, Any]:
+        """Runs a body over time in this recurrence's order, or against it."""
+        return jax.lax.scan(body, init, xs, self.length, reverse=self.reverse != backward)
+
+    def walk(
+        self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any], with_products: bool = False
+    ) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
+        """The last carries, what is stacked, the carries that enter each step, and the body's products there."""
+        program = self.program()
+        wanted = products(program) if with_products else ()
+
+        def step(carry, x):
+            env = forward(program, [*constants, *carry, *x])
+            out = [jnp.asarray(env[v.index]) for v in program.outputs]
+            return out[: self.carries], (out[self.carries :], carry, [env[v.index] for v in wanted])
+
+        last, (ys, entering, seen) = self.scan(step, [jnp.asarray(c) for c in carries], list(slices))
+        return list(last), list(ys), list(entering), list(seen)

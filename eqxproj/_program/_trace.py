@@ -1,0 +1,133 @@
+"""From a loss function and a model to a program, with the model's inexact arrays as the unknowns.
+
+`trace` calls `loss(model, *args, **kwargs)` once with abstract values. What is known while tracing (Python numbers,
+functions, frozen leaves given as `None`, integer arrays of the model) is part of the trace, as in
+`equinox.filter_value_and_grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ._equations import Program
+from ._normal_form import normal_form
+
+
+class Trace(eqx.Module):
+    """What tracing found: the program, its inputs' values, and how to rebuild the model and the auxiliary output."""
+
+    parameters: tuple[Array, ...]
+    arguments: tuple[Array, ...]
+    static_model: PyTree
+    treedef: Any = eqx.field(static=True)
+    names: tuple[str, ...] = eqx.field(static=True)
+    program: Program = eqx.field(static=True)
+    aux_treedef: Any = eqx.field(static=True)
+    aux_static: Any = eqx.field(static=True)
+    stiff: tuple[bool, ...] = eqx.field(static=True)
+    """For each unknown whether it is a parameter; the operands of an inner program may be states."""
+
+    def rebuild(self, parameters: Sequence[Array]) -> PyTree:
+        """The model with these parameters in place of its inexact arrays."""
+        return eqx.combine(jtu.tree_unflatten(self.treedef, list(parameters)), self.static_model)
+
+    def tree(self, leaves: Sequence[Any]) -> PyTree:
+        """A pytree of the shape that `equinox.filter_grad` returns."""
+        return jtu.tree_unflatten(self.treedef, list(leaves))
+
+    def auxiliary(self, leaves: Sequence[Any]) -> PyTree:
+        """The auxiliary output of the loss, from the values of the program's outputs after the first."""
+        return eqx.combine(jtu.tree_unflatten(self.aux_treedef, list(leaves)), self.aux_static)
+
+
+def _as_arrays(tree: PyTree) -> PyTree:
+    return jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else x, tree)
+
+
+def _kind(value: Any) -> str:
+    return "an array" if eqx.is_array(value) else type(value).__name__
+
+
+def _check_value(value: Any) -> None:
+    if not eqx.is_array(value) and not isinstance(value, (float, np.generic)):
+        raise ValueError(
+            f"`loss` must return a scalar array, but it returned {_kind(value)}. Return one number, and pass "
+            "`has_aux=True` if the loss returns `(value, auxiliary)`."
+        )
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"`loss` must return a floating-point scalar, but it returned shape {jnp.shape(value)} and dtype "
+            f"{jnp.result_type(value)}. Take the mean or the sum over the samples."
+        )
+
+
+def trace(
+    loss: Callable[..., Any],
+    model: PyTree,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    has_aux: bool = False,
+    stiff: Sequence[bool] | None = None,
+) -> Trace:
+    """Traces `loss(model, *args, **kwargs)`.
+
+    **Arguments:**
+
+    - `loss`: returns a scalar, or `(scalar, auxiliary)` with `has_aux`.
+    - `model`: any pytree; its inexact arrays are the unknowns.
+    - `args`, `kwargs`: the further arguments of the loss.
+    - `has_aux`: as in `equinox.filter_value_and_grad`.
+    - `stiff`: for each unknown whether it is a parameter; all are, by default.
+
+    **Returns:**
+
+    A [`Trace`][].
+
+    **Raises:** `ValueError` where the model holds no inexact array or the loss returns no scalar.
+    """
+    unknown, static_model = eqx.partition(model, eqx.is_inexact_array)
+    paths, treedef = jtu.tree_flatten_with_path(unknown)
+    if not paths:
+        raise ValueError(
+            f"`model` holds no floating-point array, but got {type(model).__name__}: there is nothing to train. Pass "
+            "a model whose parameters are floating-point arrays (Python numbers and integers are taken as fixed)."
+        )
+    names = tuple(jtu.keystr(path).lstrip(".") or "parameter" for path, _ in paths)
+    parameters = tuple(jnp.asarray(leaf) for _, leaf in paths)
+    for name, leaf in zip(names, parameters, strict=True):
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"`model` must hold real parameters, but {name} is {leaf.dtype}. Keep its real and imaginary parts as "
+                "two arrays."
+            )
+    arrays, static_args = eqx.partition(_as_arrays((tuple(args), dict(kwargs or {}))), eqx.is_array)
+    leaves, args_treedef = jtu.tree_flatten(arrays)
+    box: dict[str, Any] = {}
+
+    def flat(parameters: Sequence[Array], leaves: Sequence[Array]) -> Any:
+        full = eqx.combine(jtu.tree_unflatten(treedef, parameters), static_model)
+        full_args, full_kwargs = eqx.combine(jtu.tree_unflatten(args_treedef, leaves), static_args)
+        out = loss(full, *full_args, **full_kwargs)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(
+                f"`loss` must return `(value, auxiliary)` with `has_aux=True`, but it returned {_kind(out)}."
+            )
+        value, aux = out if has_aux else (out, None)
+        _check_value(value)
+        dynamic, box["static"] = eqx.partition(_as_arrays(aux), eqx.is_array)
+        aux_leaves, box["treedef"] = jtu.tree_flatten(dynamic)
+        return [jnp.asarray(value), *aux_leaves]
+
+    jaxpr = jax.make_jaxpr(flat)(list(parameters), leaves)
+    program = normal_form(jaxpr)
+    stiff = (True,) * len(parameters) if stiff is None else tuple(stiff)
+    return Trace(parameters, tuple(leaves), static_model, treedef, names, program, box["treedef"], box["static"], stiff)

@@ -1,0 +1,244 @@
+r"""Steps of weights that are measured by what they change: the parameter metric of layers, from their inputs.
+
+A step $\Delta W, \Delta b$ of a layer $z = W x + b$ changes its outputs by $\Delta W(x - \bar x) + (\Delta b + \Delta W
+\bar x)$. Over a batch with mean $\bar x$ the two parts are orthogonal, so that with $\sigma^2$ the mean variance of the
+inputs, and their covariance taken for $\sigma^2 I$, the mean square of the change is
+
+$$\sigma^2 |\Delta W|^2 + |\Delta c|^2, \qquad c = b + W \bar x .$$
+
+[`Preconditioner`][] goes over to these coordinates: the displacement of $c$ is that of $b$, the displacement of $W$
+loses $\delta_b \bar x^T$, the optimizer acts, and its update of $W$ is divided by $\sigma$ and taken out of $b$ again,
+$\Delta b = \Delta c - \Delta W \bar x$. So a step no longer depends on the origin and unit of a layer's inputs. The
+price is the mean and the variance of each input; no matrix is kept or factored.
+
+An optimizer like Adam gives all entries of an update about the same size. A row of n such entries changes an output
+$\sqrt n$ times as much as one, so that the update of W is divided by $\sqrt{n / 128}$ too where n is above 128: one
+rate then suits layers of any width. (Of narrower layers the steps are not made larger: nothing was gained by that.)
+
+Layers in branches beside residual connections change one sum together. Their steps are made smaller as those of others,
+but never larger. Where the outputs of a layer are added, as they stand, to what they are computed from, a change of
+them is large or small beside what the sum varies by: where this deviation is less than one, the update of W is
+multiplied by it. (In a transformer, steps were too large without: `benchmarks/accuracy.py --task digits-transformer`.)
+
+(Centered units: Schraudolph, Centering neural network gradient factors, 1998; Raiko, Valpola and LeCun, AISTATS 2012.)
+
+Its limits: what [`layers`][] finds, also inside of a `scan`, where the inputs are those of all time steps. A weight
+without a bias is only scaled, by the deviation from zero. Weights that constraints act on, and those inside of `cond`,
+are left as they are.
+"""
+
+from __future__ import annotations
+
+import functools as ft
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._control_flow._scan import Scan
+from .._graph._graph import Graph, Node
+from .._problem._problem import FeasibilityProblem
+from .._problem._readers import context, shown, value_of
+from .._program._recurrence import Recurrence
+from ._layers import Layer, layers, only_reader
+
+_LEAST = 0.1
+"""The least number that a step is divided by: what hardly varies is noise."""
+_ROWS = 2048
+"""How many rows of inputs the mean and the deviation are taken of, where there are more."""
+_WIDTH = 128
+"""The number of inputs from which on steps are smaller: that of the layers that the default rate was chosen with."""
+
+
+class Preconditioner(eqx.Module):
+    """Displacements and updates in the coordinates of the layers' inputs.
+
+    - `means`: for each layer the mean of its inputs, shaped to multiply the weight.
+    - `scales`: what its updates are multiplied with, one over the deviation of its inputs and the root of their number.
+    """
+
+    means: tuple[Array, ...]
+    scales: tuple[Array, ...]
+    layers: tuple[Layer, ...] = eqx.field(static=True)
+
+    def centered(self, moved: PyTree) -> PyTree:
+        """Displacements of the parameters, in the coordinates of the inputs."""
+        leaves, treedef = jtu.tree_flatten(moved)
+        for layer, mean in zip(self.layers, self.means, strict=True):
+            if layer.bias is not None:
+                leaves[layer.weight] = _each(_centered, layer)(leaves[layer.weight], leaves[layer.bias], mean)
+        return jtu.tree_unflatten(treedef, leaves)
+
+    def applied(self, updates: PyTree) -> PyTree:
+        """Updates of the parameters, from those in the coordinates of the inputs."""
+        leaves, treedef = jtu.tree_flatten(updates)
+        for layer, mean, scale in zip(self.layers, self.means, self.scales, strict=True):
+            scaled = _each(lambda _, w, s: w * s.astype(w.dtype), layer)(leaves[layer.weight], scale)
+            leaves[layer.weight] = scaled
+            if layer.bias is not None:
+                leaves[layer.bias] = _each(_offset, layer)(scaled, leaves[layer.bias], mean)
+        return jtu.tree_unflatten(treedef, leaves)
+
+
+def _each(function: Callable[..., Any], layer: Layer) -> Callable[..., Any]:
+    """A function of a layer and arrays, of the arrays alone; with the first axis mapped where layers are stacked."""
+    bound = ft.partial(function, layer)
+    return jax.vmap(bound) if layer.stacked else bound
+
+
+def _centered(layer: Layer, weight: Array, bias: Array, mean: Array) -> Array:
+    shape = [n if a == layer.out else 1 for a, n in enumerate(weight.shape)]
+    return weight - (layer.factor * bias.reshape(shape) * mean).astype(weight.dtype)
+
+
+def _offset(layer: Layer, weight: Array, bias: Array, mean: Array) -> Array:
+    assert layer.out is not None
+    full = jnp.broadcast_to(mean, [1 if a == layer.out else n for a, n in enumerate(weight.shape)])
+    rows = jnp.moveaxis(weight, layer.out, 0).reshape(bias.size, -1)
+    part = layer.factor * (rows @ full.reshape(-1).astype(weight.dtype))
+    return bias - part.reshape(bias.shape).astype(bias.dtype)
+
+
+def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) -> Preconditioner:
+    """The preconditioner of a problem, from the inputs of its layers on the forward pass.
+
+    Layers with a parameter among `excluded`, positions among the parameters, are left out.
+    """
+    owner = {value: i for i, value in enumerate(problem.graph.parameters) if value is not None}
+    found, means, scales = [], [], []
+    for layer, inputs, total in _with_inputs(problem, owner):
+        if inputs.size and layer.weight not in excluded and layer.bias not in excluded:
+            shape = problem.trace.parameters[layer.weight].shape[int(layer.stacked) :]
+            mean, scale = _each(lambda layer, x, shape=shape: _statistics(x, layer, shape), layer)(inputs)
+            found.append(layer)
+            means.append(mean)
+            scales.append(scale if total is None else scale * _each(_unit, layer)(total))
+    return Preconditioner(tuple(means), tuple(scales), tuple(found))
+
+
+Seen = tuple[Layer, Array, Array | None]
+"""A layer, all of its inputs, and the sum that its outputs are a part of, with their axis at the end, if they are."""
+
+
+def _with_inputs(problem: FeasibilityProblem, owner: Mapping[int, int], late: Collection[int] = ()) -> list[Seen]:
+    """The layers of a problem, also those inside of its recurrences, with what is seen of them."""
+    graph, start = problem.graph, problem.start(False)
+    found: list[Seen] = []
+    for layer in layers(graph, owner, late):
+        node = graph.nodes[layer.node]
+        assert node.equation is not None
+        if node.unknown[layer.operand]:
+            inputs = shown(problem, start, node.edges[sum(node.unknown[: layer.operand])])
+        else:
+            inputs = problem.known[node.equation.inputs[layer.operand].index]
+        total = None
+        if layer.stream is not None:
+            total = jnp.moveaxis(value_of(problem, start, layer.stream[0]), layer.stream[1], -1)
+        found.append((layer, inputs, total))
+    for number, node in enumerate(graph.nodes):
+        if isinstance(node.rule, Scan):
+            found += _inside(problem, number, owner)
+    return found
+
+
+def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) -> list[Seen]:
+    """The layers inside of a recurrence, with what is seen of them in all time steps along a new first axis.
+
+    Parameters that it goes through, one a step, are those of stacked layers; without any, it goes through time.
+    """
+    node = problem.graph.nodes[number]
+    held, slices, carries = _held(problem.graph, node, owner)
+    found: list[Layer] = []
+
+    def look(body: FeasibilityProblem) -> list[Array | None]:
+        unknown = [(i, value) for i, value in enumerate(body.graph.parameters) if value is not None]
+        states = [value for i, value in unknown if i in carries and not slices]
+        seen = _with_inputs(body, {value: held[i] for i, value in unknown if i in held}, states)
+        found[:] = [layer for layer, *_ in seen]
+        return [x for _, *arrays in seen for x in arrays]
+
+    operands = [shown(problem, problem.start(False), e) for e in node.edges]
+    ctx = replace(context(problem, number, False), unmoved=True)  # as on the forward pass
+    assert isinstance(node.rule, Scan)
+    seen = node.rule.over_time(ctx, operands, look) if held else []
+    kept: list[Seen] = []
+    for layer, x, total in zip(found, seen[::2], seen[1::2], strict=True):
+        sliced = {position in slices for position in (layer.weight, layer.bias) if position is not None}
+        if sliced == {False}:
+            later = replace(layer, axes=tuple(a + 1 for a in layer.axes))
+            if layer.stacked:
+                x, total = jnp.moveaxis(x, 0, 1), None if total is None else jnp.moveaxis(total, 0, 1)
+            kept.append((later, x, total))
+        elif sliced == {True} and not layer.stacked:
+            kept.append((replace(layer, stacked=True), x, total))
+    return kept
+
+
+def _held(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int, int], set[int], range]:
+    """The parameters that a recurrence reads as they stand, and nothing else does.
+
+    **Returns:**
+
+    For each of them its place among the unknown operands of the body; the positions of those that are slices; and the
+    places of the carries.
+    """
+    assert node.equation is not None
+    recurrence = Recurrence.of(node.equation)
+    constants, carries, _ = map(sum, recurrence.split(node.unknown))
+    late = sum(recurrence.unknown_carries(node.unknown)) - carries  # carries that become unknown on the way
+    reads = {only_reader(graph, value, owner): position for value, position in owner.items()}
+    held, slices = {}, set()
+    for place, edge in enumerate(graph.edges[e] for e in node.edges):
+        if edge not in reads or not edge.view.is_identity:
+            continue
+        if place < constants:
+            held[place] = reads[edge]
+        elif place >= constants + carries:
+            held[place + late] = reads[edge]
+            slices.add(reads[edge])
+    return held, slices, range(constants, constants + carries + late)
+
+
+def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The mean of a layer's inputs, shaped to multiply a weight of that shape, and the factor of its updates.
+
+    Of n rows the mean is taken times 1 - 1/n, so that the weights still move along the inputs where there is one. For a
+    weight without a bias the deviation is that from zero.
+    """
+    rows = tuple(a for a in range(inputs.ndim) if a not in layer.axes)
+    inputs = _thinned(inputs, rows)
+    count = math.prod(inputs.shape[a] for a in rows)
+    kind = jnp.promote_types(inputs.dtype, jnp.float32)
+    mean = jnp.mean(inputs, rows, dtype=kind)
+    square = jnp.mean(jnp.square(inputs.astype(kind)))
+    variance = square if layer.bias is None else square - jnp.mean(jnp.square(mean))
+    left = sorted(layer.axes)
+    mean = jnp.transpose(mean, [left.index(a) for a in layer.axes])
+    sizes = dict(zip(layer.along, mean.shape, strict=True))
+    mean = mean.reshape([sizes.get(a, 1) for a in range(len(shape))])
+    summed = math.prod(shape[a] for a in layer.along) if layer.out is None else math.prod(shape) / shape[layer.out]
+    least = 1.0 if layer.in_branch else _LEAST
+    size = jnp.sqrt(jnp.maximum(variance * max(1.0, summed / _WIDTH), least**2))
+    return (1.0 - 1.0 / count) * mean, 1.0 / size
+
+
+def _unit(layer: Layer, total: Array) -> Array:
+    """The unit of steps of outputs that are a part of a sum: the deviation of the sum, one at most."""
+    rows = range(total.ndim - 1)
+    total = _thinned(total, rows).astype(jnp.promote_types(total.dtype, jnp.float32))
+    variance = jnp.mean(jnp.var(total, tuple(rows)))
+    return jnp.clip(jnp.sqrt(variance) / layer.share, _LEAST, 1.0)
+
+
+def _thinned(inputs: Array, rows: Sequence[int]) -> Array:
+    """Evenly spaced rows: every second along the longest of the axes `rows`, again and again until they are few."""
+    while math.prod(inputs.shape[a] for a in rows) > _ROWS:
+        longest = max(rows, key=lambda a: inputs.shape[a])
+        inputs = inputs[tuple(slice(None, None, 2) if a == longest else slice(None) for a in range(inputs.ndim))]
+    return inputs

@@ -1,0 +1,202 @@
+r"""The generic local solver: the projection onto the graph of any differentiable operation.
+
+A few damped Gauss-Newton steps in dual form. With $J$ the Jacobian at the current inputs $x_0 + d$,
+$d_i = J_i^T\lambda/w_i$, the multiplier of the linearized constraint solves
+
+$$\Big(I + \sum_i \tfrac{\kappa}{w_i} J_i J_i^T\Big)\lambda = \mu - \kappa\,(f(x_0+d) - f(x_0) - J d)$$
+
+by conjugate gradients that start from the multiplier before; $J$ and $J^T$ are the jvp and vjp *of this one node*,
+never of the model. A step that does not lower the cost is halved; where the right side stays as it was, as it does at
+once for an affine operation, that was the last one. The first step from $x_0$ is $J^T\mu$ in the limit of a steep
+metric, and where it is small, it is the answer; where the metric is known to be that steep, as by default, nothing is
+solved. Its limits: one damping factor a node, and the minimum found is a local one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+from .._numerics._conjugate_gradients import conjugate_gradients
+from .._program._equations import Program
+from .._program._fragment import Fragment
+from .._program._normal_form import is_transposable
+from ._base import AbstractRule, Context, Scale, is_negligible, step
+
+_OUTER, _HALVINGS, _SMALL, _SAME = 6, 5, 1e-3, 1e-4
+
+
+def is_differentiable(fragment: Fragment, program: Program) -> bool:
+    """Whether the fragment has a jvp and a vjp, with floats on both sides."""
+    if not all(v.is_float for v in (*fragment.operands, *fragment.outputs)):
+        return False
+    known = {i: v for i, v in _shapes(program).items() if i in fragment.known}
+    operands = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in fragment.operands]
+    return is_transposable(fragment, operands, known) and not flattened_by(fragment)
+
+
+def flattened_by(fragment: Fragment) -> tuple[str, ...]:
+    """The flat operations that an output is computed from: as from numbers or positions, not as from predicates."""
+    found: dict[int, dict[str, None]] = {}
+    for equation in fragment.equations:
+        names = {name: None for v in equation.inputs for name in found.get(v.index, ())}
+        if equation.name in FLAT and equation.outputs[0].is_float:
+            names[equation.name] = None
+        found.update((v.index, names) for v in equation.outputs if v.dtype != jnp.bool_)
+    return tuple({name: None for v in fragment.outputs for name in found.get(v.index, ())})
+
+
+FLAT = ("argmax", "argmin", "sign", "round", "floor", "ceil")
+"""Operations whose derivative JAX defines but which is zero or blind almost everywhere: no rule to solve with."""
+
+
+def _shapes(program: Program):
+    variables = {v.index: v for e in program.equations for v in (*e.inputs, *e.outputs)}
+    variables.update((v.index, v) for v in program.inputs)
+    return {i: jax.ShapeDtypeStruct(v.shape, v.dtype) for i, v in variables.items()}
+
+
+class LocalSolver(AbstractRule):
+    """Damped Gauss-Newton on one node."""
+
+    label: ClassVar[str] = "local solver"
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+        inputs, duals = list(inputs), list(duals)
+        steep = ctx.metric.is_steep and all(map(is_negligible, ctx.ratios))
+        multiplier = duals if steep else _linearized(ctx, inputs, duals)
+        nus = _pull(ctx, inputs, multiplier)
+        if ctx.metric.is_steep:
+            return nus, ctx.function(*_moved(inputs, nus, ctx.weights))
+        steps = _divide(nus, ctx.weights)
+        large = [
+            jnp.max(jnp.abs(d)) > _SMALL * (jnp.max(jnp.abs(x)) + _SMALL) for d, x in zip(steps, inputs, strict=True)
+        ]
+        nus = jax.lax.cond(
+            jnp.any(jnp.stack(large)), lambda m, n: _refine(ctx, inputs, duals, m, n), lambda _, n: n, multiplier, nus
+        )
+        return nus, ctx.function(*_moved(inputs, nus, ctx.weights))
+
+
+def _divide(nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
+    return [step(w, nu) for nu, w in zip(nus, weights, strict=True)]
+
+
+def _moved(inputs: Sequence[Array], nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
+    return [x + d for x, d in zip(inputs, _divide(nus, weights), strict=True)]
+
+
+def _pull(ctx: Context, at: Sequence[Array], multiplier: Sequence[Array]) -> list[Array]:
+    back = jax.vjp(ctx.function, *at)[1]
+    return list(back(list(multiplier)))
+
+
+def _linearized(
+    ctx: Context, at: Sequence[Array], right: Sequence[Array], start: Sequence[Array] | None = None
+) -> list[Array]:
+    r"""The multiplier of the constraint linearized at `at`, as $\lambda = \sqrt\kappa m$: that makes it symmetric.
+
+    With a multiplier to `start` from, only what it lacks is solved for, to the same accuracy.
+    """
+    forward = jax.linearize(ctx.function, *at)[1]
+    back = jax.vjp(ctx.function, *at)[1]
+    top = largest(ctx.kappa)
+    ratios = [largest([r[i] for r in ctx.ratios]) for i in range(len(at))]
+    roots = [jnp.sqrt(jnp.asarray(k / top, r.dtype)) for k, r in zip(ctx.kappa, right, strict=True)]
+
+    def operator(m):
+        pulled = back([x * root for x, root in zip(m, roots, strict=True)])
+        images = forward(*(p * jnp.asarray(ratio, p.dtype) for p, ratio in zip(pulled, ratios, strict=True)))
+        return [x + root * image for x, root, image in zip(m, roots, images, strict=True)]
+
+    def solve(b, tol):
+        return conjugate_gradients(operator, b, [jnp.ones_like(x) for x in b], tol=tol, max_steps=30)
+
+    scaled = [_quotient(r, root) for r, root in zip(right, roots, strict=True)]
+    if start is None:
+        found = solve(scaled, 1e-5)
+    else:
+        old = [_quotient(r, root) for r, root in zip(start, roots, strict=True)]
+        lacking = [b - image for b, image in zip(scaled, operator(old), strict=True)]
+        part = _size(lacking) / jnp.maximum(_size(scaled), jnp.finfo(jnp.float32).tiny)
+        more = solve(lacking, 1e-5 / jnp.clip(part, 1e-4, 1.0))
+        found = [a + b for a, b in zip(old, more, strict=True)]
+    return [x * root for x, root in zip(found, roots, strict=True)]
+
+
+def _size(values: Sequence[Array]) -> Array:
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0).astype(jnp.float32) for x in values]))
+
+
+def _quotient(x: Array, divisor: Scale) -> Array:
+    """Zero where the divisor is: of an output without readers nothing is wanted, and it weighs nothing."""
+    divisor = jnp.asarray(divisor, x.dtype)
+    return jnp.where(divisor > 0, x / jnp.where(divisor > 0, divisor, 1.0), 0.0)
+
+
+def largest(values: Sequence[Scale]) -> Scale:
+    """The largest of numbers, or of the elements of arrays."""
+    if all(isinstance(x, (int, float)) for x in values):
+        return max(values)
+    return jnp.max(jnp.stack([jnp.max(jnp.asarray(x)) for x in values]))
+
+
+def _cost(ctx: Context, inputs, duals, nus) -> Array:
+    r"""The cost, times one over kappa of the first output: $\sum w|d|^2 + \kappa|f(x_0+d) - f(x_0) - r|^2$."""
+    steps = _divide(nus, ctx.weights)
+    total = sum(jnp.vdot(nu, d) for nu, d in zip(nus, steps, strict=True))
+    before, after = ctx.function(*inputs), ctx.function(*[x + d for x, d in zip(inputs, steps, strict=True)])
+    for y, new, dual, kappa in zip(before, after, duals, ctx.kappa, strict=True):
+        gap = (new - y) - _quotient(dual, kappa)
+        total = total + jnp.sum(kappa * gap * gap)
+    return jnp.where(jnp.isfinite(total), total, jnp.inf)
+
+
+def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
+    """Gauss-Newton steps from the linearized answer, each taken only as far as it lowers the cost."""
+
+    def moved(nus):
+        steps = _divide(nus, ctx.weights)
+        return steps, [x + d for x, d in zip(inputs, steps, strict=True)]
+
+    def right_side(nus):
+        steps, at = moved(nus)
+        before = ctx.function(*inputs)
+        after, slope = jax.jvp(ctx.function, tuple(at), tuple(steps))
+        return [
+            (mu - kappa * ((new - y) - jd)).astype(mu.dtype)
+            for mu, kappa, new, y, jd in zip(duals, ctx.kappa, after, before, slope, strict=True)
+        ]
+
+    def towards(nus, new, cost):
+        def shorter(carry):
+            scale, _, _, count = carry
+            mixed = jtu.tree_map(lambda a, b: a + scale * (b - a), nus, new)
+            return scale * 0.5, mixed, _cost(ctx, inputs, duals, mixed), count + 1
+
+        start = (jnp.asarray(1.0, cost.dtype), nus, jnp.asarray(jnp.inf, cost.dtype), 0)
+        _, mixed, found, _ = jax.lax.while_loop(lambda c: ~(c[2] < cost) & (c[3] <= _HALVINGS), shorter, start)
+        better = found < cost
+        return jtu.tree_map(lambda a, b: jnp.where(better, a, b), mixed, nus), jnp.where(better, found, cost), better
+
+    def advance(nus, new, multiplier, right, cost, count):
+        nus, cost, better = towards(nus, new, cost)
+        found = right_side(nus)
+        change = _size([a - b for a, b in zip(found, right, strict=True)])
+        return nus, multiplier, found, cost, better & (change > _SAME * _size(duals)), count + 1
+
+    def body(carry):
+        nus, multiplier, right, cost, _, count = carry
+        at = moved(nus)[1]
+        multiplier = _linearized(ctx, at, right, multiplier)
+        return advance(nus, _pull(ctx, at, multiplier), multiplier, right, cost, count)
+
+    zero = [jnp.zeros_like(x) for x in first]
+    cost = _cost(ctx, inputs, duals, zero)
+    carry = advance(zero, list(first), multiplier, list(duals), cost, jnp.asarray(-1))
+    return jax.lax.while_loop(lambda c: c[4] & (c[5] < _OUTER), body, carry)[0]

@@ -1,0 +1,154 @@
+"""Maxima: `max` and `min` of two unknowns, `reduce_max`, `reduce_min`, `reduce_window_max`, `reduce_window_min`.
+
+All are the water level of `_water_level.py` over a last axis. A minimum is the maximum of the negatives. Windows that
+overlap own copies of the elements that they share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .._numerics._water_level import max_dual, steep_max_dual
+from .._numerics._windows import reads
+from .._program._equations import Equation
+from ._base import AbstractRule, Context, is_negligible
+
+
+def _windows(x: Array, params, fill: float) -> Array:
+    """The elements of every window on a last axis: strided slices, one an offset in the window."""
+    padded = jax.lax.pad(
+        x,
+        jnp.asarray(fill, x.dtype),
+        [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["base_dilation"], strict=True)],
+    )
+    sizes, strides, dilations = params["window_dimensions"], params["window_strides"], params["window_dilation"]
+    spans = [(size - 1) * d + 1 for size, d in zip(sizes, dilations, strict=True)]
+    steps = [(n - span) // s for n, span, s in zip(padded.shape, spans, strides, strict=True)]
+    slices = []
+    for offset in itertools.product(*(range(size) for size in sizes)):
+        start = [o * d for o, d in zip(offset, dilations, strict=True)]
+        limit = [a + n * s + 1 for a, n, s in zip(start, steps, strides, strict=True)]
+        slices.append(jax.lax.slice(padded, start, limit, strides))
+    return jnp.stack(slices, -1)
+
+
+def _tile(params) -> bool:
+    """Whether no two windows overlap, so that each element is in one window at most."""
+    plain = all(d == 1 for d in (*params["base_dilation"], *params["window_dilation"]))
+    return plain and tuple(params["window_dimensions"]) == tuple(params["window_strides"])
+
+
+def _spread(windows: Array, params, shape: Sequence[int], fill: float | int) -> Array:
+    """For each element what its window has; `fill` for elements of none. Windows do not overlap."""
+    for axis, size in enumerate(params["window_dimensions"]):
+        windows = jnp.repeat(windows, size, axis) if size > 1 else windows
+    ends = [(-low, n + low - m, 0) for (low, _), n, m in zip(params["padding"], shape, windows.shape, strict=True)]
+    return jax.lax.pad(windows, jnp.asarray(fill, windows.dtype), ends)
+
+
+def _tiled_dual(x: Array, mu: Array, params) -> Array:
+    """[`steep_max_dual`][] on windows that do not overlap, in the shape of the elements.
+
+    Each compares what its window has, the maximum, how often it is there and where first, with its own, so that nothing
+    needs to be scattered back.
+    """
+    slices = jnp.moveaxis(_windows(x, params, -float(jnp.finfo(x.dtype).max)), -1, 0)
+    work = jnp.promote_types(x.dtype, jnp.float32)
+    top = jnp.max(slices, 0)
+    tied = slices == top
+    count, first = jnp.sum(tied, 0, dtype=work), jnp.argmax(tied, 0)
+    place = jnp.zeros((), int)
+    for axis, (size, (low, _)) in enumerate(zip(params["window_dimensions"], params["padding"], strict=True)):
+        along = (jnp.arange(x.shape[axis]) + low) % size
+        place = place * size + along.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+    mu = mu.astype(work)
+    up = jnp.where(_spread(first, params, x.shape, -1) == place, _spread(jnp.maximum(mu, 0), params, x.shape, 0), 0)
+    share = _spread(jnp.minimum(mu, 0) / count, params, x.shape, 0)
+    down = jnp.where(x == _spread(top, params, x.shape, jnp.nan), share, 0)
+    return jnp.where(jnp.isfinite(x), up + down, 0).astype(x.dtype)
+
+
+class Maximum(AbstractRule):
+    """The projection onto the graph of a maximum or minimum."""
+
+    label: ClassVar[str] = "maximum"
+
+    def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
+        return all(unknown)
+
+    def _sign(self, ctx: Context) -> float:
+        assert ctx.equation is not None
+        return -1.0 if "min" in ctx.equation.name else 1.0
+
+    def _is_window(self, ctx: Context) -> bool:
+        assert ctx.equation is not None
+        return ctx.equation.name.startswith("reduce_window")
+
+    def _fill(self, ctx: Context, dtype) -> float:
+        return -self._sign(ctx) * float(jnp.finfo(dtype).max)
+
+    def _last(self, ctx: Context, inputs: Sequence[Array]) -> Array:
+        """The candidates on a last axis."""
+        assert ctx.equation is not None
+        if self._is_window(ctx):
+            return inputs[0] if ctx.memory else _windows(inputs[0], ctx.params, self._fill(ctx, inputs[0].dtype))
+        if len(inputs) == 2:
+            return jnp.stack(inputs, -1)
+        axes = tuple(ctx.params["axes"])
+        moved = jnp.moveaxis(inputs[0], axes, tuple(range(-len(axes), 0)))
+        return moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)
+
+    def _back(self, ctx: Context, nu: Array, inputs: Sequence[Array]) -> list[Array]:
+        """The inverse of `_last` for duals: copies of one element add up."""
+        if self._is_window(ctx):
+            if ctx.memory:
+                return [nu]
+            shape = jax.ShapeDtypeStruct(inputs[0].shape, nu.dtype)
+            return list(jax.linear_transpose(lambda x: _windows(x, ctx.params, 0.0), shape)(nu))
+        if len(inputs) == 2:
+            return [nu[..., 0], nu[..., 1]]
+        axes = tuple(ctx.params["axes"])
+        kept = [n for i, n in enumerate(inputs[0].shape) if i not in axes]
+        split = nu.reshape(*kept, *(inputs[0].shape[a] for a in axes))
+        return [jnp.moveaxis(split, tuple(range(-len(axes), 0)), axes)]
+
+    def expand(self, ctx: Context, operand: int, value: Array) -> Array:
+        return _windows(value, ctx.params, self._fill(ctx, value.dtype)) if self._is_window(ctx) else value
+
+    def copy_counts(
+        self, equation: Equation | None, unknown: Sequence[bool], operand: int, copies: str
+    ) -> float | np.ndarray:
+        if equation is None or not equation.name.startswith("reduce_window"):
+            return 1.0
+        names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+        shape = equation.inputs[0].shape
+        return np.broadcast_to(reads(shape, equation.outputs[0].shape, *(equation.params[n] for n in names)), shape)
+
+    def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
+        if self._is_window(ctx) and ctx.memory:
+            return [self._sign(ctx) * jnp.max(self._sign(ctx) * inputs[0], -1)]
+        return ctx.function(*inputs)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+        sign, two = self._sign(ctx), len(inputs) == 2
+        weights = tuple(ctx.weights) if two else ctx.weights[0]
+        if is_negligible(ctx.ratios[0]) and not ctx.as_published:
+            if self._is_window(ctx) and not ctx.memory and _tile(ctx.params):
+                return [sign * _tiled_dual(sign * inputs[0], sign * duals[0], ctx.params)], self.evaluate(ctx, inputs)
+            nu = steep_max_dual(sign * self._last(ctx, inputs), sign * duals[0], weights)
+            return self._back(ctx, sign * nu, inputs), self.evaluate(ctx, inputs)
+        x = sign * self._last(ctx, inputs)
+        kappa = ctx.kappa[0]
+        ratio = tuple(ctx.ratios[0]) if two else ctx.ratios[0][0]
+        # Of tied maxima the first rises; in the software of arXiv 2506.05878 the last.
+        order = slice(None, None, -1 if ctx.as_published and not two else 1)
+        nu = max_dual(x[..., order], sign * duals[0], weights, kappa, ratio)[..., order]
+        scale = jnp.asarray(ctx.weights, x.dtype) if two else ctx.weights[0]
+        return self._back(ctx, sign * nu, inputs), [sign * jnp.max(x + nu / scale, -1)]

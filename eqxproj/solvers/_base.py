@@ -1,0 +1,58 @@
+"""What every solver is: four small methods. The loop that owns iteration, checks and results is `_solve.iterate`."""
+
+from __future__ import annotations
+
+import abc
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float
+
+from .._problem._problem import FeasibilityProblem
+from .._problem._projector import project
+from .._problem._readers import value_of
+from .._problem._state import State, combine
+
+
+class AbstractSolver(eqx.Module):
+    """An iterative projection algorithm.
+
+    `memory` says whether it needs every copy of a variable: an algorithm that projects only from consensus does not.
+    """
+
+    memory: eqx.AbstractClassVar[bool]
+
+    def init(self, problem: FeasibilityProblem) -> State:
+        """The state to start from: the forward pass."""
+        return problem.start(self.memory and problem.copies != "none")
+
+    @abc.abstractmethod
+    def step(self, problem: FeasibilityProblem, state: State) -> State:
+        """One iteration."""
+
+    def terminate(self, change: Float[Array, ""], violation: Float[Array, ""], tol: float) -> Bool[Array, ""]:
+        """Whether to stop: the state has stopped changing, or every constraint holds to the tolerance."""
+        return (change <= tol) | (violation <= tol)
+
+    def postprocess(self, problem: FeasibilityProblem, state: State) -> tuple[Array, ...]:
+        """The parameters that the state stands for: their entries, or where they started if the loss ignores them."""
+        return tuple(
+            start if value is None else value_of(problem, state, value)
+            for start, value in zip(problem.trace.parameters, problem.graph.parameters, strict=True)
+        )
+
+
+def check_number(name: str, value: float, low: float, high: float) -> float:
+    """A solver's parameter, checked to lie in (low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
+        raise ValueError(f"`{name}` must be a number in ({low:g}, {high:g}], got {value!r}.")
+    return float(value)
+
+
+def onto(problem: FeasibilityProblem, state: State, color: int) -> State:
+    r"""$P_A$ (color 0, with the objective in it) or $P_B$ (color 1)."""
+    return project(problem, state, problem.graph.color(color))
+
+
+def reflect(problem: FeasibilityProblem, state: State, color: int) -> State:
+    """$R = 2P - I$."""
+    return combine((2.0, -1.0), (onto(problem, state, color), state))

@@ -1,0 +1,169 @@
+"""`solve`: runs a solver on a problem. This loop owns iteration, measurement, non-finite checks and results."""
+
+from __future__ import annotations
+
+import functools as ft
+import numbers
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._errors import NonFiniteError
+from .._problem._problem import FeasibilityProblem
+from .._problem._readers import context, operand, value_of
+from .._problem._state import State, conformed, settled
+from .._program._convolutions import laid_out
+from . import AbstractSolver
+
+
+class Solution(eqx.Module):
+    """What [`solve`][] returns.
+
+    - `model`: the model with the parameters found.
+    - `state`: the solver's last state.
+    - `stats`: `"steps"`, and per step `"change"` (largest change of any copy or parameter) and `"violation"` (largest
+        distance of any node's output copies from the function of its input copies).
+    - `result`: `"converged"`, or `"step limit"`.
+    """
+
+    model: PyTree
+    state: State
+    stats: dict[str, Any]
+    result: str = eqx.field(static=True)
+
+
+def violation(problem: FeasibilityProblem, state: State) -> Float[Array, ""]:
+    r"""The largest violation of any constraint: $|y - f(x)|$ over the nodes, with every copy of $y$ that there is."""
+    graph = problem.graph
+    worst = jnp.asarray(0.0)
+    for i, spec in enumerate(graph.nodes):
+        for edge in [e for v in spec.outputs for e in graph.readers[v]]:
+            dual = state.duals[edge]
+            if dual is not None:
+                worst = jnp.maximum(worst, jnp.max(jnp.abs(dual), initial=0.0) / problem.edge_weight(edge))
+        if spec.kind in ("operation", "identity") and not state.fresh[i]:
+            assert spec.rule is not None
+            inputs = [operand(problem, state, e) for e in spec.edges]
+            outputs = spec.rule.evaluate(context(problem, i, state.memory), inputs)
+            for value, output in zip(spec.outputs, outputs, strict=True):
+                gap = jnp.abs(value_of(problem, state, value) - output)
+                worst = jnp.maximum(worst, jnp.max(gap, initial=0.0).astype(worst.dtype))
+    return worst
+
+
+def change(problem: FeasibilityProblem, old: State, new: State) -> Float[Array, ""]:
+    """The largest change of any copy or parameter between two states."""
+    worst = jnp.asarray(0.0)
+    for edge in range(len(problem.graph.edges)):
+        gap = jnp.abs(operand(problem, new, edge) - operand(problem, old, edge))
+        worst = jnp.maximum(worst, jnp.max(gap, initial=0.0).astype(worst.dtype))
+    for value in problem.graph.parameters:
+        if value is not None:
+            gap = jnp.abs(value_of(problem, new, value) - value_of(problem, old, value))
+            worst = jnp.maximum(worst, jnp.max(gap, initial=0.0).astype(worst.dtype))
+    return worst
+
+
+def finite_nodes(problem: FeasibilityProblem, state: State) -> Bool[Array, " nodes"]:
+    """For each node whether its operands and outputs are finite."""
+    graph = problem.graph
+    flags = []
+    for spec in graph.nodes:
+        arrays = [state.duals[e] for e in spec.edges]
+        arrays += [state.values[v] for v in spec.outputs] + [state.shifts[v] for v in spec.outputs]
+        arrays += [problem.initial[v] for v in spec.outputs]
+        checks = [jnp.all(jnp.isfinite(x)) for x in arrays if x is not None]
+        flags.append(jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True))
+    return jnp.stack(flags)
+
+
+def first_bad(problem: FeasibilityProblem, finite: Any) -> int | None:
+    """The non-finite node nearest to the objective, from which a sweep starts; `None` where all are finite."""
+    bad = [i for i, ok in enumerate(finite) if not ok]
+    return min(bad, key=lambda i: (problem.graph.depth[i], i)) if bad else None
+
+
+@eqx.filter_jit
+def _begin(problem: FeasibilityProblem, solver: AbstractSolver) -> tuple[State, Bool[Array, " nodes"]]:
+    start = settled(ft.partial(solver.step, problem), solver.init(problem))
+    return start, finite_nodes(problem, start)
+
+
+class _Report(eqx.Module):
+    """What the host has to know of a step."""
+
+    finite: Bool[Array, " nodes"]
+    change: Float[Array, ""]
+    violation: Float[Array, ""]
+    done: Bool[Array, ""]
+
+
+@eqx.filter_jit
+def _advance(problem: FeasibilityProblem, solver: AbstractSolver, tol: float, state: State) -> tuple[State, _Report]:
+    """One step; a step to a state that is not finite is not taken."""
+    new = conformed(laid_out(lambda: solver.step(problem, state), problem.trace.program), state)
+    finite = finite_nodes(problem, new)
+    moved, broken = change(problem, state, new), violation(problem, new)
+    ok = jnp.all(finite)
+    kept = jtu.tree_map(lambda a, b: jnp.where(ok, a, b), new, state)
+    return kept, _Report(finite, moved, broken, solver.terminate(moved, broken, tol))
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises a `ValueError` for what is no integer of at least one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+def check_solver(solver: Any) -> None:
+    if not isinstance(solver, AbstractSolver):
+        got = solver.__name__ if isinstance(solver, type) else repr(solver)
+        raise TypeError(
+            f"`solver` must be an instance of a solver such as `eqxproj.DouglasRachford()`, got {got}."
+            + (" Call the class to make one." if isinstance(solver, type) else "")
+        )
+
+
+def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, tol: float = 0.0) -> Solution:
+    """Runs a solver on a problem, from the forward pass.
+
+    **Arguments:**
+
+    - `problem`: from [`feasibility_problem`][].
+    - `solver`: a solver, for instance `DouglasRachford()`.
+    - `steps`: at most so many steps.
+    - `tol`: stop where the largest change, or the largest violation, of a step is at most this.
+
+    **Returns:**
+
+    A [`Solution`][].
+
+    **Raises:** `NonFiniteError` where a state becomes NaN or infinite, with the node, the step, and the last good
+    model.
+    """
+    if not isinstance(problem, FeasibilityProblem):
+        raise TypeError(f"`problem` must come from `eqxproj.feasibility_problem`, got {problem!r}.")
+    check_solver(solver)
+    check_positive("steps", steps)
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
+        raise ValueError(f"`tol` must be a number of at least zero, got {tol!r}.")
+    state, finite = _begin(problem, solver)
+    bad, count, result = first_bad(problem, jax.device_get(finite)), 0, "step limit"
+    stats: dict[str, list[float]] = {"change": [], "violation": []}
+    while bad is None and count < steps and result != "converged":
+        state, report = _advance(problem, solver, float(tol), state)
+        count += 1
+        bad = first_bad(problem, jax.device_get(report.finite))
+        stats["change"].append(float(report.change))
+        stats["violation"].append(float(report.violation))
+        result = "converged" if bool(report.done) else result
+    model = problem.trace.rebuild(solver.postprocess(problem, state))
+    if bad is not None:
+        raise NonFiniteError(problem.describe(bad), max(count - 1, 0), model)
+    arrays = {name: np.asarray(values, np.float32) for name, values in stats.items()}
+    return Solution(model, state, {"steps": count, **arrays}, result)

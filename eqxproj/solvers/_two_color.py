@@ -1,0 +1,112 @@
+r"""Solvers that project onto all nodes of one color at once: sets A (with the objective in it) and B.
+
+With $R = 2P - I$:
+
+- alternating projections: $x \leftarrow P_B P_A x$;
+- alternating reflections: $x \leftarrow R_B R_A x$;
+- Douglas-Rachford: $x \leftarrow (1-\ell) x + \ell R_B R_A x$;
+- difference map: $x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$, $f_A = (1-1/\beta)P_A + I/\beta$,
+  $f_B = (1+1/\beta)P_B - I/\beta$;
+- relaxed reflect-reflect: $x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
+
+Limits: where the metric is steep and the graph branches, as in recurrences, reflections at sets so differently weighted
+let the duals of alternating reflections, Douglas-Rachford and the difference map grow from step to step. They want
+flatter metrics.
+
+Sources: section 3 of arXiv 2506.05878; Elser, "Learning without loss" (2021).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import equinox as eqx
+
+from .._problem._problem import FeasibilityProblem
+from .._problem._state import State, combine
+from ._base import AbstractSolver, check_number, onto, reflect
+
+_A, _B = 0, 1
+
+
+class AlternatingProjections(AbstractSolver):
+    r"""$x \leftarrow P_B P_A x$. Returns to consensus before each projection, so that no copies are stored."""
+
+    memory: ClassVar[bool] = False
+
+    def step(self, problem: FeasibilityProblem, state: State) -> State:
+        return onto(problem, onto(problem, state, _A), _B)
+
+
+class AlternatingReflections(AbstractSolver):
+    r"""$x \leftarrow R_B R_A x$."""
+
+    memory: ClassVar[bool] = True
+
+    def step(self, problem: FeasibilityProblem, state: State) -> State:
+        return reflect(problem, reflect(problem, state, _A), _B)
+
+
+class DouglasRachford(AbstractSolver):
+    r"""$x \leftarrow (1-\ell) x + \ell R_B R_A x$.
+
+    **Arguments:**
+
+    - `relaxation`: $\ell$ in (0, 1]; one half is the Douglas-Rachford algorithm proper.
+    """
+
+    memory: ClassVar[bool] = True
+    relaxation: float = eqx.field(static=True)
+
+    def __init__(self, relaxation: float = 0.5):
+        self.relaxation = check_number("relaxation", relaxation, 0.0, 1.0)
+
+    def step(self, problem: FeasibilityProblem, state: State) -> State:
+        reflected = reflect(problem, reflect(problem, state, _A), _B)
+        return combine((1.0 - self.relaxation, self.relaxation), (state, reflected))
+
+
+class DifferenceMap(AbstractSolver):
+    r"""$x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$; for $\beta = 1$, $x + P_A(2P_B x - x) - P_B x$.
+
+    **Arguments:**
+
+    - `beta`: in (0, 2].
+    """
+
+    memory: ClassVar[bool] = True
+    beta: float = eqx.field(static=True)
+
+    def __init__(self, beta: float = 1.0):
+        self.beta = check_number("beta", beta, 0.0, 2.0)
+
+    def step(self, problem: FeasibilityProblem, state: State) -> State:
+        beta = self.beta
+        on_b = onto(problem, state, _B)
+        if beta == 1.0:
+            first = onto(problem, combine((2.0, -1.0), (on_b, state)), _A)
+            return combine((1.0, 1.0, -1.0), (state, first, on_b))
+        on_a = onto(problem, state, _A)
+        f_a = combine((1.0 - 1.0 / beta, 1.0 / beta), (on_a, state))
+        f_b = combine((1.0 + 1.0 / beta, -1.0 / beta), (on_b, state))
+        return combine((1.0, beta, -beta), (state, onto(problem, f_b, _A), onto(problem, f_a, _B)))
+
+
+class RelaxedReflectReflect(AbstractSolver):
+    r"""$x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
+
+    **Arguments:**
+
+    - `beta`: in (0, 2].
+    """
+
+    memory: ClassVar[bool] = True
+    beta: float = eqx.field(static=True)
+
+    def __init__(self, beta: float = 0.5):
+        self.beta = check_number("beta", beta, 0.0, 2.0)
+
+    def step(self, problem: FeasibilityProblem, state: State) -> State:
+        on_a = onto(problem, state, _A)
+        reflected = combine((2.0, -1.0), (on_a, state))
+        return combine((1.0, self.beta, -self.beta), (state, onto(problem, reflected, _B), on_a))
