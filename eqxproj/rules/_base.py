@@ -30,7 +30,8 @@ from .._errors import Unsupported
 from .._metric import Metric
 from .._program._equations import Equation
 
-Scale = float | Array
+Scale = float | Array | np.ndarray
+"""A weight: one number, or one an element."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,8 +214,8 @@ def outputs_after(
 ) -> list[Array]:
     r"""The outputs after the operands have moved by a rule's answer.
 
-    With multipliers $\lambda$ at hand, an output $y$ moves by $(\mu - \lambda)/\kappa$. Else the function is evaluated at
-    the moved operands; of copies that are not stored the dual is a sum, and their mean moves.
+    With multipliers $\lambda$ at hand, an output $y$ moves by $(\mu - \lambda)/\kappa$. Else the function is evaluated
+    at the moved operands. Of copies that are not stored the dual is a sum, and their mean moves.
 
     **Arguments:**
 

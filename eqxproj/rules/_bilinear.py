@@ -79,7 +79,8 @@ class Bilinear(AbstractRule):
         r"""The duals of two unknown operands, each the sum of its copies' duals, and the multipliers.
 
         With $t = \lambda/\sqrt{\alpha\omega}$ every product moves its copies, in duals, by
-        $(\lambda w_0 + t^2 \alpha a_0)/(1-t^2)$ and $(\lambda a_0 + t^2 \omega w_0)/(1-t^2)$. Where $|t|$ reaches one, see [`_parted`][].
+        $(\lambda w_0 + t^2 \alpha a_0)/(1-t^2)$ and $(\lambda a_0 + t^2 \omega w_0)/(1-t^2)$. Where $|t|$ reaches one,
+        see [`_parted`][].
         """
         alpha, omega = ctx.weights
         unit, tilt = math.sqrt(alpha) * math.sqrt(omega), ctx.relative(0, 1) ** 0.5
@@ -173,8 +174,8 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> lis
     r"""One constraint for the whole product.
 
     Where one operand is known, with $G$ the scalar products of its rows, $(1 + \kappa/w\, G)\lambda = \mu$ by a
-    Cholesky factor. The sum of the eigenvalues, times the precision, is added to the diagonal, so that rounding does not make
-    it fail.
+    Cholesky factor. The sum of the eigenvalues, times the precision, is added to the diagonal, so that rounding does
+    not make it fail.
     """
     form, _, a, w = _read(ctx, inputs)
     first = ctx.unknown[0]

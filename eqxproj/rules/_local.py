@@ -6,8 +6,8 @@ $d_i = J_i^T\lambda/w_i$, the multiplier of the linearized constraint solves
 $$\Big(I + \sum_i \tfrac{\kappa}{w_i} J_i J_i^T\Big)\lambda = \mu - \kappa\,(f(x_0+d) - f(x_0) - J d)$$
 
 by conjugate gradients that start from the multiplier before. $J$ and $J^T$ are the jvp and vjp *of this one node*,
-never of the model. A step that does not lower the cost is halved. The steps end where the right side stays as it was, for an
-affine operation at once.
+never of the model. A step that does not lower the cost is halved. The steps end where the right side stays as it was,
+for an affine operation at once.
 
 Limits: one damping factor a node, and the minimum found is a local one.
 """
