@@ -2,7 +2,10 @@
 
 from . import datasets as datasets
 from . import losses as losses
+from . import readers as readers
+from . import rules as rules
 from . import sets as sets
+from . import solvers as solvers
 from ._control_flow._builtin import BUILTIN as _BUILTIN
 from ._errors import NonFiniteError as NonFiniteError
 from ._errors import TrainingInterrupted as TrainingInterrupted
