@@ -251,9 +251,7 @@ def _read_lists(source: _Source, rows: _Rows, split: str) -> Float32[np.ndarray,
     return x / np.float32(source.spec.scale)
 
 
-def _read_images(
-    source: _Source, rows: _Rows, split: str
-) -> Float32[np.ndarray, "rows channels height width"]:
+def _read_images(source: _Source, rows: _Rows, split: str) -> Float32[np.ndarray, "rows channels height width"]:
     """A column of encoded images, decoded in one pass from their bytes."""
     (column,) = rows.column_names
     feature = rows.features[column]
