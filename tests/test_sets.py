@@ -325,8 +325,23 @@ def test_nan_is_not_hidden(name):
     ],
 )
 def test_bad_sets(make, part, kind):
-    with pytest.raises(kind, match=part):
+    with pytest.raises(kind, match=part) as error:
         make()
+    named = str(error.value).split("`")[1]
+    assert issubclass(getattr(sets, named), sets.AbstractSet)
+
+
+def test_which_sets_are_discrete():
+    every = [chosen for chosen, _ in [*SETS.values(), *WIDER.values()]]
+    assert {type(chosen) for chosen in every if chosen.is_discrete} == {sets.Sparse, sets.Quantized}
+    public = {c for c in vars(sets).values() if isinstance(c, type) and issubclass(c, sets.AbstractSet)}
+    assert {type(chosen) for chosen in every} == public - {sets.AbstractSet}
+
+
+def test_sets_show_their_arguments():
+    assert repr(sets.Box(-1.0, 2.5)) == "Box(low=-1.0, high=2.5)"
+    assert repr(sets.Quantized([1.0, -1.0], scale="learned")) == "Quantized(levels=(-1.0, 1.0), scale='learned')"
+    assert sets.Simplex(axis=0) == sets.Simplex(0, 1.0) != sets.Simplex(1)
 
 
 @pytest.mark.parametrize(
