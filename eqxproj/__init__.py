@@ -20,6 +20,7 @@ from ._errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
 from ._metric import Metric as Metric
 from ._problem._make import feasibility_problem as feasibility_problem
 from ._problem._problem import FeasibilityProblem as FeasibilityProblem
+from ._problem._published import as_published as as_published
 from ._problem._state import State as State
 from ._problem._state import combine as combine
 from ._program._custom import custom_loss as custom_loss

@@ -50,7 +50,8 @@ def test_a_solver():
     """The Douglas-Rachford algorithm, from the public parts."""
 
     class HalfReflected(eqxproj.AbstractSolver):
-        memory: ClassVar[bool] = True
+        store_copies: ClassVar[bool] = True
+        needs_two_colors: ClassVar[bool] = True
 
         def step(self, problem: eqxproj.FeasibilityProblem, state: eqxproj.State) -> eqxproj.State:
             reflected = solvers.reflect(problem, state, 0)
