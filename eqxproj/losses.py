@@ -1,7 +1,8 @@
 r"""Losses that bring their own projection or proximal map: `(predictions, targets)` to one value a sample.
 
 They are ordinary functions under `jit`, `vmap` and `grad`, unreduced as in Optax, so the same loss trains by gradients.
-Training by projections moves the predictions $z$ to the proximal point
+In the gradient regime, training by projections takes their gradient too. In the projection regime it moves the
+predictions $z$ to the proximal point
 
 $$\mathrm{prox}_{\tau \ell}(z) = \arg\min_u \tfrac12 |u - z|^2 + \tau \ell(u),$$
 
@@ -42,8 +43,8 @@ def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     $$\ell(z) = \tfrac12 |z - P(z)|^2, \qquad P(z)_y = \max(z_y, 1), \quad P(z)_j = \min(z_j, 0) \text{ for } j \ne y.$$
 
-    Training by projections does not take the prox of this value, but the projection $P$ itself: the constraint is
-    hard, whatever $\tau$ is. Source: arXiv 2506.05878, section 3.
+    The projection regime does not take the prox of this value, but the projection $P$ itself: the constraint is hard,
+    whatever $\tau$ is. The gradient regime takes the gradient, $z - P(z)$. Source: arXiv 2506.05878, section 3.
 
     **Arguments:**
 

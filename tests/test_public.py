@@ -119,8 +119,11 @@ def test_bad_losses(value, displacement, options, part, untyped):
 
 def test_a_displacement_of_another_shape():
     bad = eqxproj.custom_loss(distance, lambda predictions, targets, tau: tau[0])
+    problem = eqxproj.feasibility_problem(
+        lambda model, y: bad(model["a"], y).mean(), {"a": A}, A, metric=eqxproj.Metric()
+    )
     with pytest.raises(ValueError, match=r"loss 'distance' returned shape \(3,\)"):
-        eqxproj.filter_displacement(lambda model, y: bad(model["a"], y).mean())({"a": A}, A)
+        eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=1)
 
 
 def test_a_rule(registry):

@@ -247,20 +247,20 @@ def custom_loss(
 ) -> Callable[..., Array]:
     r"""Makes a loss that brings its own proximal map.
 
-    Training by projections moves the predictions $z$ to
+    In the projection regime, training moves the predictions $z$ to
     $\mathrm{prox}_{\tau \ell}(z) = \arg\min_u \tfrac12 |u - z|^2 + \tau \ell(u, t)$, with $\ell$ the sum of the loss
-    over the samples. The function `displacement` gives how far that is from $z$. Everything else, such as `jax.grad`,
-    sees `value` alone.
+    over the samples and $t$ the targets; `displacement` says how far that is from $z$. In the gradient regime, training
+    takes the gradient of `value`, as `jax.grad` does.
 
     **Arguments:**
 
     - `value`: `value(predictions, targets)`, the loss, not reduced: `Float[Array, "*samples"]`. It must be
-        differentiable by JAX, for `jax.grad`, and for a problem in which the targets depend on parameters too or the
-        loss is not the objective.
+        differentiable by JAX. It is all that counts where the targets depend on parameters too, and where the loss is
+        not the objective.
     - `displacement`: `displacement(predictions, targets, tau)`, which is $\mathrm{prox}_{\tau \ell}(z) - z$, of the
         shape of the predictions. `tau` is positive, `Float[Array, "*samples"]`; what multiplies the loss later, such as
         the $1/n$ of a mean, is in it. For small `tau` the displacement approaches $-\tau \nabla \ell$. Compute it
-        directly, not as the difference of two nearly equal arrays: `tau` is often below $10^{-8}$.
+        directly, not as the difference of two nearly equal arrays, since `tau` may be small.
     - `hard`: whether the loss stands for the constraint that it is zero. The displacement then is that to the nearest
         predictions without loss, whatever `tau` is.
 
@@ -269,8 +269,8 @@ def custom_loss(
     The loss `(predictions, targets) -> Float[Array, "*samples"]`, of two arrays. It runs under `jit`, `vmap` and
     `grad`; average it, sum it, or weigh it as any other loss.
 
-    **Raises:** `TypeError` where `value` or `displacement` is not callable, or `hard` no Boolean; when the loss is
-    projected, `ValueError` where a displacement has not the shape of the predictions.
+    **Raises:** `TypeError` where `value` or `displacement` is not callable, or `hard` no Boolean; later, in
+    the projection regime, `ValueError` where a displacement has not the shape of the predictions.
 
     !!! example
 
