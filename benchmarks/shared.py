@@ -23,7 +23,7 @@ def classification(model, x, y):
 
 def copies_for(solver: eqxproj.AbstractSolver) -> str:
     """A copy a neuron; for solvers that remember their copies one constraint a whole product, which is faster."""
-    return "none" if solver.memory else "neuron"
+    return "none" if solver.store_copies else "neuron"
 
 
 def projection_step(model, x, y, **options: Any):

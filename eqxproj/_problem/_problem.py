@@ -64,10 +64,12 @@ class FeasibilityProblem(eqx.Module):
         """What divides any dual to give it the size of a gradient of the loss."""
         return self.gradient_scale if self.outer_unit is None else self.outer_unit
 
-    def start(self, memory: bool) -> State:
+    def start(self, store_copies: bool) -> State:
         """The state of the forward pass: every copy equals the value that it copies."""
         nothing = (None,) * len(self.initial)
-        return State(self.forward, nothing, (None,) * len(self.graph.edges), (True,) * len(self.graph.nodes), memory)
+        return State(
+            self.forward, nothing, (None,) * len(self.graph.edges), (True,) * len(self.graph.nodes), store_copies
+        )
 
     def describe(self, node: int) -> str:
         """A node in one line, for messages."""

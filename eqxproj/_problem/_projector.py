@@ -43,7 +43,7 @@ def _wishes(problem: FeasibilityProblem, state: State, value: int, cache: dict[i
 def project(problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> State:
     """Projects onto the constraints of `nodes`, no two of which share an edge. The order is of no account."""
     values, shifts, duals = list(state.values), list(state.shifts), list(state.duals)
-    fresh = list(state.fresh)
+    up_to_date = list(state.up_to_date)
     graph = problem.graph
     cache: dict[int, tuple[Array, ...]] = {}
     cleared: set[int] = set()
@@ -55,7 +55,7 @@ def project(problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> 
             if spec.kind == "parameter" and wishes[0] is not None:
                 shift = state.shifts[value]
                 shifts[value] = wishes[0] if shift is None else shift + wishes[0]
-                _outdate(problem, fresh, value)
+                _outdate(problem, up_to_date, value)
             cleared.add(value)
             continue
         moved = _move(problem, state, node, wishes)
@@ -69,26 +69,26 @@ def project(problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> 
         for value, output in zip(spec.outputs, outputs, strict=True):
             values[value] = output
             cleared.add(value)
-            _outdate(problem, fresh, value)
-        fresh[node] = True
+            _outdate(problem, up_to_date, value)
+        up_to_date[node] = True
     _clear(problem, state, duals, cleared)
-    if state.memory or not any(state.fresh):
-        fresh = [False] * len(fresh)
-    return State(tuple(values), tuple(shifts), tuple(duals), tuple(fresh), state.memory)
+    if state.store_copies or not any(state.up_to_date):
+        up_to_date = [False] * len(up_to_date)
+    return State(tuple(values), tuple(shifts), tuple(duals), tuple(up_to_date), state.store_copies)
 
 
 def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence[Array | None]):
     """The duals and outputs of one node's projection; `None` where it has nothing to do."""
     spec = problem.graph.nodes[node]
     assert spec.rule is not None
-    if spec.kind != "objective" and state.fresh[node] and all(w is None for w in wishes):
+    if spec.kind != "objective" and state.up_to_date[node] and all(w is None for w in wishes):
         return None
-    ctx = replace(context(problem, node, state.memory), unmoved=_is_unmoved(problem, state, node))
+    ctx = replace(context(problem, node, state.store_copies), unmoved=_is_unmoved(problem, state, node))
     inputs = [operand(problem, state, e) for e in spec.edges]
     duals = []
     # In a steep metric a leap would be a gap, times its weight, to the node and to what reads it: neither minds it.
     leaps = problem.metric.is_steep and not problem.as_published and spec.rule.leaps
-    current = state.fresh[node] or not spec.outputs or leaps
+    current = state.up_to_date[node] or not spec.outputs or leaps
     outputs = None if current else spec.rule.evaluate(ctx, inputs)
     for i, value in enumerate(spec.outputs):
         wish = wishes[i]
@@ -149,7 +149,7 @@ def _mask(problem: FeasibilityProblem, state: State, edge: int, value: int) -> A
 
     def copies(*sources):
         u = spec.view.show(problem.known, sources)
-        return expanded(problem, edge, u) if state.memory else u
+        return expanded(problem, edge, u) if state.store_copies else u
 
     arrays = [problem.graph.values[v] for v in spec.sources]
     zeros = tuple(jnp.zeros(v.shape, v.dtype) for v in arrays)
@@ -162,9 +162,9 @@ def _mask(problem: FeasibilityProblem, state: State, edge: int, value: int) -> A
     return 1.0 - seen if first else seen
 
 
-def _outdate(problem: FeasibilityProblem, fresh: list[bool], value: int) -> None:
+def _outdate(problem: FeasibilityProblem, up_to_date: list[bool], value: int) -> None:
     for edge in problem.graph.readers[value]:
-        fresh[problem.graph.edges[edge].consumer] = False
+        up_to_date[problem.graph.edges[edge].consumer] = False
 
 
 def project_layer(problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:

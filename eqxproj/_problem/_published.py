@@ -98,7 +98,7 @@ def write_back(problem: FeasibilityProblem, old: State, new: State, nodes: Seque
             return value_of(problem, new, value)
         if value not in values:
             inputs = [operand(problem, old, e) for e in spec.edges]
-            outputs = spec.rule.evaluate(context(problem, producer, old.memory), inputs)
+            outputs = spec.rule.evaluate(context(problem, producer, old.store_copies), inputs)
             values.update(zip(spec.outputs, outputs, strict=True))
         return values[value]
 
@@ -109,7 +109,7 @@ def write_back(problem: FeasibilityProblem, old: State, new: State, nodes: Seque
             spec = graph.edges[edge]
             wanted = spec.view.show(problem.known, [current(v) for v in spec.sources])
             gap = wanted - shown(problem, new, edge)
-            if new.memory:
+            if new.store_copies:
                 gap = expanded(problem, edge, gap)
             duals[edge] = gap * clamped(problem.log_weights[edge])
     return eqx.tree_at(lambda s: s.duals, new, tuple(duals), is_leaf=lambda x: x is None)

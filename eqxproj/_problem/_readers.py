@@ -98,7 +98,7 @@ def expanded(problem: FeasibilityProblem, edge: int, u: Array) -> Array:
 def operand(problem: FeasibilityProblem, state: State, edge: int) -> Array:
     """The copies that an edge holds, without its dual expanded where the state has memory."""
     u = shown(problem, state, edge)
-    if state.memory:
+    if state.store_copies:
         u = expanded(problem, edge, u)
     dual = state.duals[edge]
     return u if dual is None else u + step(clamped(problem.log_weights[edge]), dual).astype(u.dtype)
@@ -107,7 +107,7 @@ def operand(problem: FeasibilityProblem, state: State, edge: int) -> Array:
 def collapsed(problem: FeasibilityProblem, state: State, edge: int) -> Array | None:
     """The sum of the duals of an edge's copies, in the shape of the operand."""
     dual = state.duals[edge]
-    if dual is None or not state.memory:
+    if dual is None or not state.store_copies:
         return dual
     variable = problem.graph.edges[edge].variable
     like = jnp.zeros(variable.shape, variable.dtype)

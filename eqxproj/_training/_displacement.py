@@ -53,7 +53,7 @@ def default_tau(program: Program, metric: Metric) -> float:
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
     state = solver.init(problem)
-    if steps == 1 and not solver.memory:
+    if steps == 1 and not solver.store_copies:
         return solver.step(problem, state)
     start = settled(ft.partial(solver.step, problem), state)
     if steps <= _UNROLLED:

@@ -16,14 +16,18 @@ from .._problem._state import State, combine
 class AbstractSolver(eqx.Module):
     """An iterative projection algorithm.
 
-    `memory` says whether it needs every copy of a variable: an algorithm that projects only from consensus does not.
+    - `store_copies`: whether it needs every copy of a variable. An algorithm that projects only from consensus does
+        not.
+    - `needs_two_colors`: whether it projects several nodes at once that may share no edge. The graph then gets identity
+        nodes until two colors are enough.
     """
 
-    memory: eqx.AbstractClassVar[bool]
+    store_copies: eqx.AbstractClassVar[bool]
+    needs_two_colors: eqx.AbstractVar[bool]
 
     def init(self, problem: FeasibilityProblem) -> State:
         """The state to start from: the forward pass."""
-        return problem.start(self.memory and problem.copies != "none")
+        return problem.start(self.store_copies and problem.copies != "none")
 
     @abc.abstractmethod
     def step(self, problem: FeasibilityProblem, state: State) -> State:

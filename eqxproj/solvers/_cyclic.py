@@ -37,12 +37,17 @@ class CyclicProjections(AbstractSolver):
     - `order`: `"topological"` or `"breadth_first"`, see the module.
     """
 
-    memory: ClassVar[bool] = False
+    store_copies: ClassVar[bool] = False
     order: Order = eqx.field(static=True)
 
     def __init__(self, order: Order = "topological"):
         _check_order(order)
         self.order = order
+
+    @property
+    def needs_two_colors(self) -> bool:
+        """A topological sweep projects one node after another; a frontier may hold nodes that share an edge."""
+        return self.order != "topological"
 
     def init(self, problem: FeasibilityProblem) -> State:
         # What that software writes back leaves copies that differ, so that parity with it needs them all.
@@ -62,7 +67,8 @@ class CyclicDouglasRachford(AbstractSolver):
     - `order`: `"topological"` or `"breadth_first"`, see the module.
     """
 
-    memory: ClassVar[bool] = True
+    store_copies: ClassVar[bool] = True
+    needs_two_colors: ClassVar[bool] = True
     order: Order = eqx.field(static=True)
 
     def __init__(self, order: Order = "topological"):
