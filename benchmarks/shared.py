@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import eqxproj
-from eqxproj._problem._state import conformed, settled
+from eqxproj._problem._state import iterate, prepared
 
 
 def classification(model, x, y):
@@ -40,10 +40,10 @@ def projection_step(model, x, y, **options: Any):
     solver = eqxproj.AlternatingProjections()
     problem = eqxproj.feasibility_problem(classification, model, x, y, **options)
     arrays, rest = eqx.partition(problem, eqx.is_array)
-    start = settled(lambda state: solver.step(problem, state), solver.init(problem))
+    start = prepared(lambda state: solver.step(problem, state), solver.init(problem))
 
     def step(state, arrays):
-        return conformed(solver.step(eqx.combine(arrays, rest), state), state)
+        return iterate(lambda state: solver.step(eqx.combine(arrays, rest), state), state, 1)
 
     return jax.jit(step).lower(start, arrays).compile(), start, arrays
 

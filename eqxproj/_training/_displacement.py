@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -21,10 +20,11 @@ from .._metric import Metric, check_metric
 from .._problem._make import RAW_TAU, check_copies, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
-from .._problem._state import State, conformed, settled
+from .._problem._state import State, iterate
 from .._program._convolutions import laid_out
 from .._program._equations import Program
 from .._program._trace import trace
+from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
 
@@ -52,20 +52,7 @@ def default_tau(program: Program, metric: Metric) -> float:
 
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
-    state = solver.init(problem)
-    if steps == 1 and not solver.store_copies:
-        return solver.step(problem, state)
-    start = settled(ft.partial(solver.step, problem), state)
-    if steps <= _UNROLLED:
-        state = start
-        for _ in range(steps):
-            state = conformed(solver.step(problem, state), start)
-        return state
-    return jax.lax.fori_loop(0, steps, lambda _, s: conformed(solver.step(problem, s), start), start)
-
-
-_UNROLLED = 4
-"""So few steps are unrolled, which takes as many times as long to compile and is a tenth faster with convolutions."""
+    return iterate(ft.partial(solver.step, problem), solver.init(problem), steps)
 
 
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:
@@ -80,11 +67,6 @@ def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyT
         assert moved is not None
         leaves.append(-moved.astype(start.dtype))
     return problem.trace.tree(leaves)
-
-
-def needs_identities(solver: AbstractSolver) -> bool:
-    """Whether a solver projects nodes together that must share no edge: all but a sweep in topological order."""
-    return not (isinstance(solver, CyclicProjections) and solver.order == "topological")
 
 
 def filter_value_and_displacement(
@@ -130,17 +112,18 @@ def filter_value_and_displacement(
     check_metric(chosen)
 
     @eqx.filter_jit
-    def compute(model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def compute(version: int, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        del version  # a static argument: other rules, another program
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
         factor = tau if tau is not None else RAW_TAU if raw else default_tau(traced.program, chosen)
-        problem = make_problem(traced, chosen, copies, factor, "constant", needs_identities(solver))
+        problem = make_problem(traced, chosen, copies, factor, "constant", solver.needs_two_colors)
         state = laid_out(lambda: run(problem, solver, steps), traced.program)
         moved = displacement_of(problem, state, raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
 
     @ft.wraps(loss)
     def value_and_displacement(model: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        return compute(model, args, kwargs)
+        return compute(registry_version(), model, args, kwargs)
 
     return value_and_displacement
 

@@ -16,6 +16,7 @@ from .._problem._problem import Copies
 from .._program._convolutions import laid_out
 from .._program._custom import custom_loss
 from .._program._trace import trace
+from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, AlternatingProjections
 from ..solvers._solve import check_positive, check_solver
 from ._displacement import run
@@ -67,7 +68,8 @@ def projection(
         return sum(parts[1:], start=parts[0])
 
     @eqx.filter_jit
-    def solved(primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
+    def solved(version: int, primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
+        del version  # a static argument: other rules, another program
         traced = trace(loss, primals, (target,))
         problem = make_problem(traced, chosen, copies, 1.0, "constant", two_colored=True)
         state = laid_out(lambda: run(problem, solver, steps), traced.program)
@@ -78,6 +80,8 @@ def projection(
         shapes = [jtu.tree_map(jnp.shape, t) for t in (wanted, got)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"`target` must be shaped like the output of `f`: wanted {shapes[0]}, got {shapes[1]}.")
-        return solved(tuple(primals), jtu.tree_map(lambda t, o: jnp.asarray(t, o.dtype), got, wanted))
+        return solved(
+            registry_version(), tuple(primals), jtu.tree_map(lambda t, o: jnp.asarray(t, o.dtype), got, wanted)
+        )
 
     return out, project

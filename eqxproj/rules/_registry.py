@@ -1,7 +1,9 @@
 """The registry of projection rules: a dictionary from the name of a primitive to its rule.
 
 Primitives are known by name because some are exported nowhere. Views and elementwise operations need no entry (see
-`_names.py`); an entry for one of them takes precedence.
+`_program/_primitives.py`); an entry for one of them takes precedence. Rules are looked up while a loss is traced, so
+that compiled functions of this library take `registry_version()` as a static argument: they compile again after a
+registration. A function that the user compiles around them keeps the rules that it was compiled with.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from ._points import through_points
 RULES: dict[str, AbstractRule] = {}
 """Primitive name to rule."""
 
+_version = 0
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -29,10 +33,18 @@ class RegisteredRule(AbstractRule):
 
     label: ClassVar[str] = "registered"
 
-    def __init__(self, function: Callable[..., Any], form: Literal["points", "duals"], name: str):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        form: Literal["points", "duals"],
+        name: str,
+        replaced: AbstractRule | None = None,
+    ):
         self.function = function
         self.form = form
         self.name = name
+        self.replaced = replaced
+        """The library's own rule of the primitive, if it has one."""
 
     def describe(self, equation: Equation | None) -> str:
         return f"registered ({getattr(self.function, '__name__', self.name)})"
@@ -82,18 +94,62 @@ def register_projection(
 
     **Returns:**
 
-    A decorator that returns the function unchanged. A second registration replaces the first.
+    A decorator that returns the function unchanged. A second registration replaces the first;
+    [`unregister_projection`][] takes it back. Functions of this library that are compiled already compile again.
     """
+    name = _name_of(primitive)
+    if form not in ("points", "duals"):
+        raise ValueError(f'`form` must be "points" or "duals", got {form!r}.')
+
+    def decorator(function: _F) -> _F:
+        before = RULES.get(name)
+        own = before.replaced if isinstance(before, RegisteredRule) else before
+        _write(name, RegisteredRule(function, form, name, own))
+        return function
+
+    return decorator
+
+
+def unregister_projection(primitive: str | Primitive) -> None:
+    """Takes back what [`register_projection`][] registered for a primitive: the library's own rule answers again.
+
+    **Arguments:**
+
+    - `primitive`: the primitive, or its name. Where the library has no rule for it, it has none again.
+
+    **Raises:** `ValueError` where no rule was registered for the primitive.
+    """
+    name = _name_of(primitive)
+    registered = RULES.get(name)
+    if not isinstance(registered, RegisteredRule):
+        known = sorted(n for n, rule in RULES.items() if isinstance(rule, RegisteredRule))
+        raise ValueError(
+            f"`primitive` is {name!r}, for which no rule was registered. Registered are rules for: "
+            f"{', '.join(known) or 'none'}. Register one with `@eqxproj.register_projection({name!r})`."
+        )
+    _write(name, registered.replaced)
+
+
+def registry_version() -> int:
+    """A number that grows with every registration and every one taken back."""
+    return _version
+
+
+def _write(name: str, rule: AbstractRule | None) -> None:
+    """Sets the rule of a primitive, or removes it."""
+    global _version
+    if rule is None:
+        del RULES[name]
+    else:
+        RULES[name] = rule
+    _version += 1
+
+
+def _name_of(primitive: Any) -> str:
+    """The name of a primitive that is given as itself or by name."""
     name = primitive if isinstance(primitive, str) else getattr(primitive, "name", None)
     if not isinstance(name, str) or not name:
         raise TypeError(
             f"`primitive` must be the name of a primitive or a `jax.extend.core.Primitive`, got {primitive!r}."
         )
-    if form not in ("points", "duals"):
-        raise ValueError(f'`form` must be "points" or "duals", got {form!r}.')
-
-    def decorator(function: _F) -> _F:
-        RULES[name] = RegisteredRule(function, form, name)
-        return function
-
-    return decorator
+    return name

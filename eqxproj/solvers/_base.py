@@ -1,4 +1,4 @@
-"""What every solver is: four small methods. The loop that owns iteration, checks and results is `_solve.iterate`."""
+"""What every solver is: four small methods. The loop that owns iteration, checks and results is `_solve.solve`."""
 
 from __future__ import annotations
 
