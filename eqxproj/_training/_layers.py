@@ -1,10 +1,9 @@
 """Layers of a graph: weights with what they are multiplied with, and their biases.
 
-A layer is a product or a convolution of an input with a parameter that stands in no other operation; its bias is a
-parameter that is added to that product, maybe among others, and to nothing else. Each of them may be converted to
-another type on the way (mixed precision). Penalties of parameters, such as weight decay, do not count. Grouped and
-transposed convolutions are no layers. Of a layer is also found out whether it stands in a branch beside a residual
-connection.
+A layer is a product or a convolution of an input with a weight, a parameter that no other operation reads. Its bias is
+a parameter that is added to the product, maybe among others, and to nothing else. Both may be converted to another type
+on the way (mixed precision), and both may stand in penalties, such as weight decay. Limits: grouped and transposed
+convolutions are no layers. It is also looked up whether a layer stands in a branch beside a residual connection.
 """
 
 from __future__ import annotations
@@ -49,9 +48,12 @@ class Layer:
 
 
 def layers(graph: Graph, owner: Mapping[int, int], late: Collection[int] = ()) -> tuple[Layer, ...]:
-    """The layers of a graph, of those of its values that are parameters: `owner` maps them to their positions.
+    """The layers of a graph.
 
-    Values among `late` are states of a recurrence over time: what is added to them is no branch.
+    **Arguments:**
+
+    - `owner`: which of the graph's values are parameters, and their positions among the parameters.
+    - `late`: values that are states of a recurrence over time. A sum with one of them ends no branch.
     """
     found, branches = [], _branches(graph, {*owner, *late})
     for value, position in owner.items():
@@ -105,7 +107,7 @@ def _original(graph: Graph, value: int) -> int:
 
 
 def _repeats(graph: Graph, node: Node) -> bool:
-    """Whether a node puts out what it reads: an identity, or a conversion to another type, as of mixed precision."""
+    """Whether a node's output is its operand: an identity, or a conversion to another type (mixed precision)."""
     if node.kind == "identity":
         return True
     if not isinstance(node.rule, Scalar) or not node.rule.repeats:
@@ -121,7 +123,7 @@ def _product_of(node: Node) -> Equation | None:
 
 
 def _layer(graph: Graph, edge: Edge, position: int) -> Layer | None:
-    """The layer, as yet without its bias, whose weight an edge shows; `None` for another node."""
+    """The layer whose weight an edge shows, without its bias; `None` where the node is no layer."""
     node = graph.nodes[edge.consumer]
     equation = _product_of(node)
     if equation is None or not edge.view.is_identity:
@@ -173,7 +175,10 @@ def _bias(graph: Graph, weight: Edge, owner: Mapping[int, int], layer: Layer) ->
 
 
 def _branches(graph: Graph, without: Collection[int]) -> int:
-    """The nodes that stand between a value, not among `without`, and what is added to it, as the bits of a number."""
+    """The nodes in branches: between a value and a sum of it with what is computed from it; as the bits of a number.
+
+    Sums with values among `without` do not count.
+    """
     found = 0
     for node in graph.nodes:
         if isinstance(node.rule, Scalar) and len(node.edges) > 1:
@@ -186,9 +191,14 @@ def _branches(graph: Graph, without: Collection[int]) -> int:
 
 
 def _stream(graph: Graph, owner: Mapping[int, int], layer: Layer) -> tuple[tuple[int, int] | None, float]:
-    """The sum of a value and the outputs of a layer that are computed from it, with their axis; and their factor.
+    """The sum of a layer's outputs with a value that they are computed from.
 
     Sums with parameters are passed through.
+
+    **Returns:**
+
+    The sum and its axis that belongs to the layer's outputs (`None` where there is no such sum), and the factor of
+    these outputs in it.
     """
     node, share = graph.nodes[layer.node], 1.0
     assert node.equation is not None
@@ -215,7 +225,7 @@ def _output_axis(equation: Equation, place: int) -> int:
 
 
 def _followed(view: View, axis: int) -> int | None:
-    """Where a view takes an axis of its one operand; `None` where that cannot be told."""
+    """The axis to which a view takes an axis of its one operand; `None` where it is not known."""
     variable: Variable = view.operands[0]
     for equation in view.equations:
         if len(equation.inputs) != 1 or equation.inputs[0] != variable:

@@ -1,4 +1,8 @@
-"""`projection(f, *primals)`: like `jax.vjp`, the value and a function back; but back go targets, not cotangents."""
+"""`projection(f, *primals)`: as `jax.vjp`, but the way back takes a wanted output, and returns inputs that give it.
+
+The inputs are found by a solver on the feasibility problem of `f` whose outputs equal the target. Limits: targets that
+`f` cannot reach are approached only; the way back is compiled once for each shape of target.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from ._displacement import run
 
 
 def _distance(outputs: Array, target: Array) -> Array:
+    """The value of the loss below, which solvers do not use: its prox is a projection."""
     return 0.5 * jnp.square(outputs - target)
 
 
@@ -48,9 +53,9 @@ def projection(
 
     **Returns:**
 
-    `(out, project)`. `project(target)` takes a pytree like `out` and returns a tuple like `primals`. The output of
-    those inputs approaches the target as `steps` grow, where it can be reached at all; they are near `primals`, and the
-    nearest where `f` is one operation and linear.
+    `(out, project)`. `project(target)` takes a pytree like `out` and returns a tuple like `primals`: inputs near
+    `primals`, the nearest ones where `f` is one linear operation. The output at these inputs approaches the target as
+    `steps` grow, where it can be reached at all.
 
     **Raises:** `ValueError` where the target is not shaped like the output.
     """
