@@ -238,7 +238,7 @@ def test_registration_reaches_the_branches_of_a_problem():
         return cross_entropy(h @ p["d"] + p["e"], y).mean()
 
     model, x, y = classification()
-    problem = eqxproj.feasibility_problem(loss, model, x, y, metric=STEEP)
+    problem = eqxproj.feasibility_problem(loss, model, x, y)
 
     def moved():
         new = eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=3).model
@@ -246,7 +246,7 @@ def test_registration_reaches_the_branches_of_a_problem():
 
     own = moved()
     scaled(0.0)
-    assert moved() == 0.0 < own
+    assert moved() < 1e-3 * own
     eqxproj.unregister_projection("tanh")
     assert moved() == own
 
