@@ -242,11 +242,11 @@ def test_registration_reaches_the_branches_of_a_problem():
 
     def moved():
         new = eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=3).model
-        return float(jnp.abs(new["a"] - model["a"]).max())
+        return float(jnp.abs(new["b"] - model["b"]).max())
 
     own = moved()
     scaled(0.0)
-    assert moved() < 1e-3 * own
+    assert moved() == 0.0 < own
     eqxproj.unregister_projection("tanh")
     assert moved() == own
 
