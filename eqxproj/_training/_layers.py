@@ -30,7 +30,7 @@ class Layer:
     - `stacked`: whether the parameters are those of many layers along a first axis, which the other axes do not count.
     - `in_branch`: whether the layer stands between a value and what is added to it: beside a residual connection.
     - `stream`: the sum that ends this branch, with its axis that is that of the outputs, where these are added as they
-        stand, times `share`; `None` otherwise.
+        stand, times `stream_factor`; `None` otherwise.
     """
 
     weight: int
@@ -44,26 +44,28 @@ class Layer:
     stacked: bool = False
     in_branch: bool = False
     stream: tuple[int, int] | None = None
-    share: float = 1.0
+    stream_factor: float = 1.0
 
 
-def layers(graph: Graph, owner: Mapping[int, int], late: Collection[int] = ()) -> tuple[Layer, ...]:
+def layers(graph: Graph, owner: Mapping[int, int], states: Collection[int] = ()) -> tuple[Layer, ...]:
     """The layers of a graph.
 
     **Arguments:**
 
     - `owner`: which of the graph's values are parameters, and their positions among the parameters.
-    - `late`: values that are states of a recurrence over time. A sum with one of them ends no branch.
+    - `states`: values that are states of a recurrence over time. A sum with one of them ends no branch.
     """
-    found, branches = [], _branches(graph, {*owner, *late})
+    found, branches = [], _branches(graph, {*owner, *states})
     for value, position in owner.items():
         edge = only_reader(graph, value, owner)
         layer = None if edge is None else _layer(graph, edge, position)
         if edge is not None and layer is not None:
             bias, factor = _bias(graph, edge, owner, layer)
             beside = bool(branches >> layer.node & 1)
-            stream, share = _stream(graph, owner, layer) if beside else (None, 1.0)
-            found.append(replace(layer, bias=bias, factor=factor, in_branch=beside, stream=stream, share=share))
+            stream, stream_factor = _stream(graph, owner, layer) if beside else (None, 1.0)
+            found.append(
+                replace(layer, bias=bias, factor=factor, in_branch=beside, stream=stream, stream_factor=stream_factor)
+            )
     return tuple(found)
 
 
@@ -200,7 +202,7 @@ def _stream(graph: Graph, owner: Mapping[int, int], layer: Layer) -> tuple[tuple
     The sum and its axis that belongs to the layer's outputs (`None` where there is no such sum), and the factor of
     these outputs in it.
     """
-    node, share = graph.nodes[layer.node], 1.0
+    node, stream_factor = graph.nodes[layer.node], 1.0
     assert node.equation is not None
     axis = None if layer.out is None else _output_axis(node.equation, 1 - layer.operand)
     edge = only_reader(graph, node.outputs[0], owner)
@@ -208,10 +210,10 @@ def _stream(graph: Graph, owner: Mapping[int, int], layer: Layer) -> tuple[tuple
         node, axis = graph.nodes[edge.consumer], _followed(edge.view, axis)
         if not isinstance(node.rule, Scalar) or not node.rule.is_sum or axis is None:
             break
-        share *= abs(sum(t.scale for t in node.rule.terms if t.variable == edge.variable))
+        stream_factor *= abs(sum(t.scale for t in node.rule.terms if t.variable == edge.variable))
         others = (_original(graph, v) for e in node.edges for v in graph.edges[e].sources)
         if any(graph.behind[layer.node] >> graph.producers[v] & 1 for v in others if v not in owner):
-            return (node.outputs[0], axis), share
+            return (node.outputs[0], axis), stream_factor
         edge = only_reader(graph, node.outputs[0], owner)
     return None, 1.0
 

@@ -136,12 +136,12 @@ class LayerInputs(eqx.Module):
 
 
 def _with_inputs(
-    problem: FeasibilityProblem, owner: Mapping[int, int], late: Collection[int] = ()
+    problem: FeasibilityProblem, owner: Mapping[int, int], states: Collection[int] = ()
 ) -> list[LayerInputs]:
     """The layers of a problem, also those inside of its recurrences, on the forward pass."""
     graph, start = problem.graph, problem.start(False)
     found: list[LayerInputs] = []
-    for layer in layers(graph, owner, late):
+    for layer in layers(graph, owner, states):
         node = graph.nodes[layer.node]
         assert node.equation is not None
         if node.unknown[layer.operand]:
@@ -218,8 +218,8 @@ def _read_alone(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dic
     }
     places = {unknowns.place(operand): position for operand, position in found.items()}
     along = {position for operand, position in found.items() if operand in slices}
-    late = [unknowns.place(i) for i, is_unknown in zip(carries, unknowns.carries, strict=True) if is_unknown]
-    return places, along, late
+    carried = [unknowns.place(i) for i, is_unknown in zip(carries, unknowns.carries, strict=True) if is_unknown]
+    return places, along, carried
 
 
 def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -250,7 +250,7 @@ def _unit(layer: Layer, total: Array) -> Array:
     rows = range(total.ndim - 1)
     total = _thinned(total, rows).astype(jnp.promote_types(total.dtype, jnp.float32))
     variance = jnp.mean(jnp.var(total, tuple(rows)))
-    return jnp.clip(jnp.sqrt(variance) / layer.share, _LEAST, 1.0)
+    return jnp.clip(jnp.sqrt(variance) / layer.stream_factor, _LEAST, 1.0)
 
 
 def _thinned(inputs: Array, rows: Sequence[int]) -> Array:
