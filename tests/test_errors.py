@@ -247,10 +247,6 @@ def test_bad_metric_values(name, value, untyped):
     raises(ValueError, f"`{name}`", repr(value), "positive finite", call=eqxproj.Metric, **{name: value})
 
 
-def test_bad_fan_out(untyped):
-    raises(ValueError, "`fan_out`", '"sum" or "mean"', "'max'", call=eqxproj.Metric, fan_out="max")
-
-
 @pytest.mark.parametrize(
     "solver, name, value",
     [
@@ -259,8 +255,6 @@ def test_bad_fan_out(untyped):
         (eqxproj.DifferenceMap, "beta", 0),
         (eqxproj.DifferenceMap, "beta", "1"),
         (eqxproj.RelaxedReflectReflect, "beta", np.nan),
-        (eqxproj.CyclicProjections, "order", "random"),
-        (eqxproj.CyclicDouglasRachford, "order", 1),
     ],
 )
 def test_bad_solver_options(solver, name, value, untyped):

@@ -24,14 +24,12 @@ from .._program._terms import Term, terms
 from .._program._trace import Trace
 from .._program._unroll import lay_out
 from ..rules._base import AbstractRule
-from ..rules._custom import Custom
-from ..rules._derivative import CustomDerivative
 from ..rules._local import FLAT, LocalSolver, flattened_by, is_differentiable
 from ..rules._loss import CustomObjective, GenericObjective
-from ..rules._registry import RULES, RegisteredRule
+from ..rules._registry import RULES
 from ..rules._scalar import AffineTerm, Scalar
 from ..rules._selection import POSITIONS, Selection
-from ._fusion import Fusion, is_elementwise, is_view
+from ._fusion import Fusion, is_elementwise, is_view, takes_precedence
 from ._graph import Edge, Graph, Node
 
 
@@ -177,8 +175,7 @@ class GraphBuilder:
 
     def _stays(self, equation: Equation) -> bool:
         """Operations that are never part of the objective: a local solver is blind to them, or a user has a rule."""
-        rule = RULES.get(equation.name)
-        return equation.name in (*FLAT, *POSITIONS) or isinstance(rule, (Custom, CustomDerivative, RegisteredRule))
+        return equation.name in (*FLAT, *POSITIONS) or takes_precedence(equation.name)
 
     def _staying(self, equations: Sequence[Equation]) -> set[int]:
         """Those, and what reads their positions up to the next floating-point values."""
@@ -345,9 +342,7 @@ class GraphBuilder:
         elif variable.index not in self._produced:
             equation = self.fusion.makers[variable.index]
             self._produced.update(v.index for v in equation.outputs)
-            if is_elementwise(equation) or (
-                equation.name == "reduce_sum" and not isinstance(RULES.get("reduce_sum"), RegisteredRule)
-            ):
+            if is_elementwise(equation) or (equation.name == "reduce_sum" and not takes_precedence("reduce_sum")):
                 self._add_scalar(variable, equation)
             else:
                 self._add_operation(equation)

@@ -12,20 +12,26 @@ import numpy as np
 
 from .._program._equations import Equation, Program, Variable, live
 from .._program._primitives import AFFINE, ELEMENTWISE, VIEW_DATA, VIEWS
-from ..rules._registry import RULES, RegisteredRule
+from ..rules._registry import RULES
 from ..rules._scalar import AffineTerm
+
+
+def takes_precedence(name: str) -> bool:
+    """Whether a primitive has a rule that is asked before the operation is fused or made part of the objective."""
+    rule = RULES.get(name)
+    return rule is not None and rule.takes_precedence
 
 
 def is_view(equation: Equation, unknown: frozenset[int]) -> bool:
     """Whether an equation is a view of its unknown operands, all of which must carry data and be floats."""
-    if equation.name not in VIEWS or isinstance(RULES.get(equation.name), RegisteredRule):
+    if equation.name not in VIEWS or takes_precedence(equation.name):
         return False
     data = range(len(equation.inputs))[VIEW_DATA.get(equation.name, slice(0, 1))]
     return all(i in data and v.is_float for i, v in enumerate(equation.inputs) if v.index in unknown)
 
 
 def is_elementwise(equation: Equation) -> bool:
-    return equation.name in ELEMENTWISE and not isinstance(RULES.get(equation.name), RegisteredRule)
+    return equation.name in ELEMENTWISE and not takes_precedence(equation.name)
 
 
 class Fusion:

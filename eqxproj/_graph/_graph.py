@@ -181,19 +181,8 @@ class Graph:
         return tuple(d % 2 for d in self.distance)
 
     @cached_property
-    def frontiers(self) -> tuple[tuple[int, ...], ...]:
-        """The objective, then again and again what the last nodes read from: a node stands wherever it is met."""
-        found: list[tuple[int, ...]] = []
-        layer = tuple(self.objectives)
-        while layer:
-            found.append(layer)
-            layer = tuple(dict.fromkeys(p for n in layer for p in self._prompt[n]))
-        return tuple(found)
-
-    def layers(self, order: str) -> tuple[tuple[int, ...], ...]:
-        """The nodes from the objective back: `"topological"` by longest way, `"breadth_first"` by frontiers."""
-        if order == "breadth_first":
-            return self.frontiers
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes from the objective back, by their longest way to it: every node follows all that read from it."""
         layers: list[list[int]] = [[] for _ in range(max(self.depth) + 1)]
         for node, d in enumerate(self.depth):
             layers[d].append(node)

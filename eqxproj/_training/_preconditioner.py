@@ -174,7 +174,7 @@ def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) 
         return _with_inputs(body, {value: read[i] for i, value in unknown if i in read}, states)
 
     operands = [shown(problem, problem.start(False), e) for e in node.edges]
-    ctx = replace(context(problem, number, False), unmoved=True)  # as on the forward pass
+    ctx = replace(context(problem, number, False), residuals_hold=True)  # as on the forward pass
     assert isinstance(node.rule, Scan)
     stacked = [_stacked(one, sliced) for one in node.rule.over_time(ctx, operands, inputs_of)]
     return [one for one in stacked if one is not None]

@@ -1,80 +1,28 @@
 """The registry of projection rules: a dictionary from the name of a primitive to its rule.
 
 Primitives are known by name because some are exported nowhere. Views and elementwise operations need no entry (see
-`_program/_primitives.py`); an entry for one of them takes precedence. Rules are looked up while a loss is traced, so
-that compiled functions of this library take `registry_version()` as a static argument: they compile again after a
+`_program/_primitives.py`); an entry for one of them takes precedence. Rules are looked up while a loss is traced.
+Compiled functions of this library take `registry_version()` as a static argument, so that they compile again after a
 registration. A function that the user compiles around them keeps the rules that it was compiled with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
-import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jaxtyping import Array
 
-from .._errors import check_shapes
-from .._program._equations import Equation
-from ._base import AbstractRule, Context
-from ._points import through_points
+from ._base import AbstractRule
+from ._custom import RegisteredDualRule, RegisteredRule
 
 RULES: dict[str, AbstractRule] = {}
 """Primitive name to rule."""
-
+_OWN: dict[str, AbstractRule | None] = {}
+"""For primitives with a rule that a user registered: the library's own rule, `None` where it has none."""
 _version = 0
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-
-class RegisteredRule(AbstractRule):
-    """A rule that a user wrote for one primitive, in points or in duals."""
-
-    label: ClassVar[str] = "registered"
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        form: Literal["points", "duals"],
-        name: str,
-        replaced: AbstractRule | None = None,
-    ):
-        self.function = function
-        self.form = form
-        self.name = name
-        self.replaced = replaced
-        """The library's own rule of the primitive, if it has one."""
-
-    def describe(self, equation: Equation | None) -> str:
-        return f"registered ({getattr(self.function, '__name__', self.name)})"
-
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
-        operands = tuple(ctx.operands(inputs))
-
-        def checked(wanted: Sequence[Array]) -> list[Array]:
-            new = self.function(ctx, operands, wanted[0] if len(wanted) == 1 else tuple(wanted))
-            new = _unknown_part(new if isinstance(new, (tuple, list)) else (new,), ctx.unknown, self.name)
-            check_shapes(new, inputs, f"The projection rule of primitive {self.name!r}")
-            return new
-
-        if self.form == "duals":
-            nus = checked(duals)
-        else:
-            nus = through_points(checked, inputs, ctx.function(*inputs), duals, ctx.weights, ctx.kappa)
-        moved = [x + nu / jnp.asarray(w, x.dtype) for x, nu, w in zip(inputs, nus, ctx.weights, strict=True)]
-        return nus, ctx.function(*moved)
-
-
-def _unknown_part(new: Sequence[Any], unknown: Sequence[bool], name: str) -> list[Array]:
-    if len(new) == len(unknown):
-        return [x for x, is_unknown in zip(new, unknown, strict=True) if is_unknown]
-    if len(new) == sum(unknown):
-        return list(new)
-    raise ValueError(
-        f"The projection rule of primitive {name!r} returned {len(new)} inputs, but the primitive has {len(unknown)} "
-        f"operands, {sum(unknown)} of them unknown. Return one new value an operand, in their order."
-    )
 
 
 def register_projection(
@@ -90,7 +38,7 @@ def register_projection(
 
     The rule receives *all* operands of the primitive, known ones included (`ctx.unknown` says which are unknown) and
     returns as many; what it returns for known operands is ignored. `ctx.params` are the primitive's parameters,
-    `ctx.weights` and `ctx.kappa` the weights of the unknown operands and of the output.
+    `ctx.weights` and `ctx.output_weights` the weights of the unknown operands and of the outputs.
 
     **Returns:**
 
@@ -102,9 +50,9 @@ def register_projection(
         raise ValueError(f'`form` must be "points" or "duals", got {form!r}.')
 
     def decorator(function: _F) -> _F:
-        before = RULES.get(name)
-        own = before.replaced if isinstance(before, RegisteredRule) else before
-        _write(name, RegisteredRule(function, form, name, own))
+        if not _is_registered(name):
+            _OWN[name] = RULES.get(name)
+        _write(name, (RegisteredDualRule if form == "duals" else RegisteredRule)(function, name))
         return function
 
     return decorator
@@ -120,19 +68,23 @@ def unregister_projection(primitive: str | Primitive) -> None:
     **Raises:** `ValueError` where no rule was registered for the primitive.
     """
     name = _name_of(primitive)
-    registered = RULES.get(name)
-    if not isinstance(registered, RegisteredRule):
-        known = sorted(n for n, rule in RULES.items() if isinstance(rule, RegisteredRule))
+    if not _is_registered(name):
+        known = ", ".join(filter(_is_registered, sorted(RULES)))
         raise ValueError(
-            f"`primitive` is {name!r}, for which no rule was registered. Registered are rules for: "
-            f"{', '.join(known) or 'none'}. Register one with `@eqxproj.register_projection({name!r})`."
+            f"`primitive` is {name!r}, for which no rule was registered. Registered are rules for: {known or 'none'}. "
+            f"Register one with `@eqxproj.register_projection({name!r})`."
         )
-    _write(name, registered.replaced)
+    _write(name, _OWN.pop(name))
 
 
 def registry_version() -> int:
-    """A number that grows with every registration and every one taken back."""
+    """A number that grows with every registration, and with every one that is taken back."""
     return _version
+
+
+def _is_registered(name: str) -> bool:
+    """Whether the rule of a primitive is a user's."""
+    return isinstance(RULES.get(name), RegisteredRule | RegisteredDualRule)
 
 
 def _write(name: str, rule: AbstractRule | None) -> None:

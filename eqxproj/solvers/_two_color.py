@@ -9,9 +9,8 @@ With $R = 2P - I$:
   $f_B = (1+1/\beta)P_B - I/\beta$;
 - relaxed reflect-reflect: $x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
 
-Limits: where the metric is steep and the graph branches, as in recurrences, reflections at sets so differently weighted
-let the duals of alternating reflections, Douglas-Rachford and the difference map grow from step to step. They want
-flatter metrics.
+Limits: where the metric is graded and the graph branches, as in recurrences, alternating reflections, Douglas-Rachford
+and the difference map let their duals grow from step to step. They want the unit metric.
 
 Sources: section 3 of arXiv 2506.05878; Elser, "Learning without loss" (2021).
 """
