@@ -26,7 +26,7 @@ import eqxproj
 from eqxproj._problem._make import make_problem
 from eqxproj._program._trace import trace
 from eqxproj._training._data import batches
-from eqxproj._training._displacement import DEFAULT_METRIC, DEFAULT_TAU, displacement_of, needs_identities, run
+from eqxproj._training._displacement import DEFAULT_METRIC, DEFAULT_TAU, displacement_of, run
 
 
 class Attention(eqx.Module):
@@ -101,9 +101,9 @@ def train(make, setting, composites: bool, data, steps: int, seed: int) -> tuple
     @jax.jit
     def step(parameters, state, x, y):
         traced = trace(classification, eqx.combine(parameters, static), (x, y), None)
-        problem = make_problem(traced, metric, "neuron", tau, "constant", needs_identities(solver), 0.0, composites)
+        problem = make_problem(traced, metric, "neuron", tau, "constant", solver.needs_two_colors, 0.0, composites)
         nodes.append(len(problem.graph.nodes))
-        moved = displacement_of(problem, run(problem, solver, 4 if needs_identities(solver) else 1), False)
+        moved = displacement_of(problem, run(problem, solver, 4 if solver.needs_two_colors else 1), False)
         updates, state = adam.update(moved, state, parameters)
         return eqx.apply_updates(parameters, updates), state
 

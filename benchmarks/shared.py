@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import eqxproj
-from eqxproj._problem._state import conformed, settled
+from eqxproj._problem._state import iterate, prepared
 
 
 def classification(model, x, y):
@@ -23,7 +23,7 @@ def classification(model, x, y):
 
 def copies_for(solver: eqxproj.AbstractSolver) -> str:
     """A copy a neuron; for solvers that remember their copies one constraint a whole product, which is faster."""
-    return "none" if solver.memory else "neuron"
+    return "none" if solver.store_copies else "neuron"
 
 
 def projection_step(model, x, y, **options: Any):
@@ -40,10 +40,10 @@ def projection_step(model, x, y, **options: Any):
     solver = eqxproj.AlternatingProjections()
     problem = eqxproj.feasibility_problem(classification, model, x, y, **options)
     arrays, rest = eqx.partition(problem, eqx.is_array)
-    start = settled(lambda state: solver.step(problem, state), solver.init(problem))
+    start = prepared(lambda state: solver.step(problem, state), solver.init(problem))
 
     def step(state, arrays):
-        return conformed(solver.step(eqx.combine(arrays, rest), state), state)
+        return iterate(lambda state: solver.step(eqx.combine(arrays, rest), state), state, 1)
 
     return jax.jit(step).lower(start, arrays).compile(), start, arrays
 

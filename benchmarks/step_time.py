@@ -25,7 +25,10 @@ import optax
 from shared import classification, in_turn, projection_step, write
 
 import eqxproj
-from eqxproj._training._train import _Run, default_optimizer
+from eqxproj._training._direction import Displacement, Gradient
+from eqxproj._training._displacement import checked_options
+from eqxproj._training._optimizer import default_optimizer
+from eqxproj._training._step import prepare
 
 
 class Cnn(eqx.Module):
@@ -100,24 +103,22 @@ def steps_of(make):
         carry = (parameters, adam.init(parameters))
         return jax.jit(step).lower(carry, (x, y)).compile(), carry, (x, y)
 
-    def trained(method, precondition):
-        run = _Run(classification, None, default_optimizer(1000), None, None, None, 1, method, False)
-        run.excluded = frozenset() if precondition else None
-        update = run.step((), parameters)
+    def trained(direction):
+        update, start = prepare(model, direction, optax.with_extra_args_support(default_optimizer(1000)), ())
 
-        def step(carry, batch):
-            reached, state, bad = carry
-            return update(static, reached, state, bad, np.int32(0), batch, jax.random.key(0))[:3]
+        def step(state, batch):
+            return update(state, np.int32(0), batch, jax.random.key(0))[0]
 
-        carry = (parameters, run.optimizer.init(parameters), jnp.asarray(-1))
-        return jax.jit(step).lower(carry, (x, y)).compile(), carry, (x, y)
+        return jax.jit(step).lower(start, (x, y)).compile(), start, (x, y)
+
+    options = checked_options(None, 1, None, None, None)
 
     return {
         "gradient + adam": optimized(eqx.filter_value_and_grad(classification)),
         "displacement + adam": optimized(eqxproj.filter_value_and_displacement(classification)),
         "alternating projections": projection_step(model, x, y, copies="neuron"),
-        "train, gradients": trained("gradient", False),
-        "train, defaults": trained("projection", True),
+        "train, gradients": trained(Gradient(classification, False)),
+        "train, defaults": trained(Displacement(classification, False, options, frozenset())),
     }
 
 

@@ -33,6 +33,7 @@ from ._training._train import TrainResult as TrainResult
 from ._training._train import train as train
 from .rules._registry import RULES as _RULES
 from .rules._registry import register_projection as register_projection
+from .rules._registry import unregister_projection as unregister_projection
 from .solvers import AbstractSolver as AbstractSolver
 from .solvers import AlternatingProjections as AlternatingProjections
 from .solvers import AlternatingReflections as AlternatingReflections
