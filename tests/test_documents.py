@@ -1,0 +1,52 @@
+"""The code of the README and of the documentation runs as it stands there, and the reference names all that is public."""
+
+import pathlib
+import re
+import types
+
+import pytest
+
+import eqxproj
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def python_of(name):
+    """The Python of a document, without what is indented."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.fixture
+def same_rules():
+    """Rules that a document registers are gone after it."""
+    from eqxproj.rules._registry import RULES
+
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/pieces.md"])
+def test_the_code_of_a_document_runs(name, same_rules):
+    names = {}
+    for block in python_of(name):
+        exec(compile(block, name, "exec"), names)
+    if "step" in names:  # the README defines a step of training, and takes none
+        x, y = names["data"].train
+        model, state, value = names["step"](names["model"], names["state"], x[:32], y[:32])
+        assert value > 0
+    assert names["result"].history["loss"][-1] < names["result"].history["loss"][0]
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 500
+    assert len(text[: text.index("```")].split()) <= 120
+
+
+def test_the_reference_names_all_that_is_public():
+    public = {n for n in vars(eqxproj) if not n.startswith("_") and not isinstance(getattr(eqxproj, n), types.ModuleType)}
+    modules = {"datasets", "flax", "losses", "sets"}
+    named = re.findall(r"^::: eqxproj\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.M)
+    assert sorted(named) == sorted(public | modules), "docs/api.md: one line `::: eqxproj.NAME` for each public name"
