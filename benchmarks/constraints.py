@@ -32,6 +32,7 @@ from shared import classification, write
 
 import eqxproj
 from eqxproj import datasets, sets
+from eqxproj._training._constraints import apply_constraints
 
 METHODS = ("projection", "projected adam")
 ROWS = ("constrained", "free", "projected at the end")
@@ -111,18 +112,18 @@ def tasks(data: datasets.Dataset) -> dict[str, Task]:
         return Task(make, classification, accuracy, lambda _: (data.train, data.test), where, chosen, holds)
 
     return {
-        "sparse": classify(sets.sparse(0.1), lambda w: np.count_nonzero(w) <= 0.1 * w.size),
-        "two_bits": classify(sets.quantized(2, scale="learned"), has_two_bits),
+        "sparse": classify(sets.Sparse(0.1), lambda w: np.count_nonzero(w) <= 0.1 * w.size),
+        "two_bits": classify(sets.Quantized(2, scale="learned"), has_two_bits),
         "monotone": Task(
             lambda key: Mlp((8, 32, 32, 1), (jax.nn.relu, jnp.tanh), key),
             regression,
             mean_squared_error,
             increasing_data,
             lambda m: [layer.weight for layer in m.layers],
-            sets.non_negative(),
+            sets.NonNegative(),
             lambda w: bool(np.all(w >= 0)),
         ),
-        "orthogonal": classify(sets.orthogonal(), has_orthonormal_rows, lambda m: [m.layers[0].weight]),
+        "orthogonal": classify(sets.Orthogonal(), has_orthonormal_rows, lambda m: [m.layers[0].weight]),
     }
 
 
@@ -161,14 +162,14 @@ def measure(task: Task, seed: int, steps: int, batch_size: int) -> dict[str, dic
     def check(trained):
         weights = [np.asarray(w) for w in task.where(trained)]
         assert all(task.holds(w) for w in weights), "a constraint does not hold"
-        again = eqx.filter_jit(sets.apply_constraints)(trained, constraints["projection"])
+        again = eqx.filter_jit(apply_constraints)(trained, constraints["projection"])
         assert eqx.tree_equal(again, trained), "a projection moves the model that was projected"
         return trained
 
     found = {}
     for method in METHODS:
         constrained, free = check(run(method, constraints[method])), run(method, ())
-        end = check(eqx.filter_jit(sets.apply_constraints)(free, constraints["projection"]))
+        end = check(eqx.filter_jit(apply_constraints)(free, constraints["projection"]))
         models = dict(zip(ROWS, (constrained, free, end), strict=True))
         found[method] = {row: float(score(trained, *test)) for row, trained in models.items()}
     return found

@@ -12,7 +12,6 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any, Literal
 
 import equinox as eqx
@@ -272,17 +271,10 @@ def _report(options: argparse.Namespace, outcomes: Sequence[_Outcome]) -> dict[s
     device = jax.devices()[0]
     return {
         "settings": vars(options),
-        "versions": {"eqxproj": _version(), "jax": jax.__version__, "python": platform.python_version()},
+        "versions": {"eqxproj": eqxproj.__version__, "jax": jax.__version__, "python": platform.python_version()},
         "device": f"{device.platform}: {device.device_kind}",
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
-
-
-def _version() -> str:
-    try:
-        return metadata.version("eqxproj")
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 def _finite(value: Any) -> Any:

@@ -283,10 +283,10 @@ def test_bad_solver_of_solve(untyped):
 @pytest.mark.parametrize(
     "error, constraint, part",
     [
-        (TypeError, eqxproj.sets.sparse(0.1), "pair `(where, set)`"),
+        (TypeError, eqxproj.sets.Sparse(0.1), "pair `(where, set)`"),
         (TypeError, (lambda p: p["a"], 0.1), "set of `eqxproj.sets`"),
-        (TypeError, ("a", eqxproj.sets.sparse(0.1)), "pair `(where, set)`"),
-        (ValueError, (lambda p: 3, eqxproj.sets.sparse(0.1)), "floating-point array"),
+        (TypeError, ("a", eqxproj.sets.Sparse(0.1)), "pair `(where, set)`"),
+        (ValueError, (lambda p: 3, eqxproj.sets.Sparse(0.1)), "floating-point array"),
     ],
 )
 def test_bad_constraints(error, constraint, part, untyped, no_training):

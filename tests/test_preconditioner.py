@@ -16,6 +16,7 @@ import pytest
 import eqxproj
 from eqxproj._problem._make import make_problem
 from eqxproj._program._trace import trace
+from eqxproj._training._constraints import constrained
 from eqxproj._training._displacement import DEFAULT_METRIC
 from eqxproj._training._preconditioner import Preconditioner, preconditioner
 
@@ -215,8 +216,8 @@ def test_what_has_no_coordinates_of_its_own():
 def test_constrained_parameters_keep_their_coordinates():
     model = eqx.nn.MLP(6, 4, 5, 1, key=KEYS[0])
     loss = loss_of(linear)
-    constraints = [(lambda m: m.layers[0].weight, eqxproj.sets.non_negative())]
-    positions = eqxproj.sets.constrained(model, constraints)
+    constraints = [(lambda m: m.layers[0].weight, eqxproj.sets.NonNegative())]
+    positions = constrained(model, constraints)
     assert positions == {0}
     assert [layer.weight for layer in of(loss, model, X).layers] == [0, 2]
     assert [layer.weight for layer in of(loss, model, X, excluded=positions).layers] == [2]

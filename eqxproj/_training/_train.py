@@ -28,9 +28,9 @@ from .._problem._make import check_copies, check_labels, check_tau, feasibility_
 from .._problem._problem import Copies, FeasibilityProblem
 from .._program._convolutions import lowered
 from .._program._trace import trace
-from ..sets import Constraint, apply_constraints, check_constraints, constrained
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver, finite_nodes, first_bad
+from ._constraints import Constraint, apply_constraints, check_constraints, constrained
 from ._data import batches, check_data, check_model, take
 from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, default_tau, displacement_of, needs_identities, run
 from ._preconditioner import preconditioner
@@ -98,8 +98,8 @@ def train(
         default) and after the last, in one call of each function of `evaluate`.
     - `evaluate`: name to `function(model, *eval_data) -> scalar`, which is compiled; the loss by default.
     - `constraints`: pairs `(where, set)`: `where(model)` picks an array, as in `equinox.tree_at`, and the array is
-        projected onto the set after every step, or, for sets of isolated pieces (`sparse`, `quantized`), before every
-        step, from an array that is kept for it. The returned model satisfies the constraints exactly.
+        projected onto the set after every step, or, for discrete sets (`Sparse`, `Quantized`), before every step, from
+        an array that is kept for it. The returned model satisfies the constraints exactly.
     - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
     - `progress`: show a progress bar.
 
@@ -131,7 +131,7 @@ def train(
     run_.check(model, arrays, count)
     run_.check_optimizer(model)
     key = jax.random.key(0) if key is None else key
-    model = apply_constraints(model, [c for c in constraints if not c[1].keeps])
+    model = apply_constraints(model, [c for c in constraints if not c[1].is_discrete])
     watch = _Watch(held, {"loss": _plain(loss, has_aux)} if evaluate is None else evaluate, eval_every, steps)
     rows = batches(count, batch_size, key)
     return _loop(run_, model, arrays, rows, key, int(steps), tuple(constraints), watch, progress)
@@ -309,7 +309,7 @@ class _Run:
 
         The model is run with parameters of the types of `like`.
         """
-        kept, others = ([c for c in constraints if c[1].keeps is flag] for flag in (True, False))
+        kept, others = ([c for c in constraints if c[1].is_discrete is flag] for flag in (True, False))
 
         def update(static, parameters, opt_state, bad, number, batch, key):
             model = apply_constraints(eqx.combine(_cast(parameters, like), static), kept)
