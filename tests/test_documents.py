@@ -1,12 +1,14 @@
-"""The code of the README and of the documentation runs as it stands there, and the reference names all that is public."""
+"""The code of the README and of the documentation runs as it stands there; the reference names all that is public."""
 
 import pathlib
 import re
 import types
 
+import jax
 import pytest
 
 import eqxproj
+from eqxproj.rules._registry import RULES
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -19,16 +21,23 @@ def python_of(name):
 @pytest.fixture
 def same_rules():
     """Rules that a document registers are gone after it."""
-    from eqxproj.rules._registry import RULES
-
     before = dict(RULES)
     yield
     RULES.clear()
     RULES.update(before)
 
 
+@pytest.fixture
+def quick_compilation():
+    """Most of the time is compilation, and for networks so small slow code is fast enough."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/pieces.md"])
-def test_the_code_of_a_document_runs(name, same_rules):
+def test_the_code_of_a_document_runs(name, same_rules, quick_compilation):
     names = {}
     for block in python_of(name):
         exec(compile(block, name, "exec"), names)
