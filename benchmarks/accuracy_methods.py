@@ -1,7 +1,7 @@
-"""The methods that `accuracy.py` compares, each with its settings: the one that is best on the validation split is taken.
+"""The methods that `accuracy.py` compares, each with the settings among which it chooses.
 
-Methods of gradients differ in the optimizer alone. `adam` and `momentum` have a constant rate; `adam-cosine` and `muon`
-have one that rises in a straight line to its peak and falls to a hundredth of that with a cosine.
+Methods of gradients differ in the optimizer alone. `adam` and `momentum` have a constant rate. With `adam-cosine` and
+`muon`, the rate rises in a straight line to its peak, and falls to a hundredth of that with a cosine.
 `muon` needs optax 0.2.6 or later.
 """
 
@@ -16,7 +16,6 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 import eqxproj
-
 
 Optimizer = Callable[[float, int], optax.GradientTransformation]
 """A function of a rate and the number of steps."""
@@ -87,7 +86,7 @@ def _as_matrices(parameters: Any) -> Any:
 
 
 def _solver(solver: Callable[[], eqxproj.AbstractSolver], copies: str) -> list[Setting]:
-    """A solver from the forward pass: a steep metric and two flatter ones, and few sweeps or many.
+    """A solver from the forward pass, with few sweeps or many, in one metric of the gradient regime and two others.
 
     A solver that keeps its copies from step to step gets one constraint a whole product (`copies="none"`), which is
     faster.

@@ -90,8 +90,9 @@ def convolution(groups: int, repeats: int) -> dict[str, dict[str, float]]:
             before = plain_milliseconds(loss, array, data, optimizer, repeats)
             seconds = training_seconds(array, data, loss, repeats, _WARM, method="gradient", optimizer=optimizer)
             after = plain_milliseconds(loss, array, data, optimizer, repeats)
-            found = {"plain_ms": (before + after) / 2 / turns, "canonicalised_ms": 1e3 * float(np.median(seconds)) / turns}
-            rows[f"{name}, {where}"] = {**found, "ratio": found["plain_ms"] / found["canonicalised_ms"]}
+            plain, trained = (before + after) / 2, 1e3 * float(np.median(seconds))
+            row = {"plain_ms": plain / turns, "canonicalised_ms": trained / turns, "ratio": plain / trained}
+            rows[f"{name}, {where}"] = row
     return rows
 
 

@@ -9,8 +9,8 @@ The model, initial parameters, batches, steps and optimizer (the default of `tra
 - `straight-through`: gradients with the derivative of something smooth in the place of the step's: of the identity
   between -1 and 1 for signs, of the identity for rounding, of softmax for the position of a maximum;
 - `gradient`: gradients as they are, which pass nothing through the step;
-- `alternating`, `difference-map`: two-color solvers in a steep metric, only if `--method` names them; they are several
-  times slower.
+- `alternating`, `difference-map`: two-color solvers in a metric of the gradient regime, only if `--method` names them;
+  they are several times slower.
 
 Printed is the accuracy on the test set: the mean over the seeds, and in brackets their standard deviation. The data are
 MNIST from a folder (`--data-dir`), or the digits of the package.

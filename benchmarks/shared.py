@@ -75,9 +75,7 @@ def training_seconds(model, data: Sequence[Any], loss: Callable[..., Any], steps
     - `model`, `data`, `loss`, `options`: of `eqxproj.train`.
     - `steps`, `warm`: steps that count, and steps before them that do not.
     """
-    result = eqxproj.train(
-        model, data, loss, steps=warm + steps, batch_size=len(data[0]), eval_every=1, **options
-    )
+    result = eqxproj.train(model, data, loss, steps=warm + steps, batch_size=len(data[0]), eval_every=1, **options)
     return np.diff(result.history["seconds"])[warm:]
 
 

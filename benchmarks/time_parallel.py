@@ -6,8 +6,9 @@ The data are batches of 4 sequences of 8 numbers; the network has 32 hidden unit
 sequence; the label is the sign of the mean of the last 16 entries. Compared are:
 
 - `gradient`: `value_and_grad`, which goes through the cells forth and back, one after the other;
-- `one step`: one step of alternating projections on the unrolled recurrence, as it is in the middle of a run, in a flat
-  metric and in the default one: two rounds of projections, in each of which all time steps are independent;
+- `one step`: one step of alternating projections on the unrolled recurrence, as it is in the middle of a run, in the
+  unit metric (`flat`) and in the default one: two rounds of projections, in each of which all time steps are
+  independent;
 - `displacement`: the forward pass, which is sequential, and 16 such steps.
 
 Timed in turn within a round; printed are the medians over the rounds of the milliseconds and of the ratios to the

@@ -3,10 +3,10 @@
     python examples/vision_transformer.py                              # on the digits of the package
     python examples/vision_transformer.py --data-dir path/to/cifar10   # on CIFAR-10, from a folder as on the hub
 
-Patches, self-attention, layer normalization and residual connections: every operation gets its own rule, and softmax
-and normalization, which have none in closed form, a local solver. On digits, both ways end within a few percent
-of each other; on CIFAR-10, as few steps only show that it works there too. Prints the accuracy on held-out images, and
-draws it over the steps.
+Patches, self-attention, layer normalization and residual connections: every operation gets its own rule. Softmax and
+normalization have no projection in closed form, and get a local solver. On digits, both ways end within a few percent
+of each other; on CIFAR-10, so few steps only show that it works there too. Prints the accuracy on held-out images, and
+draws it over the steps. One seed each: small differences mean nothing.
 """
 
 from collections.abc import Sequence
