@@ -1,8 +1,8 @@
-"""Training under hard constraints on the weights: projections beside projected Adam.
+"""How well do networks train under hard constraints on the weights: by projections, and by projected Adam?
 
     python benchmarks/constraints.py [--quick] [--seeds 3] [--task sparse ...] [--data-dir DIR] [--json FILE]
 
-Each task is trained by `eqxproj.train` with its defaults, and by projected Adam: gradients, the same optimizer, initial
+Compared are `eqxproj.train` with its defaults, and projected Adam: gradients with the same optimizer, initial
 parameters and batches, and a projection onto the sets after every step. The tasks:
 
 - `sparse`: a relu MLP with two hidden layers of 128, nine tenths of the weights of each layer zero; test accuracy;
@@ -11,11 +11,12 @@ parameters and batches, and a projection onto the sets after every step. The tas
   fitted to noisy values of an increasing function of 8 inputs; mean squared error to the function itself;
 - `orthogonal`: the MLP with orthonormal rows in its first layer; test accuracy.
 
-Images are MNIST from a folder (`--data-dir`), or the digits of the package. For comparison the table has, for both
-methods, the same run without constraints (`free`), and that model projected onto the sets once, at the end
-(`projected at the end`). Printed are mean, least and largest over the seeds. The script stops where a model that was
-trained under constraints does not satisfy them exactly: zeros, signs and the number of levels without any error,
-orthonormality up to 1e-5.
+Images are MNIST from a folder (`--data-dir`), or the digits of the package. The table also has, for both methods, the
+same run without constraints (`free`), and that model projected onto the sets once, at the end (`projected at the end`).
+Printed are the mean over the seeds, and as spread the least and the largest.
+
+The script stops where a model that was trained under constraints does not satisfy them: zeros, signs and the number of
+levels without any error, orthonormality up to 1e-5.
 """
 
 from __future__ import annotations
