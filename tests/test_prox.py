@@ -11,18 +11,16 @@ import pytest
 import scipy.optimize
 import scipy.special
 
-from eqxproj._numerics._prox import (
-    _wright,
-    cross_entropy_displacement,
-    cross_entropy_value,
+from eqxproj._numerics._cross_entropy import _wright, cross_entropy_displacement, cross_entropy_value
+from eqxproj._numerics._losses import (
     hinge_displacement,
     hinge_value,
     margin_displacement,
     margin_value,
     squared_error_displacement,
     squared_error_value,
-    water_level,
 )
+from eqxproj._numerics._water_level import water_level
 
 TAUS = (0.01, 0.1, 1.0, 5.0, 20.0, 100.0)
 EXTREME_TAUS = (1e-8, 1e-3, 1.0, 1e4)
@@ -162,7 +160,7 @@ def test_cross_entropy_with_probabilities():
 @pytest.mark.parametrize("n", [7, 40])
 @pytest.mark.parametrize("tau", [1e-6, 1.9e-6, 2e-6, 1e-4, 0.01, 0.039, 0.04])
 def test_small_steps_on_cross_entropy_are_exact_in_every_class(tau, n):
-    """On both sides of the steps up to which the slope is the answer, and no loop runs."""
+    """On both sides of the steps up to which no loop runs."""
     z, labels = batch(8, (300, n), 4.0)
     wide, y = np.asarray(z, float), one_hot(np.asarray(labels), n)
     want = np.zeros_like(wide)

@@ -17,7 +17,6 @@ def piecewise_affine_dual(
     phi: PiecewiseAffine,
     s0: Float[Array, "*shape"],
     mu: Float[Array, "*shape"],
-    kappa: Float[ArrayLike, "*#shape"],
     sigma: Float[ArrayLike, "*#shape"],
     q: Float[ArrayLike, "*#shape"],
 ) -> Float[Array, "*shape"]:
@@ -42,15 +41,13 @@ def piecewise_affine_dual(
 
     - `phi`: the function.
     - `s0`: the present points.
-    - `mu`: the duals of the wanted values.
-    - `kappa`, `sigma`: the weights. Only `sigma` is read: it and `q` determine the rest.
-    - `q`: their exact product.
+    - `mu`: the duals of the output.
+    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
 
     **Returns:**
 
     The duals $\lambda$, of the shape and dtype of `s0`.
     """
-    del kappa
     dtype = jnp.result_type(s0)
     work = jnp.promote_types(dtype, jnp.float32)
     eps = float(jnp.finfo(dtype).eps)

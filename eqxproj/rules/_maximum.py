@@ -145,10 +145,9 @@ class Maximum(AbstractRule):
             nu = steep_max_dual(sign * self._last(ctx, inputs), sign * duals[0], weights)
             return self._back(ctx, sign * nu, inputs), self.evaluate(ctx, inputs)
         x = sign * self._last(ctx, inputs)
-        kappa = ctx.kappa[0]
         ratio = tuple(ctx.ratios[0]) if two else ctx.ratios[0][0]
         # Of tied maxima the first rises; in the software of arXiv 2506.05878 the last.
         order = slice(None, None, -1 if ctx.as_published and not two else 1)
-        nu = max_dual(x[..., order], sign * duals[0], weights, kappa, ratio)[..., order]
+        nu = max_dual(x[..., order], sign * duals[0], weights, ratio)[..., order]
         scale = jnp.asarray(ctx.weights, x.dtype) if two else ctx.weights[0]
         return self._back(ctx, sign * nu, inputs), [sign * jnp.max(x + nu / scale, -1)]
