@@ -234,7 +234,33 @@ def test_masked_classes_do_not_move():
         d = hinge_displacement(z, labels, tau)
         assert np.isfinite(d).all()
         np.testing.assert_array_equal(jnp.where(z == -jnp.inf, d, 0), 0)
-    assert np.isfinite(cross_entropy_value(z, jax.nn.one_hot(labels, 3))).all()
+    for y in (labels, jax.nn.one_hot(labels, 3)):
+        value, gradient = jax.value_and_grad(lambda z: jnp.sum(cross_entropy_value(z, y)))(z)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+        np.testing.assert_array_equal(jnp.where(z == -jnp.inf, gradient, 0), 0)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 10])
+def test_the_gradient_of_cross_entropy_keeps_small_entries(n, soft):
+    """Also where softmax is within rounding of the label, where float32 would lose the right class's entry."""
+    z, labels = batch(20, (200, n), 10.0)
+    labels = labels.at[::2].set(jnp.argmax(z[::2], axis=-1))
+    z = z + jnp.where(jnp.arange(200) % 4 == 0, 30.0, 0.0)[:, None] * jax.nn.one_hot(labels, n)
+    gradient = jax.grad(lambda z: jnp.sum(cross_entropy_value(z, jax.nn.one_hot(labels, n) if soft else labels)))(z)
+    right = one_hot(labels, n) > 0
+    want = np.where(right, 0, softmax(np.asarray(z, np.float64)))
+    want = np.where(right, -want.sum(-1, keepdims=True), want)
+    assert np.isfinite(gradient).all()
+    large = np.abs(want) > 1e-37
+    np.testing.assert_allclose(np.asarray(gradient)[large], want[large], rtol=2e-5)
+
+
+@pytest.mark.parametrize("value", [cross_entropy_value, hinge_value, margin_value])
+def test_gradients_of_values_neither_gather_nor_scatter(value):
+    z, labels = batch(21, (6, 4))
+    text = str(jax.make_jaxpr(jax.grad(lambda z: jnp.sum(value(z, labels))))(z))
+    assert "gather" not in text and "scatter" not in text
 
 
 # Squared error and hinge ----------------------------------------------------------------------------------------------

@@ -36,13 +36,13 @@ def cross_entropy_value(
 ) -> Float[Array, "*batch"]:
     r"""Softmax cross-entropy.
 
-    With the leads $a_i = z_i - z_k$ over the likeliest label $k$, $m = \sum_i y_i$ and any $M$ it is
+    With the likeliest label $k$, the logarithm $L$ of the sum of the others' $e^{z_i}$, and $m = \sum_i y_i$, it is
 
-    $$m \Big(M + \log\big(e^{-M} + \sum_{i \ne k} e^{a_i - M}\big)\Big) - \sum_{i \ne k} y_i a_i .$$
+    $$m \log(1 + e^{L - z_k}) - \sum_{i \ne k} y_i (z_i - z_k) .$$
 
-    With $M = \max(0, \max_i a_i)$ nothing overflows. Where the label is certain, $M = 0$ and the logarithm is that of one
-    plus a small sum. So value and gradient keep their relative accuracy: the derivative by $z_k$ is minus the sum of
-    the others, where $\mathrm{softmax}(z)_k - 1$ would cancel.
+    Where the label is certain, that is the logarithm of one plus something small. So value and gradient keep their
+    relative accuracy: the derivative by $z_k$ is minus the sum of the others, where $\mathrm{softmax}(z)_k - 1$ would
+    cancel.
 
     **Arguments:**
 
@@ -54,22 +54,17 @@ def cross_entropy_value(
     $-\sum_i y_i \log \mathrm{softmax}(z)_i$ per sample, in nats.
     """
     z, dtype = with_classes("logits", logits)
-    y = _probabilities(labels, z.shape, z.dtype)
-    array = jnp.asarray(labels)
-    certain = is_index(array, z.shape)
-    if certain:
-        chosen = is_right(array, z.shape[-1])
-    else:
-        likeliest = jnp.argmax(jnp.where(z == -jnp.inf, -1, y), axis=-1)
-        chosen = is_right(likeliest, z.shape[-1])
-    leads = z - jnp.sum(jnp.where(chosen, z, 0), axis=-1, keepdims=True)
-    leads = jnp.where(chosen, -jnp.inf, leads)
-    shift = jnp.clip(jnp.max(leads, axis=-1), 0, jnp.finfo(z.dtype).max)
-    shift = jax.lax.stop_gradient(shift)  # the value does not depend on it
-    others = jnp.sum(jnp.exp(leads - shift[..., None]), axis=-1)
-    value = shift + jnp.log1p(others + jnp.expm1(-shift))
-    if not certain:
-        value = jnp.sum(y, axis=-1) * value - jnp.sum(jnp.where(chosen | (y == 0), 0, y * leads), axis=-1)
+    y, array, n = _probabilities(labels, z.shape, z.dtype), jnp.asarray(labels), z.shape[-1]
+    is_certain = is_index(array, z.shape)
+    chosen = is_right(array if is_certain else jnp.argmax(jnp.where(z == -jnp.inf, -1, y), axis=-1), n)
+    own, others = jnp.sum(jnp.where(chosen, z, 0), axis=-1), jnp.where(chosen, -jnp.inf, z)
+    info = jnp.finfo(z.dtype)
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(others, axis=-1), info.min))  # of all masked classes, too
+    total = jnp.sum(jnp.exp(others - top[..., None]), axis=-1)  # at least one, if there is any other class
+    value = jax.nn.softplus(jnp.log(total + info.tiny) + top - own)
+    if not is_certain:
+        rest = jnp.where(chosen | (y == 0), 0, y * (z - own[..., None]))
+        value = jnp.sum(y, axis=-1) * value - jnp.sum(rest, axis=-1)
     return value.astype(dtype)
 
 

@@ -2,10 +2,11 @@ r"""Functions with jumps, seen through noise: the slope of their expectation.
 
 In the gradient regime no dual pays for a move across a jump, and on the flat parts of a sign or a rounding the nearest
 point is the point itself: nothing would be learned. But the expectation
-$\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise $\varepsilon$ of unit variance is smooth, and to a
-dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$ is needed: by Stein's identity $t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed
-form where $\phi$ is affine on pieces. With slope $m$ before all breakpoints $b_j$, and changes $m_j$ of slope and jumps
-$h_j$ there, $\phi$ is a sum of one part a breakpoint, and each is seen through noise of its own size $t_j$:
+$\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise $\varepsilon$ of unit variance is smooth, and to
+a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$ is needed: by Stein's identity
+$t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed form where $\phi$ is affine on
+pieces. With slope $m$ before all breakpoints $b_j$, and changes $m_j$ of slope and jumps $h_j$ there, $\phi$ is a sum
+of one part a breakpoint, and each is seen through noise of its own size $t_j$:
 
 $$\bar\phi'(s) = m + \sum_j m_j\,\Phi(u_j) + \frac{h_j}{t_j}\,\varphi(u_j), \qquad u_j = \frac{s - b_j}{t_j},$$
 

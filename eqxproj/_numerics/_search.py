@@ -136,13 +136,15 @@ def _search(p: _Problem, radius: Array, slope: Array) -> _Point:
 
     def scan(k, carry):
         best, crossing, side_of = carry
-        place, side = bottom + gap * (k // 2), jnp.where(k % 2, -one, one)
+        place, side = bottom + gap * (k // 2), jnp.where(k % 2, -ahead, ahead)
         _, reached, best = probe(place, side, best)
         first = reached & jnp.isinf(crossing)
         return best, jnp.where(first, place, crossing), jnp.where(first, side, side_of)
 
-    one, nowhere = jnp.ones_like(p.s0), jnp.full_like(p.s0, jnp.inf)
-    best, crossing, side = jax.lax.fori_loop(0, 2 * _SCANNED, scan, ((0 * one, nowhere, p.now, top, one), nowhere, one))
+    zero, nowhere = jnp.zeros_like(p.s0), jnp.full_like(p.s0, jnp.inf)
+    ahead = jnp.where(slope * p.reach < 0, zero - 1, zero + 1)  # the side to which the slope points
+    start = (zero, nowhere, p.now, zero + top, ahead), nowhere, ahead
+    best, crossing, side = jax.lax.fori_loop(0, 2 * _SCANNED, scan, start)
     # Bisect for the place where the wanted value is reached, if that promises most; else refine the best point.
     nearest = jnp.exp(jnp.minimum(crossing, top) - gap / 2) / radius
     bisect = jnp.isfinite(crossing) & (nearest * nearest - 1 < best[1])

@@ -133,7 +133,7 @@ def max_dual(
 def steep_max_dual(
     x0: Float[Array, "*batch n"], mu: Num[ArrayLike, "*#batch"], weights: float | tuple[float, ...]
 ) -> Float[Array, "*batch n"]:
-    r"""The limit of [`max_dual`][] in the gradient regime: $\kappa / w \to 0$, and no gap but zero is as small as a step.
+    r"""[`max_dual`][] in the gradient regime: $\kappa / w \to 0$, and no gap but zero is as small as a step.
 
     Upward the first of the largest entries gets all of $\mu$; downward they share it, in proportion to their weights.
     Arguments and result as there.
