@@ -27,14 +27,13 @@ def bracketed_root(
     rtol: float,
     atol: Float[ArrayLike, "*#shape"] = 0.0,
     max_steps: int,
-) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
+) -> tuple[Float[Array, "*shape"], Bool[Array, ""]]:
     r"""The roots of an elementwise function that is at most zero at `low` and at least zero at `high`.
 
     Newton's method. Every evaluation shrinks the bracket, and a step that would leave it goes to its middle. An element
-    stops where its step is at most $\mathrm{rtol}\,|t| + \mathrm{atol}$ plus the error of the step, or where rounding
-    leaves nothing of its bracket. Close to a root the error is of the order of the square of the last step: `rtol`
-    may be as large as the square root of the accuracy that is wanted. An element that has stopped stays, hence does
-    not depend on the others.
+    is done where its Newton step is at most $\mathrm{rtol}\,|t| + \mathrm{atol}$ plus the error of the step, or where
+    it moves by rounding only. Close to a root the error is of the order of the square of the last step: `rtol` may be
+    as large as the square root of the accuracy that is wanted.
 
     **Arguments:**
 
@@ -47,28 +46,28 @@ def bracketed_root(
 
     **Returns:**
 
-    The roots, and for each element whether it has stopped by itself. Where the function is NaN, it has not.
+    The roots, and whether all of them were done before `max_steps`. Where the function is NaN, so is the root.
     """
     eps = float(jnp.finfo(start.dtype).eps)
 
     def newton(carry):
-        t, low, high, moving, count = carry
+        t, low, high, _, count = carry
         value, slope, error = function(t)
         low, high = jnp.where(value <= 0, t, low), jnp.where(value >= 0, t, high)
         new = t - value / slope
-        small = jnp.abs(new - t) <= rtol * jnp.abs(new) + atol + error / slope
-        inside = (new > low) & (new < high)
-        new = jnp.where(inside, new, jnp.where(small, jnp.clip(new, low, high), 0.5 * (low + high)))
-        new = jnp.where(jnp.isnan(value), jnp.nan, new).astype(t.dtype)
-        wide = high - low > 4.0 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-        return jnp.where(moving, new, t), low, high, moving & ~small & wide & ~jnp.isnan(value), count + 1
+        far = jnp.abs(new - t) > rtol * jnp.abs(new) + atol + error / slope
+        # A step below the resolution of t stays at t, which is an end of the bracket now.
+        new = jnp.where((new >= low) & (new <= high), new, 0.5 * (low + high))
+        new = jnp.where(jnp.isnan(value), value, new).astype(t.dtype)
+        moving = jnp.any(far & (jnp.abs(new - t) > 4.0 * eps * jnp.abs(new)))
+        return new, low, high, moving, count + 1
 
     def more(carry):
-        return jnp.any(carry[3]) & (carry[4] < max_steps)
+        return carry[3] & (carry[4] < max_steps)
 
-    carry = (start, low, high, jnp.ones(start.shape, bool), jnp.asarray(0))
+    carry = (start, low, high, jnp.asarray(True), jnp.asarray(0))
     root, _, _, moving, _ = jax.lax.while_loop(more, newton, carry)
-    return root, ~moving & ~jnp.isnan(root)
+    return root, ~moving
 
 
 def descend(

@@ -159,4 +159,4 @@ def _newton(
     most = jnp.broadcast_to(most, start.shape).astype(start.dtype)
     # A Newton step shorter than the square root of the accuracy wanted leaves an error below it.
     lam, found = bracketed_root(stationarity, start, -most, most, rtol=0.1 * eps**0.5, max_steps=_STEPS)
-    return lam, jnp.all(found)
+    return lam, found & jnp.all(jnp.isfinite(lam))
