@@ -18,9 +18,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, ArrayLike
 
-from ._numerics._prox import (
-    cross_entropy_displacement,
-    cross_entropy_value,
+from ._numerics._cross_entropy import cross_entropy_displacement, cross_entropy_value
+from ._numerics._losses import (
     hinge_displacement,
     hinge_value,
     margin_displacement,

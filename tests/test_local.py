@@ -20,7 +20,7 @@ from bilinear_oracle import node_of
 
 import eqxproj
 from eqxproj._metric import clamped, ratio
-from eqxproj._numerics._prox import cross_entropy_displacement
+from eqxproj._numerics._cross_entropy import cross_entropy_displacement
 from eqxproj._problem._readers import context
 from eqxproj.rules._base import Context
 from eqxproj.rules._local import LocalSolver

@@ -126,7 +126,7 @@ def solver(phi):
 
 
 def solve(phi, s0, mu, kappa, sigma, q=None):
-    args = [jnp.asarray(x, jnp.float32) for x in (s0, mu, kappa, sigma, kappa * sigma if q is None else q)]
+    args = [jnp.asarray(x, jnp.float32) for x in (s0, mu, sigma, kappa * sigma if q is None else q)]
     return np.asarray(solver(phi)(*args), np.float64)
 
 
@@ -257,14 +257,14 @@ def test_dtype_and_transformations(dtype):
         phi = closed_form("hard_tanh")
         s0 = jnp.linspace(-3, 3, 24).reshape(4, 6).astype(dtype)
         mu = jnp.ones((4, 6), dtype)
-        lam = piecewise_affine_dual(phi, s0, mu, jnp.ones((6,), dtype), jnp.ones((4, 1), dtype), 1.0)
+        lam = piecewise_affine_dual(phi, s0, mu, jnp.ones((4, 1), dtype), jnp.ones((6,), dtype))
         assert lam.dtype == dtype and lam.shape == (4, 6)
-        mapped = jax.vmap(lambda s, m: piecewise_affine_dual(phi, s, m, 1.0, 1.0, 1.0))(s0, mu)
+        mapped = jax.vmap(lambda s, m: piecewise_affine_dual(phi, s, m, 1.0, 1.0))(s0, mu)
         np.testing.assert_array_equal(np.asarray(lam), np.asarray(mapped))
 
 
 def test_relu_compiles_to_few_operations():
     phi = closed_form("relu")
-    args = [jnp.ones((8,), jnp.float32)] * 2 + [1.0, 1.0, 1.0]
+    args = [jnp.ones((8,), jnp.float32)] * 2 + [1.0, 1.0]
     jaxpr = jax.make_jaxpr(functools.partial(piecewise_affine_dual, phi))(*args)
     assert len(jaxpr.eqns) < 80

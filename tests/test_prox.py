@@ -11,18 +11,16 @@ import pytest
 import scipy.optimize
 import scipy.special
 
-from eqxproj._numerics._prox import (
-    _wright,
-    cross_entropy_displacement,
-    cross_entropy_value,
+from eqxproj._numerics._cross_entropy import _wright, cross_entropy_displacement, cross_entropy_value
+from eqxproj._numerics._losses import (
     hinge_displacement,
     hinge_value,
     margin_displacement,
     margin_value,
     squared_error_displacement,
     squared_error_value,
-    water_level,
 )
+from eqxproj._numerics._water_level import water_level
 
 TAUS = (0.01, 0.1, 1.0, 5.0, 20.0, 100.0)
 EXTREME_TAUS = (1e-8, 1e-3, 1.0, 1e4)
@@ -162,7 +160,7 @@ def test_cross_entropy_with_probabilities():
 @pytest.mark.parametrize("n", [7, 40])
 @pytest.mark.parametrize("tau", [1e-6, 1.9e-6, 2e-6, 1e-4, 0.01, 0.039, 0.04])
 def test_small_steps_on_cross_entropy_are_exact_in_every_class(tau, n):
-    """On both sides of the steps up to which the slope is the answer, and no loop runs."""
+    """On both sides of the steps up to which no loop runs."""
     z, labels = batch(8, (300, n), 4.0)
     wide, y = np.asarray(z, float), one_hot(np.asarray(labels), n)
     want = np.zeros_like(wide)
@@ -236,7 +234,33 @@ def test_masked_classes_do_not_move():
         d = hinge_displacement(z, labels, tau)
         assert np.isfinite(d).all()
         np.testing.assert_array_equal(jnp.where(z == -jnp.inf, d, 0), 0)
-    assert np.isfinite(cross_entropy_value(z, jax.nn.one_hot(labels, 3))).all()
+    for y in (labels, jax.nn.one_hot(labels, 3)):
+        value, gradient = jax.value_and_grad(lambda z: jnp.sum(cross_entropy_value(z, y)))(z)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+        np.testing.assert_array_equal(jnp.where(z == -jnp.inf, gradient, 0), 0)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 10])
+def test_the_gradient_of_cross_entropy_keeps_small_entries(n, soft):
+    """Also where softmax is within rounding of the label, where float32 would lose the right class's entry."""
+    z, labels = batch(20, (200, n), 10.0)
+    labels = labels.at[::2].set(jnp.argmax(z[::2], axis=-1))
+    z = z + jnp.where(jnp.arange(200) % 4 == 0, 30.0, 0.0)[:, None] * jax.nn.one_hot(labels, n)
+    gradient = jax.grad(lambda z: jnp.sum(cross_entropy_value(z, jax.nn.one_hot(labels, n) if soft else labels)))(z)
+    right = one_hot(labels, n) > 0
+    want = np.where(right, 0, softmax(np.asarray(z, np.float64)))
+    want = np.where(right, -want.sum(-1, keepdims=True), want)
+    assert np.isfinite(gradient).all()
+    large = np.abs(want) > 1e-37
+    np.testing.assert_allclose(np.asarray(gradient)[large], want[large], rtol=2e-5)
+
+
+@pytest.mark.parametrize("value", [cross_entropy_value, hinge_value, margin_value])
+def test_gradients_of_values_neither_gather_nor_scatter(value):
+    z, labels = batch(21, (6, 4))
+    text = str(jax.make_jaxpr(jax.grad(lambda z: jnp.sum(value(z, labels))))(z))
+    assert "gather" not in text and "scatter" not in text
 
 
 # Squared error and hinge ----------------------------------------------------------------------------------------------

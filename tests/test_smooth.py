@@ -12,7 +12,7 @@ from test_piecewise import brute_force, objective
 
 from eqxproj._numerics._smooth import bounds_of, smooth_dual
 from eqxproj._program._normal_form import normal_form
-from eqxproj.rules._scalar import Fragment
+from eqxproj.rules._scalar import Fragment, Scalar
 
 
 def sigmoid(s):
@@ -55,10 +55,16 @@ def fragment(function) -> tuple[Fragment, dict[int, float]]:
     return Fragment(program.equations, program.inputs, program.outputs), static
 
 
+def found_bounds(function):
+    """The bounds, of the function as a rule knows it."""
+    phi, static = fragment(function)
+    return bounds_of(lambda s: phi.of_one(static, s.shape)(s), phi.operands[0].dtype)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bounds_are_those_of_the_function_with_a_tenth_to_spare(name):
     function, _, slope, bend, monotone = FUNCTIONS[name]
-    found = bounds_of(*fragment(function))
+    found = found_bounds(function)
     assert found is not None and found.monotone == monotone
     np.testing.assert_allclose(found[:2], (1.1 * slope, 1.1 * bend), rtol=2e-3)
 
@@ -70,7 +76,7 @@ def test_bounds_are_numbers_while_tracing(name):
     @jax.jit
     @jax.vmap
     def traced(x):
-        found.append(bounds_of(*fragment(FUNCTIONS[name][0])))
+        found.append(found_bounds(FUNCTIONS[name][0]))
         return x
 
     traced(jnp.zeros(2))
@@ -79,18 +85,19 @@ def test_bounds_are_numbers_while_tracing(name):
 
 @pytest.mark.parametrize("name", ROUGH)
 def test_functions_that_are_not_smooth_have_no_bounds(name):
-    assert bounds_of(*fragment(ROUGH[name])) is None
+    assert found_bounds(ROUGH[name]) is None
 
 
 def test_a_function_of_known_arrays_has_no_bounds():
     scale = jnp.arange(1.0, 6.0)
-    assert bounds_of(*fragment(lambda s: jnp.tanh(s * scale))) is None
+    phi, static = fragment(lambda s: jnp.tanh(s * scale))
+    assert Scalar.create((), phi, phi, static)._bounds is None
 
 
 @functools.cache
 def solver(name):
     function = FUNCTIONS[name][0]
-    bounds = bounds_of(*fragment(function))
+    bounds = found_bounds(function)
     assert bounds is not None
 
     def solve(s0, mu, sigma, q):
@@ -102,7 +109,7 @@ def solver(name):
 def easy_problems(name, seed=0, count=200):
     """As hard as they may be: the most that is taken from the one of a convex objective is just under a half."""
     rng = np.random.default_rng(seed)
-    bounds = bounds_of(*fragment(FUNCTIONS[name][0]))
+    bounds = found_bounds(FUNCTIONS[name][0])
     assert bounds is not None
     sigma, kappa = (np.float32(10.0 ** rng.uniform(-3, 3, count)).astype(float) for _ in range(2))
     s0 = np.float32(rng.uniform(-8, 8, count)).astype(float)

@@ -28,7 +28,7 @@ def solve(x0, y0, weights, kappa):
     x0 = jnp.asarray(x0)
     mu = kappa * (jnp.asarray(y0) - x0.max(-1))
     ratio = tuple(kappa / w for w in weights) if isinstance(weights, tuple) else kappa / weights
-    nu = jax.jit(max_dual, static_argnums=2)(x0, mu, weights, kappa, ratio)
+    nu = jax.jit(max_dual, static_argnums=2)(x0, mu, weights, ratio)
     assert nu.shape == x0.shape and nu.dtype == x0.dtype
     return np.asarray(x0, np.float64) + np.asarray(nu, np.float64) / np.asarray(weights)
 
@@ -93,19 +93,19 @@ def test_no_level_is_cheaper_at_any_scale(seed, exponent, log_kappa, n, weighted
 
 def test_upward_raises_the_first_of_the_largest_alone():
     x0 = jnp.array([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
-    nu = max_dual(x0, jnp.array([1.0, 2.0]), 1.0, 1.0, 1.0)
+    nu = max_dual(x0, jnp.array([1.0, 2.0]), 1.0, 1.0)
     np.testing.assert_allclose(nu, [[0, 0.5, 0], [1, 0, 0]])
     # A soft entry below the maximum is cheaper than a stiff one at it, but not from any depth.
     x0 = jnp.array([[1.0, 0.9], [1.0, -9.0]])
-    nu = max_dual(x0, jnp.array([1.0, 1.0]), (100.0, 1.0), 1.0, (0.01, 1.0))
+    nu = max_dual(x0, jnp.array([1.0, 1.0]), (100.0, 1.0), (0.01, 1.0))
     np.testing.assert_allclose(nu, [[0, 0.55], [1 / 1.01, 0]], rtol=1e-6)
-    nu = max_dual(jnp.array([[0.0, 0.0]]), jnp.array([1.0]), (2.0, 1.0), 1.0, (0.5, 1.0))
+    nu = max_dual(jnp.array([[0.0, 0.0]]), jnp.array([1.0]), (2.0, 1.0), (0.5, 1.0))
     np.testing.assert_allclose(nu, [[0, 0.5]])
 
 
 def test_downward_sinks_to_one_level():
     x0 = jnp.array([[3.0, 1.0, 3.0, 2.0, -5.0]])
-    nu = max_dual(x0, jnp.array([-9.0]), 1.0, 1.0, 1.0)  # 2 (3 - L) + (2 - L) + (1 - L) = L + 6
+    nu = max_dual(x0, jnp.array([-9.0]), 1.0, 1.0)  # 2 (3 - L) + (2 - L) + (1 - L) = L + 6
     np.testing.assert_allclose(nu, [[-2.4, -0.4, -2.4, -1.4, 0]], rtol=1e-6)
 
 
@@ -117,9 +117,9 @@ def test_a_small_demand_goes_to_the_largest_alone(n, mu, ratio):
     x0 = jnp.asarray(3 * rng.permutation(n).astype(np.float32))
     heavy = 1e30 if abs(mu) > 1 else 1.0  # both weights clamped, or neither
     want = mu / (1 + ratio) * jax.grad(jnp.max)(x0)
-    nu = max_dual(x0, jnp.asarray(mu), heavy, 1e30, ratio)
+    nu = max_dual(x0, jnp.asarray(mu), heavy, ratio)
     np.testing.assert_allclose(nu, want, rtol=3e-7)
-    nu = max_dual(x0, jnp.asarray(mu), (heavy,) * n, 1e30, (ratio,) * n)
+    nu = max_dual(x0, jnp.asarray(mu), (heavy,) * n, (ratio,) * n)
     np.testing.assert_allclose(nu, want, rtol=5e-7)
 
 
@@ -143,10 +143,10 @@ def test_padding_stays(n, pad, weighted):
     x0[:, [0, n - 1]] = pad
     weights, ratio = ((2.0,) * n, (0.5,) * n) if weighted else (2.0, 0.5)
     for mu in (-100.0, -0.1, 0.0, 1e-20, 50.0):
-        nu = max_dual(jnp.asarray(x0), jnp.full(6, mu), weights, 1.0, ratio)
+        nu = max_dual(jnp.asarray(x0), jnp.full(6, mu), weights, ratio)
         np.testing.assert_array_equal(nu[:, [0, n - 1]], 0)
         inner = ((2.0,) * (n - 2), (0.5,) * (n - 2)) if weighted else (2.0, 0.5)
-        bare = max_dual(jnp.asarray(x0[:, 1:-1]), jnp.full(6, mu), inner[0], 1.0, inner[1])
+        bare = max_dual(jnp.asarray(x0[:, 1:-1]), jnp.full(6, mu), inner[0], inner[1])
         np.testing.assert_allclose(nu[:, 1:-1], bare, rtol=1e-6)
 
 
@@ -163,7 +163,7 @@ def test_never_nan(n, value):
         ((1.0,) * n, (0.0,) * n),
     ):
         for mu in (-1e36, -1.0, -1e-38, 0.0, 1e-38, 1.0, 1e36):
-            nu = solver(x0, jnp.full(2, mu), weights, 1.0, ratio)
+            nu = solver(x0, jnp.full(2, mu), weights, ratio)
             assert np.isfinite(nu).all()
             assert np.isfinite(value) or not np.any(nu)
 
@@ -173,18 +173,18 @@ def test_weights_and_ratios_may_be_arrays_and_vmap():
     x0 = jnp.asarray(rng.normal(size=(4, 6, 3)), jnp.float32)
     mu = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
     kappa = jnp.asarray(rng.uniform(0.1, 3, (4, 1)), jnp.float32)
-    nu = max_dual(x0, mu, 2.0, kappa, kappa / 2)
-    mapped = jax.vmap(lambda x, m, k: max_dual(x, m, 2.0, k, k / 2))(x0, mu, kappa)
+    nu = max_dual(x0, mu, 2.0, kappa / 2)
+    mapped = jax.vmap(lambda x, m, k: max_dual(x, m, 2.0, k / 2))(x0, mu, kappa)
     np.testing.assert_allclose(nu, mapped, rtol=1e-6)
-    same = max_dual(x0, mu, (2.0, 2.0, 2.0), kappa, (kappa / 2, kappa / 2, kappa / 2))
+    same = max_dual(x0, mu, (2.0, 2.0, 2.0), (kappa / 2, kappa / 2, kappa / 2))
     np.testing.assert_allclose(nu, same, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision():
     x0 = jnp.asarray([[1.0, 2.0, 1.5, 0.0, 1.9]], jnp.bfloat16)
-    nu = max_dual(x0, jnp.asarray([-2.0], jnp.bfloat16), 1.0, 1.0, 1.0)
+    nu = max_dual(x0, jnp.asarray([-2.0], jnp.bfloat16), 1.0, 1.0)
     assert nu.dtype == jnp.bfloat16
-    want = max_dual(x0.astype(jnp.float32), jnp.array([-2.0]), 1.0, 1.0, 1.0)
+    want = max_dual(x0.astype(jnp.float32), jnp.array([-2.0]), 1.0, 1.0)
     np.testing.assert_allclose(nu.astype(jnp.float32), want, rtol=1e-2)
 
 
@@ -192,7 +192,7 @@ def test_memory_stays_linear():
     n = 4096
 
     def solve(x, m):
-        return max_dual(x, m, 1.0, 1.0, 1.0)
+        return max_dual(x, m, 1.0, 1.0)
 
     x, m = jax.ShapeDtypeStruct((8, n), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
     sizes = [v.aval.size for eqn in jax.make_jaxpr(solve)(x, m).eqns for v in eqn.outvars]
@@ -205,11 +205,11 @@ def test_errors_name_the_argument():
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         with pytest.raises(ValueError, match="`weights` and `ratio` must both have one entry .* 3 entries"):
-            max_dual(jnp.zeros((2, 3)), jnp.zeros(2), (1.0, 1.0), 1.0, (1.0, 1.0))
+            max_dual(jnp.zeros((2, 3)), jnp.zeros(2), (1.0, 1.0), (1.0, 1.0))
         with pytest.raises(ValueError, match="got 2 weights and float for `ratio`"):
-            max_dual(jnp.zeros((2, 2)), jnp.zeros(2), (1.0, 1.0), 1.0, 1.0)
+            max_dual(jnp.zeros((2, 2)), jnp.zeros(2), (1.0, 1.0), 1.0)
         with pytest.raises(ValueError, match="`ratio` must be one number or array where `weights` is"):
-            max_dual(jnp.zeros((2, 2)), jnp.zeros(2), 1.0, 1.0, (1.0, 1.0))
+            max_dual(jnp.zeros((2, 2)), jnp.zeros(2), 1.0, (1.0, 1.0))
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
 
@@ -220,7 +220,7 @@ def test_the_limit_of_a_steep_metric(weights):
     x = jnp.round(jax.random.normal(jax.random.key(0), (200, 5))).at[:40, 3].set(-jnp.inf)
     mu = jax.random.normal(jax.random.key(1), (200,)).at[::7].set(0.0)
     ratio = tuple(1 / w for w in weights) if isinstance(weights, tuple) else 1 / weights
-    want = max_dual(x, mu, weights, 1.0, ratio)
+    want = max_dual(x, mu, weights, ratio)
     np.testing.assert_allclose(steep_max_dual(x, mu, weights), want, rtol=1e-5, atol=1e-7)
     masked = steep_max_dual(jnp.full((2, 3), -jnp.inf), jnp.array([1.0, -1.0]), 1e18)
     np.testing.assert_array_equal(masked, jnp.zeros((2, 3)))

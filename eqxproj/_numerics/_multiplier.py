@@ -16,7 +16,7 @@ $$G(t) = t + \frac{h p\,t^2(3-t^2) + q t}{(1-t^2)^2} - \tau ,$$
 
 which increases on $(-1, 1)$ (its slope is at least one, as $|hp| \le q/2$). The root has the sign of $\tau$; by
 symmetry it is looked for in $[0, 1)$ with $p$ carrying that sign. It exists unless $a_0 = \mp r w_0$ ($q = 2|hp|$),
-where $G$ stays finite at one: then $t = 1$, and the minimizers are a sphere (see `degenerate`). The derivation
+where $G$ stays finite at one: then $t = 1$, and the minimizers are a sphere. The derivation
 follows Elser, "Learning without loss" (2021), and section 3 of arXiv 2506.05878, with weights added.
 """
 
@@ -25,6 +25,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from ._newton import bracketed_root
 
 _STEPS = 60
 
@@ -40,7 +42,7 @@ def _g(t: Array, hp: Array, q: Array, tau: Array) -> tuple[Array, Array]:
 
 
 def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Array]:
-    """The same from $q + 2hp$ in place of $q$: nothing cancels next to $t = 1$."""
+    """As `_g`, from $q + 2hp$ in place of $q$, so that nothing cancels next to $t = 1$."""
     s = 1.0 / (1.0 + t)
     pole = s / (1.0 - t)
     value = t - hp * t * (2.0 + t) * s * s + apart * t * pole * pole - tau
@@ -49,7 +51,7 @@ def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Arr
 
 
 def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
-    r"""The root $t \ge 0$ of $G$ for $\tau \ge 0$.
+    r"""The root $t \ge 0$ of $G$ for $\tau \ge 0$, elementwise.
 
     Where every step is moderate, as in training, the inverted power series of G, $t = t_1 - u t_1^2 + 2(u^2 -
     q/(1+q)) t_1^3 + \dots$ with $t_1 = \tau/(1+q)$ and $u = 3hp/(1+q)$, and one Newton step reach rounding, without
@@ -60,7 +62,7 @@ def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Arr
     - `hp`: $h p$, with the sign of the dual.
     - `q`: $h Q \ge 2|hp|$.
     - `tau`: $|\mu|/\sqrt{\alpha\omega}$.
-    - `apart`: $q + 2hp$, which is $h|a_0 \pm r w_0|^2/r$: zero in the degenerate case.
+    - `apart`: $q + 2hp$, which is $h|a_0 \pm r w_0|^2/r$: zero where $a_0 = \mp r w_0$.
 
     **Returns:**
 
@@ -84,29 +86,19 @@ def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Arr
 
 
 def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
-    """As `solve_multiplier`, safely: Newton steps inside a bracket that shrinks, halved where a step leaves it."""
-    dtype = tau.dtype
-    eps = jnp.finfo(dtype).eps
-    top = 1.0 - 8.0 * eps
+    """As `solve_multiplier`, safely: Newton steps inside of a bracket."""
+    eps = float(jnp.finfo(tau.dtype).eps)
+    top = jnp.full_like(tau, 1.0 - 8.0 * eps)
     hp = jnp.clip(hp, -0.5 * q, 0.5 * q)
-    no_root = _stable_g(jnp.full_like(tau, top), hp, apart, tau)[0] < 0
-    low, high = jnp.zeros_like(tau), jnp.full_like(tau, top)
+    no_root = _stable_g(top, hp, apart, tau)[0] < 0
+    tau = jnp.where(no_root, 0.0, tau)  # has the root zero, and delays no other
+
+    def function(t):
+        return *_stable_g(t, hp, apart, tau), 0.0
+
     start = jnp.clip(tau / (1.0 + q), 0.0, 0.9)
-
-    def newton(carry):
-        t, low, high, _, count = carry
-        value, slope = _stable_g(t, hp, apart, tau)
-        low, high = jnp.where(value <= 0, t, low), jnp.where(value >= 0, t, high)
-        new = t - value / slope
-        inside = (new > low) & (new < high)
-        new = jnp.where(inside, new, 0.5 * (low + high))
-        new = jnp.where(value == 0, t, new)
-        moving = jnp.any((jnp.abs(new - t) > 4.0 * eps * new) & ~no_root)
-        return new, low, high, moving, count + 1
-
-    carry = (start, low, high, jnp.asarray(True), jnp.asarray(0))
-    t = jax.lax.while_loop(lambda c: c[3] & (c[4] < _STEPS), newton, carry)[0]
-    return jnp.where(no_root, 0.5, t).astype(dtype), no_root
+    t, _ = bracketed_root(function, start, jnp.zeros_like(tau), top, rtol=4.0 * eps, max_steps=_STEPS)
+    return jnp.where(no_root, 0.5, t), no_root
 
 
 def published_multiplier(hp: Array, q: Array, tau: Array) -> Array:

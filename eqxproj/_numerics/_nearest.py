@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ._prox import water_level
+from ._water_level import water_level
 
 # Alternations of nearest levels and least squares end by themselves, usually within 20.
 _MAX_ALTERNATIONS = 200

@@ -1,25 +1,30 @@
 r"""Functions with jumps, seen through noise: the slope of their expectation.
 
-In a steep metric no wish is worth a move across a jump, and on the flat parts of a sign or a rounding the nearest
-point answers nothing. But the expectation $\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise
-$\varepsilon$ of unit variance is smooth, and to a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$
-is needed: by Stein's identity $t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed
-form where $\phi$ is affine on pieces. With slope $m$ before all breakpoints $b_j$, and changes $m_j$ of slope and jumps
-$h_j$ there, $\phi$ is a sum of one part a breakpoint, and each is seen through noise of its own size $t_j$:
+In the gradient regime no dual pays for a move across a jump, and on the flat parts of a sign or a rounding the nearest
+point is the point itself: nothing would be learned. But the expectation
+$\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise $\varepsilon$ of unit variance is smooth, and to
+a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$ is needed: by Stein's identity
+$t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed form where $\phi$ is affine on
+pieces. With slope $m$ before all breakpoints $b_j$, and changes $m_j$ of slope and jumps $h_j$ there, $\phi$ is a sum
+of one part a breakpoint, and each is seen through noise of its own size $t_j$:
 
 $$\bar\phi'(s) = m + \sum_j m_j\,\Phi(u_j) + \frac{h_j}{t_j}\,\varphi(u_j), \qquad u_j = \frac{s - b_j}{t_j},$$
 
-where $\Phi$ and $\varphi$ are the normal distribution and density, and $t_j$ is a share of the root mean square of the
-distances $s - b_j$, of all elements: a jump is seen from where the arguments are, in any unit of them, and the more
+where $\Phi$ and $\varphi$ are the normal distribution and density. The size $t_j$ is 0.4 times the root mean square of
+the distances $s - b_j$ of all elements: a jump is seen from where the arguments are, in any unit of them, and the more
 sharply the more of them are near.
-Functions of which no such form is known are seen through noise of unit size, in the unit of their argument, where a
-jump of theirs lies between the least and the largest of the arguments, and by their slope elsewhere, unless they are
-flat: many functions are smooth where they are used, and continued somehow beyond, as the beta function is below zero.
+
+Other functions with jumps are seen through noise of unit size, in the unit of their argument ([`expected_slope`][]).
+The caller does so only where a jump lies between the least and the largest argument, or where the function is flat:
+many functions are smooth where they are used, and continued somehow beyond, as the beta function is below zero.
+
+Limits: jumps are looked for between -8 and 8, and at most eight are found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +32,18 @@ import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
-from .._program._fragment import Fragment
 from ._piecewise import PiecewiseAffine
 
 _REACH, _POINTS = 4.0, 33  # of the quadrature
 _RANGE, _SHIFT, _COARSE, _FINE, _SUSPECTS = 8.0, 1e-3, 4097, 513, 8  # of the search for jumps; off round numbers
-
-
-_SHARE = 0.4
-"""Of the distances from a breakpoint, the size of the noise that it is seen through."""
+_NOISE = 0.4  # size of the noise, relative to the distances from a breakpoint
 
 
 def expected_slope_of_pieces(phi: PiecewiseAffine, s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The slope of the expectation of a function that is affine on pieces, in closed form."""
     total = jnp.full_like(s, phi.slopes[0])
     for i, point in enumerate(phi.breakpoints):
-        size = _noise(s - point)
+        size = _noise_size(s - point)
         (m0, c0), (m1, c1) = ((phi.slopes[k], phi.intercepts[k]) for k in (i, i + 1))
         if m1 != m0:
             total = total + (m1 - m0) * norm.cdf((s - point) / size)
@@ -52,11 +53,11 @@ def expected_slope_of_pieces(phi: PiecewiseAffine, s: Float[Array, "*shape"]) ->
     return total
 
 
-def _noise(distance: Array) -> Array:
+def _noise_size(distance: Array) -> Array:
     """The size of the noise that a breakpoint is seen through; one where all elements are on it."""
     finite = jnp.isfinite(distance)
     square = jnp.sum(jnp.where(finite, distance, 0.0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
-    return jnp.where(square > 0, _SHARE * jnp.sqrt(square), 1.0).astype(distance.dtype)
+    return jnp.where(square > 0, _NOISE * jnp.sqrt(square), 1.0).astype(distance.dtype)
 
 
 def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -77,7 +78,17 @@ def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> 
 
 
 def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
-    """Whether a jump lies between the least and the largest of the arguments; not known of more than are looked for."""
+    """Whether a jump lies between the least and the largest of the arguments.
+
+    **Arguments:**
+
+    - `jumps`: the places, as `jumps_of` finds them.
+    - `s`: the arguments. Those that are not finite are left out.
+
+    **Returns:**
+
+    A boolean. True where there may be more jumps than `jumps_of` finds.
+    """
     if len(jumps) >= _SUSPECTS:
         return jnp.asarray(True)
     finite = jnp.isfinite(s)
@@ -86,25 +97,26 @@ def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
     return jnp.any((at >= low) & (at <= high))
 
 
-def jumps_of(phi: Fragment, static: Mapping[int, float]) -> tuple[float, ...]:
+def jumps_of(phi: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any) -> tuple[float, ...]:
     """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step.
-
-    No more than eight are found.
 
     **Arguments:**
 
-    - `phi`: the function, of one operand.
-    - `static`: the numbers that it reads from outside, all of them.
+    - `phi`: the function, of arrays of this shape and dtype.
+    - `shape`, `dtype`: of its argument.
+
+    **Returns:**
+
+    The places, no more than eight, in ascending order.
     """
-    operand = phi.operands[0]
-    size, function = max(1, int(np.prod(operand.shape))), phi.of_one(static, operand.shape)
+    size = max(1, int(np.prod(shape)))
 
     def values(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The function on a grid, as many points at once as the operand has elements."""
+        """The function on a grid, as many points at once as its argument has elements."""
         s = np.linspace(low, high, count)
-        filled = np.resize(s, (-(-count // size), *operand.shape)).astype(operand.dtype)
-        rows = [np.asarray(function(jnp.asarray(row)), np.float64) for row in filled]
-        return s, np.concatenate([np.broadcast_to(y, operand.shape).ravel() for y in rows])[:count]
+        filled = np.resize(s, (-(-count // size), *shape)).astype(dtype)
+        rows = [np.asarray(phi(jnp.asarray(row)), np.float64) for row in filled]
+        return s, np.concatenate([np.broadcast_to(y, shape).ravel() for y in rows])[:count]
 
     found = []
     with jax.ensure_compile_time_eval():
@@ -121,7 +133,7 @@ def jumps_of(phi: Fragment, static: Mapping[int, float]) -> tuple[float, ...]:
             fine = np.abs(np.diff(near))
             fine = np.where(np.isfinite(fine), fine, 0.0)
             around = np.max(rise[max(i - 1, 0) : i + 2])
-            rounding = 1e3 * float(jnp.finfo(operand.dtype).eps) * np.max(np.abs(y[i : i + 2]))
+            rounding = 1e3 * float(jnp.finfo(dtype).eps) * np.max(np.abs(y[i : i + 2]))
             if np.max(fine) > max(0.25 * around, rounding):
                 found.append(float(at[np.argmax(fine)]))
     return tuple(found)

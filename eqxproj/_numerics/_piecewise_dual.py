@@ -41,9 +41,8 @@ def piecewise_affine_dual(
 
     - `phi`: the function.
     - `s0`: the present points.
-    - `mu`: the duals of the wanted values.
-    - `kappa`, `sigma`: the weights. Only `sigma` is read: it and `q` determine the rest.
-    - `q`: their exact product.
+    - `mu`: the duals of the output.
+    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
 
     **Returns:**
 

@@ -1,70 +1,77 @@
 r"""The scalar node $y = \phi(s)$ for smooth functions, where a step is moderate: Newton's method on a convex problem.
 
-As in `_scalar_solver.py`, with the same arguments, the dual $\lambda = (s - s_0)/\sigma$ of the minimum of
+As in `_search.py`, with the same arguments, the dual $\lambda = (s - s_0)/\sigma$ of the minimum of
 
 $$(s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2 .$$
 
 Let $|\phi'| \le L$ and $|\phi''| \le B$. At the minimum the residual is at most that of $s_0$, $|\mu|/\kappa$. The
-move alone costs no more than that, so that it is no longer than $\sigma|\mu|/\sqrt q$; and as
-$\lambda = \kappa\phi'(s)(y_0 - \phi(s))$ there, no longer than $\sigma|\mu|L$. Let $r$ be the shorter of the two. Half
-of the second derivative of the objective, times $\sigma$, is $1 + q\phi'^2 + q(\phi - y_0)\phi''$. Within $r$ the
-residual is at most $|\mu|/\kappa + Lr$, and so that is at least $1 - \sigma|\mu|B(1 + \min(L\sqrt q, L^2q))$. Where
-this is positive, the objective is convex on all of the interval that the minimum lies in, and has no other there.
+move alone costs no more than that, so that it is no longer than $\sigma|\mu|/\sqrt q$. As
+$\lambda = \kappa\phi'(s)(y_0 - \phi(s))$ there, it is no longer than $\sigma|\mu|L$ either. Let $r$ be the shorter
+of the two. Half of the second derivative of the objective, times $\sigma$, is
+$1 + q\phi'^2 + q(\phi - y_0)\phi''$. Within $r$ the residual is at most $|\mu|/\kappa + Lr$, and so that is at least
+$1 - \sigma|\mu|B(1 + \min(L\sqrt q, L^2q))$. Where this is positive, the objective is convex on all of the interval
+that the minimum lies in, and has no other there.
 
 Where $\phi$ rises or falls throughout, the residual between $s_0$ and a better point is at most $|\mu|/\kappa$, and
 $1 - \sigma|\mu|B$ is enough.
 
-Limits: the bounds are found on a grid of 1/128 between -32 and 32, and hold there only, for functions without finer
-structure than that. Whether a function is smooth is found out on the same grid: its values are to rise by the integral
-of its slope, and that by the integral of its second derivative.
+Limits: the bounds are found on a grid of 1/128 between -32 and 32. They hold there only, and for functions without
+finer structure. The same grid shows whether a function is smooth: its values must rise by the integral of its slope,
+and its slope by the integral of its second derivative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._program._fragment import Fragment
+from ._newton import bracketed_root
 
 _RANGE, _GRID = 32.0, 128
 _KINK = 1e-5
-"""What a slope may differ by from the integral of the second derivative, next to one or the largest slope."""
+"""How far a slope may be from the integral of the second derivative, relative to one or to the largest slope."""
 _CONVEX = 0.5
-"""What may be taken from the one of a convex objective: Newton's steps then converge without a search."""
+"""How much of the one in a convex objective's second derivative may be lost: Newton's steps then converge anyway."""
 _STEPS = 8
 _SHORT = 0.05
 """Up to this length of a step the rise is integrated; the error, of the fourth power, is below rounding."""
 
 
 class Bounds(NamedTuple):
-    """Of a smooth function between -32 and 32: of the size of its slope, of its second derivative, whether monotone."""
+    """What is known of a smooth function between -32 and 32.
+
+    - `slope`, `bend`: bounds of the sizes of its slope and of its second derivative.
+    - `monotone`: whether it rises or falls throughout.
+    """
 
     slope: float
     bend: float
     monotone: bool
 
 
-def bounds_of(phi: Fragment, static: Mapping[int, float]) -> Bounds | None:
-    """The bounds of a smooth function of one operand, with a tenth to spare; `None` of all others.
+def bounds_of(phi: Callable[[Array], Array], dtype: Any) -> Bounds | None:
+    """The bounds of a smooth elementwise function, with a tenth to spare; `None` of all others.
 
     **Arguments:**
 
-    - `phi`: the function.
-    - `static`: the numbers that it reads from outside. Of a function that reads more, nothing is known.
+    - `phi`: the function, of a vector of any length.
+    - `dtype`: of the vector.
+
+    **Returns:**
+
+    The bounds. `None` also where the function has no second derivative in JAX, or one that is not finite.
     """
-    if not phi.known <= static.keys():
-        return None
     # Between the points where functions written with cases have their seams.
     grid = (np.arange(int(2 * _RANGE * _GRID)) + 0.5) / _GRID - _RANGE
     with jax.ensure_compile_time_eval():
-        s = jnp.asarray(grid, phi.operands[0].dtype)
+        s = jnp.asarray(grid, dtype)
         try:
-            found = _derivatives(phi.of_one(static, grid.shape), s)
+            found = _derivatives(phi, s)
         except Exception:  # what a primitive without a derivative raises is its own choice
             return None
         value, slope, bend = (np.asarray(x, float) for x in found)
@@ -104,7 +111,7 @@ def smooth_dual(
 
     **Arguments:**
 
-    - `phi`, `s0`, `mu`, `sigma`, `q`: as for `generic_dual`; in single or double precision.
+    - `phi`, `s0`, `mu`, `sigma`, `q`: as for `generic_dual`, but in single or double precision.
     - `bounds`: of the function.
     - `otherwise`: called without arguments.
 
@@ -129,29 +136,27 @@ def _newton(
 ) -> tuple[Array, Array]:
     r"""The root of $\lambda - \phi'(s)(\mu - q d)$, $d = (\phi(s) - \phi(s_0))/\sigma$, and whether it was found.
 
-    No step goes beyond `most`, where there may be other roots; no slope is above `steepest`. The rise of short steps is
-    Hermite's quadrature of the slope, of which nothing cancels: the difference of two values is lost to rounding, and
-    what is left over is multiplied with $\kappa$.
+    Beyond `most` there may be other roots; no slope is above `steepest`. The rise over a short step is Hermite's
+    quadrature of the slope, where nothing cancels. The difference of two values would be lost to rounding, and the
+    error be multiplied with $\kappa$.
     """
     value0, slope0, bend0 = _derivatives(phi, s0)
     eps = float(jnp.finfo(s0.dtype).eps)
 
-    def body(carry):
-        lam, _, count = carry
+    def stationarity(lam):
         delta = sigma * lam
         value, slope, bend = _derivatives(phi, s0 + delta)
         short = jnp.abs(delta) < _SHORT
         quadrature = lam * ((slope0 + slope) / 2 - delta * (bend - bend0) / 12)
         left = mu - q * jnp.where(short, quadrature, (value - value0) / sigma)
-        gauss = 1.0 + q * slope * slope
-        new = jnp.clip(lam - (lam - slope * left) / (gauss - sigma * bend * left), -most, most)
-        # A Newton step shorter than the square root of what is wanted leaves an error below it. Where the function is
-        # nearly flat, the rounding of its slope, next to the largest one, and of its values are all that is left.
+        # Where the function is nearly flat, only rounding is left: of its slope, relative to the largest one, and of
+        # its values.
         values = jnp.where(short, 0.0, jnp.abs(slope * value) * (q / sigma))
-        rounding = 4.0 * eps * (steepest * jnp.abs(left) + values) / gauss
-        moving = jnp.any(~(jnp.abs(new - lam) <= 0.1 * eps**0.5 * jnp.abs(new) + rounding))
-        return new.astype(lam.dtype), moving, count + 1
+        error = 4.0 * eps * (steepest * jnp.abs(left) + values)
+        return lam - slope * left, 1.0 + q * slope * slope - sigma * bend * left, error
 
     start = (slope0 * mu / (1.0 + q * slope0 * slope0)).astype(s0.dtype)
-    lam, moving, _ = jax.lax.while_loop(lambda c: c[1] & (c[2] < _STEPS), body, (start, jnp.asarray(True), 0))
-    return lam, ~moving
+    most = jnp.broadcast_to(most, start.shape).astype(start.dtype)
+    # A Newton step shorter than the square root of the accuracy wanted leaves an error below it.
+    lam, found = bracketed_root(stationarity, start, -most, most, rtol=0.1 * eps**0.5, max_steps=_STEPS)
+    return lam, found & jnp.all(jnp.isfinite(lam))

@@ -1,52 +1,111 @@
-r"""Projection onto the graph of the maximum, $\{(x, y) : y = \max_i x_i\}$.
+r"""The level of water in basins, and the projection onto the graph of the maximum, $\{(x, y) : y = \max_i x_i\}$.
 
-Downward, the largest entries sink together to a common level; upward, one entry rises alone. Time and memory are
-linear in the size of the input: no sort, and nothing of size n x n.
+[`water_level`][] is what the projection onto a simplex, the hinge and the maximum have in common. Of a maximum
+([`max_dual`][]), the largest entries sink together to a common level; upward, one entry rises alone. Time and memory
+are linear in the size of the input: no sort, and nothing of size n x n.
 
-The answer is given as duals, the weights times the displacements, and what is asked for also comes as a dual. Where
-the step is small only the ratio of output to input weight enters, so that weights clamped at a large constant still
-give the right duals, and a demand of 1e-20 on entries of size 1 is not lost to rounding.
+The answer comes as duals, the weights times the displacements, from an incoming dual. Where the step is small only the
+ratio of output to input weight enters, so that weights clamped at a large constant still give the right duals, and a
+step of 1e-20 on entries of size 1 is not lost to rounding.
 
 Limits: the set is not convex. Upward, ties at the maximum have several nearest points, and the first is returned. The
-demand must be finite. The while-loop cannot be differentiated in reverse mode.
+incoming dual must be finite. The while-loop cannot be differentiated in reverse mode.
 """
 
+from __future__ import annotations
+
+import itertools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Num
 
-from ._prox import water_level
-
+# Up to this size, `water_level` tries every active set, which fuses into one pass over the array.
+_ENUMERATE_UP_TO = 4
 # Ratios of weights outside this range act like its ends: infinitely stiff, or infinitely soft.
 _SMALLEST, _LARGEST = 1e-30, 1e30
+
+
+@jax.jit  # a loop traced anew in every call would be compiled anew
+def water_level(
+    depths: Float[Array, "*batch n"],
+    rate: Num[ArrayLike, "*#batch"] = 0.0,
+    areas: Float[Array, "*batch n"] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""The level at which one unit of water stands in a set of basins.
+
+    Solves $\rho L + \sum_i a_i \max(L - e_i, 0) = 1$ for $L$. Both the projection onto the simplex and the
+    proximal map of a maximum reduce to this equation.
+
+    The left side is convex and increases in $L$, and it is the largest of the lines
+    $\rho L + \sum_{i \in S} a_i (L - e_i)$ over all sets $S$, so the root is the smallest of theirs,
+    $L_S = (1 + \sum_S a_i e_i) / (\rho + \sum_S a_i)$. Newton's method from above, $S = \{i : e_i < L\}$ and then
+    $L = L_S$, descends to it and is exact as soon as $S$ stops shrinking. With $f$ the excess and $k$ the slope,
+    convexity gives $f_{j+1}/f_j + k_{j+1}/k_j \le 1$, so that $f k$ falls at least by a factor of 4 in each
+    iteration: $O(\log(n / \epsilon))$ iterations of $O(n)$, usually 2 to 6. A sort with prefix sums gives the same
+    level, but was 5 to 40 times slower on a CPU.
+
+    **Arguments:**
+
+    - `depths`: $e_i \ge 0$, finite, at least one of them zero with a positive area.
+    - `rate`: $\rho \ge 0$.
+    - `areas`: $a_i \ge 0$, by default all 1.
+
+    **Returns:**
+
+    $L > 0$, for each element of the leading axes.
+    """
+    n = depths.shape[-1]
+    rate = jnp.broadcast_to(jnp.asarray(rate, depths.dtype), depths.shape[:-1])
+    areas = jnp.ones_like(depths) if areas is None else areas
+    # No level is above that of the basins of depth zero alone. Basins at or above it stay dry: taking them out here
+    # leaves the rounding of the level to the basins that count.
+    level = 1 / (rate + jnp.max(jnp.where(depths == 0, areas, 0), axis=-1))
+    areas = jnp.where(depths < level[..., None], areas, 0)
+    volumes = jnp.where(areas > 0, areas * depths, 0)
+
+    if n <= _ENUMERATE_UP_TO:
+        for size in range(1, n + 1):
+            for chosen in itertools.combinations(range(n), size):
+                volume = sum((volumes[..., i] for i in chosen), start=jnp.ones_like(level))
+                area = sum((areas[..., i] for i in chosen), start=rate)
+                level = jnp.where(area > 0, jnp.minimum(level, volume / jnp.where(area > 0, area, 1)), level)
+        return level
+
+    def lower(state):
+        level, _ = state
+        wet = depths < level[..., None]
+        volume = 1 + jnp.sum(jnp.where(wet, volumes, 0), axis=-1)
+        area = rate + jnp.sum(jnp.where(wet, areas, 0), axis=-1)
+        new = jnp.minimum(level, volume / area)
+        return new, jnp.any(new < level)
+
+    return jax.lax.while_loop(lambda state: state[1], lower, (level, jnp.array(True)))[0]
 
 
 def max_dual(
     x0: Float[Array, "*batch n"],
     mu: Num[ArrayLike, "*#batch"],
     weights: float | tuple[float, ...],
-    kappa: Num[ArrayLike, "*#batch"],
     ratio: Num[ArrayLike, "*#batch"] | Sequence[Num[ArrayLike, "*#batch"]],
 ) -> Float[Array, "*batch n"]:
     r"""The duals of the projection onto $y = \max_i x_i$.
 
-    Minimizes $\sum_i w_i (x_i - x^0_i)^2 + \kappa (\max_i x_i - y_0)^2$. Where the maximum is unique and the demand
+    Minimizes $\sum_i w_i (x_i - x^0_i)^2 + \kappa (\max_i x_i - y_0)^2$. Where the maximum is unique and the dual
     small, the answer is $\mu / (1 + \kappa / w)$ at the largest entry and zero elsewhere.
 
     **Arguments:**
 
     - `x0`: the entries. Those that are not finite are padding, and stay.
-    - `mu`: the demand $\kappa (y_0 - \max_i x^0_i)$, finite.
+    - `mu`: the incoming dual $\kappa (y_0 - \max_i x^0_i)$, finite.
     - `weights`: $w_i > 0$, one number for all entries or a tuple with one for each.
-    - `kappa`: the weight of the output. Only `ratio` enters; it is here so that all such rules are called alike.
     - `ratio`: $\kappa / w_i$, one for all entries or, where `weights` is a tuple, one for each.
 
     **Returns:**
 
     $w_i (x_i - x^0_i)$, with the shape and dtype of `x0`.
     """
-    del kappa
     work = jnp.promote_types(x0.dtype, jnp.float32)
     n = x0.shape[-1]
     x = x0.astype(work)
@@ -74,7 +133,7 @@ def max_dual(
 def steep_max_dual(
     x0: Float[Array, "*batch n"], mu: Num[ArrayLike, "*#batch"], weights: float | tuple[float, ...]
 ) -> Float[Array, "*batch n"]:
-    r"""[`max_dual`][] where $\kappa / w \to 0$ and no gap is as small as a step, but for those that are zero.
+    r"""[`max_dual`][] in the gradient regime: $\kappa / w \to 0$, and no gap but zero is as small as a step.
 
     Upward the first of the largest entries gets all of $\mu$; downward they share it, in proportion to their weights.
     Arguments and result as there.
@@ -142,7 +201,7 @@ def _sink(e: Float[Array, "*batch n"], ratios: Float[Array, "*batch _"]) -> Floa
     rate = jnp.min(ratios, axis=-1, keepdims=True)
     areas = None if ratios.shape[-1] == 1 else rate / ratios
     stiffest = jnp.ones_like(rate) if areas is None else jnp.max(jnp.where(e == 0, areas, 0), axis=-1, keepdims=True)
-    e = jnp.minimum(e, 1 / (rate + stiffest))  # none that stays dry needs to be told from another
+    e = jnp.minimum(e, 1 / (rate + stiffest))  # all basins that stay dry are alike
     level = water_level(e, rate[..., 0], areas)[..., None]
     wet = jnp.maximum(level - e, 0)
     return wet if areas is None else areas * wet

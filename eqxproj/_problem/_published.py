@@ -88,9 +88,9 @@ class PublishedBilinear(Bilinear):
 class PublishedMaximum(Maximum):
     """Of tied maxima the last rises."""
 
-    def nearest(self, x: Array, mu: Array, weights, kappa, ratio) -> Array:
+    def nearest(self, x: Array, mu: Array, weights, ratio) -> Array:
         order = slice(None, None, 1 if isinstance(weights, tuple) else -1)
-        return super().nearest(x[..., order], mu, weights, kappa, ratio)[..., order]
+        return super().nearest(x[..., order], mu, weights, ratio)[..., order]
 
 
 class PublishedRelu(Scalar):

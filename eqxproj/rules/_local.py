@@ -19,10 +19,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._numerics._conjugate_gradients import conjugate_gradients
+from .._numerics._newton import descend
 from .._program._equations import Program
 from .._program._fragment import Fragment
 from .._program._normal_form import is_transposable
@@ -177,30 +177,17 @@ def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
             for mu, kappa, new, y, jd in zip(duals, ctx.output_weights, after, before, slope, strict=True)
         ]
 
-    def towards(nus, new, cost):
-        def shorter(carry):
-            scale, _, _, count = carry
-            mixed = jtu.tree_map(lambda a, b: a + scale * (b - a), nus, new)
-            return scale * 0.5, mixed, _cost(ctx, inputs, duals, mixed), count + 1
-
-        start = (jnp.asarray(1.0, cost.dtype), nus, jnp.asarray(jnp.inf, cost.dtype), 0)
-        _, mixed, found, _ = jax.lax.while_loop(lambda c: ~(c[2] < cost) & (c[3] <= _HALVINGS), shorter, start)
-        better = found < cost
-        return jtu.tree_map(lambda a, b: jnp.where(better, a, b), mixed, nus), jnp.where(better, found, cost), better
-
-    def advance(nus, new, multiplier, right, cost, count):
-        nus, cost, better = towards(nus, new, cost)
-        found = right_side(nus)
-        change = _size([a - b for a, b in zip(found, right, strict=True)])
-        return nus, multiplier, found, cost, better & (change > _SAME * _size(duals)), count + 1
-
-    def body(carry):
-        nus, multiplier, right, cost, _, count = carry
+    def gauss_newton(nus, right, multiplier):
         at = moved(nus)[1]
         multiplier = _linearized(ctx, at, right, multiplier)
-        return advance(nus, _pull(ctx, at, multiplier), multiplier, right, cost, count)
+        return [new - nu for new, nu in zip(_pull(ctx, at, multiplier), nus, strict=True)], multiplier
+
+    def is_done(right, before):
+        return _size([a - b for a, b in zip(right, before, strict=True)]) <= _SAME * _size(duals)
+
+    def cost(nus):
+        return _cost(ctx, inputs, duals, nus)
 
     zero = [jnp.zeros_like(x) for x in first]
-    cost = _cost(ctx, inputs, duals, zero)
-    carry = advance(zero, list(first), multiplier, list(duals), cost, jnp.asarray(-1))
-    return jax.lax.while_loop(lambda c: c[4] & (c[5] < _OUTER), body, carry)[0]
+    limits = {"max_steps": 1 + _OUTER, "max_halvings": _HALVINGS}
+    return descend(cost, right_side, gauss_newton, is_done, zero, list(duals), multiplier, **limits)

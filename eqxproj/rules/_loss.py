@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._numerics._conjugate_gradients import conjugate_gradients, inner
+from .._numerics._newton import descend
 from .._program._equations import Equation, Variable
 from ._base import AbstractRule, Context
 
@@ -110,7 +111,7 @@ class GenericObjective(AbstractRule):
         return [v.index for _, factors in self.parts for v, _ in factors]
 
 
-_OUTER, _INNER, _HALVINGS = 12, 12, 8
+_OUTER, _INNER, _HALVINGS, _ROUNDING = 12, 12, 8, 1e-6
 
 
 def _prox(loss, start: list[Array]) -> list[Array]:
@@ -131,44 +132,26 @@ def _prox(loss, start: list[Array]) -> list[Array]:
         value = 0.5 * inner(d, d) + loss(d)
         return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
-    def body(carry):
-        d, r, _, count = carry
-
+    def newton(d, r, memory):
         def hessian(v):
             return jtu.tree_map(jnp.add, v, jax.jvp(gradient, (d,), (v,))[1])
 
         step = conjugate_gradients(hessian, r, [1.0] * len(r), tol=1e-3, max_steps=_INNER)
-        slope = inner(r, step)
-        step = jax.lax.cond(slope > 0, lambda: step, lambda: list(r))
-        before, wanted = cost(d), 1e-4 * inner(r, step)
-
-        def shorter(c):
-            return c[0] * 0.5, c[1] + 1
-
-        def poor(c):
-            trial = jtu.tree_map(lambda a, b: a + c[0] * b, d, step)
-            slack = 1e-6 * jnp.abs(before)
-            return (cost(trial) > before - c[0] * wanted + slack) & (c[1] < _HALVINGS)
-
-        scale = jax.lax.while_loop(poor, shorter, (jnp.asarray(1.0), 0))[0]
-        new = jtu.tree_map(lambda a, b: (a + scale * b).astype(a.dtype), d, step)
-        r_new = residual(new)
-        better = jnp.isfinite(size(r_new)) & (cost(new) <= before + 1e-6 * jnp.abs(before))
-        new = jtu.tree_map(lambda a, b: jnp.where(better, a, b), new, d)
-        return new, r_new, ~better, count + 1
+        return jax.lax.cond(inner(r, step) > 0, lambda: step, lambda: list(r)), memory
 
     zero = [jnp.zeros_like(x) for x in start]
     r = residual(zero)
     scale = size(r)
 
-    def more(carry):
-        return (size(carry[1]) > 1e-5 * scale) & ~carry[2] & (carry[3] < _OUTER)
+    def is_done(r, _):
+        return size(r) <= 1e-5 * scale
 
-    found = jax.lax.while_loop(more, body, (zero, r, jnp.asarray(False), jnp.asarray(0)))[0]
+    limits = {"max_steps": _OUTER, "max_halvings": _HALVINGS, "rounding": _ROUNDING}
+    found = descend(cost, residual, newton, is_done, zero, r, (), **limits)
 
     def first():
         before = cost(zero)
-        return ~jnp.isfinite(scale) | (cost(r) <= before + 1e-6 * jnp.abs(before))
+        return ~jnp.isfinite(scale) | (cost(r) <= before + _ROUNDING * jnp.abs(before))
 
     plain = jax.lax.cond(size(found) == 0, first, lambda: jnp.asarray(False))
     return jtu.tree_map(lambda a, b: jnp.where(plain, a, b), r, found)

@@ -149,7 +149,7 @@ class Maximum(AbstractRule):
         weights = ctx.weights if two else ctx.weights[0]
         ratio = tuple(ctx.ratios[0]) if two else ctx.ratios[0][0]
         x = sign * self._last(ctx, inputs)
-        nu = self.nearest(x, sign * duals[0], weights, ctx.output_weights[0], ratio)
+        nu = self.nearest(x, sign * duals[0], weights, ratio)
         input_duals = self._back(ctx, sign * nu, inputs)
         if not self._is_window(ctx) or ctx.store_copies:
             return input_duals
@@ -157,6 +157,6 @@ class Maximum(AbstractRule):
         change = jnp.max(x + nu / scale, -1) - jnp.max(x, -1)
         return Projected(input_duals, [duals[0] - ctx.output_weights[0] * sign * change])
 
-    def nearest(self, x: Array, mu: Array, weights, kappa, ratio) -> Array:
+    def nearest(self, x: Array, mu: Array, weights, ratio) -> Array:
         """The duals of the candidates on the last axis. Of tied maxima the first rises."""
-        return max_dual(x, mu, weights, kappa, ratio)
+        return max_dual(x, mu, weights, ratio)

@@ -24,10 +24,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._numerics._differences import difference_slope
 from .._numerics._noise import expected_slope, expected_slope_of_pieces, jumps_of, within
 from .._numerics._piecewise import PiecewiseAffine, apply_primitive
 from .._numerics._piecewise_dual import piecewise_affine_dual
-from .._numerics._scalar import difference_slope, generic_dual, round_dual, square_dual
+from .._numerics._scalar import round_dual, square_dual
+from .._numerics._search import generic_dual
 from .._numerics._smooth import Bounds, bounds_of, smooth_dual
 from .._program._equations import Equation, Variable
 from .._program._fragment import Fragment
@@ -227,13 +229,20 @@ class Scalar(AbstractRule):
 
     @functools.cached_property
     def _bounds(self) -> Bounds | None:
-        return bounds_of(self.phi, self.static)
+        """Of a function that reads known arrays nothing is known."""
+        phi, static = self.phi, self.static
+        if not phi.known <= static.keys():
+            return None
+        return bounds_of(lambda s: phi.of_one(static, s.shape)(s), phi.operands[0].dtype)
 
     @functools.cached_property
     def _jumps(self) -> tuple[float, ...]:
         """Where a function of known numbers has jumps. Of one that reads known arrays that is not found out."""
         may = any(e.name in _MAY_JUMP for e in self.phi.equations) and self.phi.known <= self.static.keys()
-        return jumps_of(self.phi, self.static) if may else ()
+        if not may:
+            return ()
+        operand = self.phi.operands[0]
+        return jumps_of(self.phi.of_one(self.static, operand.shape), operand.shape, operand.dtype)
 
 
 _MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")

@@ -1,0 +1,209 @@
+r"""Margin, squared error and hinge as objectives: values, and how far their proximal maps move the prediction.
+
+Every loss here, and the cross-entropy of `_cross_entropy.py`, comes as two pure functions, which work under `jax.jit`
+and `jax.vmap`:
+
+- a *value*, not reduced: one number per sample (per element, where the loss is elementwise), as in Optax. Its gradient
+  by `jax.grad` is that of the gradient regime;
+- a *displacement* $\mathrm{prox}_{\tau \ell}(z) - z$, where
+  $\mathrm{prox}_{\tau \ell}(z) = \arg\min_u \tfrac12 |u - z|^2 + \tau \ell(u)$. It is computed as such rather than as
+  a difference of two nearly equal arrays, so that it keeps its relative accuracy when $\tau$ is small:
+  displacement$/\tau \to -\nabla \ell(z)$ as $\tau \to 0$.
+
+The last axis holds the classes. Half-precision input is computed in float32, and every result has the dtype of the
+prediction. `tau` is a scalar or an array that broadcasts to the shape of the value.
+
+Limits: integer labels outside the range of the classes are not detected, and their results mean nothing. The
+displacements of the cross-entropy and of the hinge contain a `jax.lax.while_loop`, so they cannot be differentiated in
+reverse mode. Scores of $-\infty$ (masked classes) are allowed, and stay where they are as long as the right class is
+not among them; NaN gives NaN.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Num
+
+from ._loss_arguments import floating, is_index, is_right, step_of, with_classes
+from ._water_level import water_level
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Margin
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _indices(labels: ArrayLike, shape: tuple[int, ...]) -> Array:
+    array = jnp.asarray(labels)
+    if not is_index(array, shape):
+        raise ValueError(f"`labels` must be integers of shape {shape[:-1]}, got {array.dtype} of shape {array.shape}.")
+    return array
+
+
+def margin_displacement(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch n"]:
+    r"""From the logits to the nearest logits with a margin: wrong classes at most 0, the right class at least 1.
+
+    **Arguments:**
+
+    - `logits`: one score per class.
+    - `labels`: the right class, an integer.
+
+    **Returns:**
+
+    $P(z) - z$, zero exactly on the set.
+    """
+    z, dtype = with_classes("logits", logits)
+    right = is_right(_indices(labels, z.shape), z.shape[-1])
+    return jnp.where(right, jnp.maximum(1 - z, 0), -jnp.maximum(z, 0)).astype(dtype)
+
+
+def margin_value(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r"""Half the squared distance to the logits with a margin; its gradient is `-margin_displacement`.
+
+    **Arguments:**
+
+    - `logits`: one score per class.
+    - `labels`: the right class, an integer.
+
+    **Returns:**
+
+    $\tfrac12 |z - P(z)|^2$ per sample.
+    """
+    z, dtype = with_classes("logits", logits)
+    return (0.5 * jnp.sum(margin_displacement(z, labels) ** 2, axis=-1)).astype(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Squared error
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _targets(targets: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    array = jnp.asarray(targets)
+    if array.shape != shape or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(f"`targets` must be real, of shape {shape}, got {array.dtype} of shape {array.shape}.")
+    return array.astype(dtype)
+
+
+def squared_error_value(predictions: Float[Array, "*shape"], targets: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    r"""Squared error, elementwise.
+
+    **Arguments:**
+
+    - `predictions`, `targets`: of one shape.
+
+    **Returns:**
+
+    $(p - t)^2$ for each element.
+    """
+    p, dtype = floating("predictions", predictions)
+    return ((p - _targets(targets, p.shape, p.dtype)) ** 2).astype(dtype)
+
+
+def squared_error_displacement(
+    predictions: Float[Array, "*shape"], targets: Num[Array, "*shape"], tau: Num[ArrayLike, "*#shape"]
+) -> Float[Array, "*shape"]:
+    r"""How far the proximal map of the squared error moves the predictions.
+
+    $u - p + 2 \tau (u - t) = 0$ gives $u - p = \frac{2 \tau}{1 + 2 \tau} (t - p)$.
+
+    **Arguments:**
+
+    - `predictions`, `targets`: of one shape.
+    - `tau`: the step, positive.
+
+    **Returns:**
+
+    $\mathrm{prox}(p) - p$.
+    """
+    p, dtype = floating("predictions", predictions)
+    t = _targets(targets, p.shape, p.dtype)
+    twice = 2 * step_of(tau, p.shape, p.dtype)
+    return (twice / (1 + twice) * (t - p)).astype(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hinge
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _hinge_labels(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, bool]:
+    """The labels, and whether they name classes."""
+    array = jnp.asarray(labels)
+    if len(shape) > 0 and is_index(array, shape):
+        return array, True
+    if array.shape == shape and jnp.issubdtype(array.dtype, jnp.number):
+        if not jnp.issubdtype(array.dtype, jnp.complexfloating):
+            return array.astype(dtype), False
+    raise ValueError(
+        f"`labels` must be integers of shape {shape[:-1]} (the right class) or numbers -1 and 1 of shape {shape}, "
+        f"got {array.dtype} of shape {array.shape}."
+    )
+
+
+def hinge_value(
+    scores: Float[Array, "*shape"], labels: Int[Array, "..."] | Num[Array, "*shape"]
+) -> Float[Array, "..."]:
+    r"""Hinge loss: Crammer and Singer's for several classes, or the binary one.
+
+    **Arguments:**
+
+    - `scores`: one score per class; for the binary loss, of any shape.
+    - `labels`: the right class, an integer; or, with the shape of `scores`, -1 or 1 for each score.
+
+    **Returns:**
+
+    $\max_j (s_j + [j \ne y]) - s_y$ per sample, or $\max(0, 1 - s t)$ for each element.
+    """
+    s, dtype = floating("scores", scores)
+    array, multiclass = _hinge_labels(labels, s.shape, s.dtype)
+    if not multiclass:
+        return jnp.maximum(1 - s * array, 0).astype(dtype)
+    s, _ = with_classes("scores", s)
+    right = is_right(array, s.shape[-1])
+    best = jnp.max(jnp.where(right, s, s + 1), axis=-1)
+    return (best - jnp.sum(jnp.where(right, s, 0), axis=-1)).astype(dtype)
+
+
+def hinge_displacement(
+    scores: Float[Array, "*shape"],
+    labels: Int[Array, "..."] | Num[Array, "*shape"],
+    tau: Num[ArrayLike, "..."],
+) -> Float[Array, "*shape"]:
+    r"""How far the proximal map of the hinge loss moves the scores; exact.
+
+    Binary: $s$ moves by $t \cdot \mathrm{clip}(1 - s t, 0, \tau)$.
+
+    Several classes: with $v = s + [j \ne y] + \tau e_y$, the problem is the proximal map of $\tau \max$ at $v$, and
+    by Moreau's identity the displacement is $\tau (e_y - p)$, where $p$ is the projection of $v / \tau$ onto the
+    simplex, $p_j = \max(v_j / \tau - \theta, 0)$ with $\theta$ such that $\sum_j p_j = 1$. That is a water level
+    below the largest $v_j$, in units of $\tau$; only differences of scores enter.
+
+    **Arguments:**
+
+    - `scores`: one score per class; for the binary loss, of any shape.
+    - `labels`: the right class, an integer; or, with the shape of `scores`, -1 or 1 for each score.
+    - `tau`: the step, positive; it broadcasts to the shape of `hinge_value`.
+
+    **Returns:**
+
+    $\mathrm{prox}(s) - s$.
+    """
+    s, dtype = floating("scores", scores)
+    array, multiclass = _hinge_labels(labels, s.shape, s.dtype)
+    if not multiclass:
+        return (array * jnp.clip(1 - s * array, 0, step_of(tau, s.shape, s.dtype))).astype(dtype)
+    s, _ = with_classes("scores", s)
+    step = step_of(tau, s.shape[:-1], s.dtype)[..., None]
+    right = is_right(array, s.shape[-1])
+    rival = jnp.max(jnp.where(right, -jnp.inf, s), axis=-1, keepdims=True)
+    # How far the right class is below its margin; beyond the margin, as without rivals, nothing is to be done.
+    lead = jnp.sum(jnp.where(right, s, 0), axis=-1, keepdims=True)
+    lead = jnp.where(rival == -jnp.inf, 0, jnp.minimum(lead - rival - 1, 0))
+    unit = jnp.where(step > 0, step, 1)
+    own = 1 + lead / unit  # (v_y - v_rival) / tau; the top is the larger of the two
+    top = jnp.maximum(own, 0)
+    below = jnp.where(right, top - own, top + jnp.where(s == rival, 0, rival - s) / unit)
+    below = jnp.clip(below, 0, 1)  # the level is at most one unit below the top
+    p = jnp.maximum(water_level(below)[..., None] - below, 0)
+    others = jnp.where(right, 0, -p)
+    return (step * jnp.where(right, -jnp.sum(others, axis=-1, keepdims=True), others)).astype(dtype)
