@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from eqxproj._graph._graph._build import build
+from eqxproj._graph._build import build
 
 import eqxproj
 from eqxproj._problem._readers import kappa_of

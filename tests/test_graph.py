@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqxproj._graph._graph._build import build
-from eqxproj._graph._graph._graph import conflicts, table, with_identities
+from eqxproj._graph._build import build
+from eqxproj._graph._graph import conflicts, table, with_identities
 
 import eqxproj
 from eqxproj._program._trace import trace

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from eqxproj._graph._graph._graph import conflicts
+from eqxproj._graph._graph import conflicts
 
 import eqxproj
 
