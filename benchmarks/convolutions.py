@@ -23,7 +23,7 @@ from shared import classification, in_turn, write
 from step_time import models
 
 import eqxproj
-from eqxproj._program._convolutions import lowered
+from eqxproj._program._canonical import lowered
 from eqxproj._training._displacement import displacement_of, run
 
 _IN_A_LOOP = 5

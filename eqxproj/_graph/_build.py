@@ -22,7 +22,7 @@ from .._program._fragment import Fragment, View
 from .._program._primitives import VIEWS
 from .._program._terms import Term, terms
 from .._program._trace import Trace
-from .._program._unroll import lay_out
+from .._program._unroll import unroll
 from ..rules._base import AbstractRule
 from ..rules._custom import Custom
 from ..rules._derivative import CustomDerivative
@@ -56,7 +56,7 @@ class GraphBuilder:
         count = len(trace.parameters)
         self.parameters, self.arguments = trace.program.inputs[:count], trace.program.inputs[count:]
         seeds = [*self.parameters, *(v for v in self.arguments if v.is_float and data == "pinned")]
-        layout = lay_out(trace.program, seeds, in_order)
+        layout = unroll(trace.program, seeds, in_order)
         self.program, self.delayed = with_differences(layout.program, seeds), layout.delayed
         self.loss = self.program.outputs[0]
         self.equations, self.fed = self._live()

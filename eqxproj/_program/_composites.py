@@ -45,8 +45,7 @@ class Composite(Equation):
         return "normalization" if names & {"rsqrt", "sqrt", "pow"} else "composite"
 
     def bind(self, *operands: Any) -> list[Any]:
-        env = {v.index: x for v, x in zip(self.inputs, operands, strict=True)}
-        evaluate(self.inner, env)
+        env = evaluate(self.inner, {v.index: x for v, x in zip(self.inputs, operands, strict=True)})
         return [env[v.index] for v in self.outputs]
 
 

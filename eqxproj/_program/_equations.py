@@ -41,15 +41,12 @@ class Equation:
     inputs: tuple[Variable, ...]
     outputs: tuple[Variable, ...]
     source: str
+    residuals: tuple[Variable, ...] = field(default=(), kw_only=True)
+    """What `bind` returns after the outputs. Only the rule reads it, on the way back; no equation does."""
 
     @property
     def name(self) -> str:
         return self.primitive.name
-
-    @property
-    def kept(self) -> tuple[Variable, ...]:
-        """Variables of what `bind` returns after the outputs, for the rule alone: no equation reads them."""
-        return ()
 
     def bind(self, *operands: Any) -> list[Any]:
         """Applies the primitive to values; always returns a list."""

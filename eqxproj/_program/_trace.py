@@ -32,7 +32,7 @@ class Trace(eqx.Module):
     program: Program = eqx.field(static=True)
     aux_treedef: Any = eqx.field(static=True)
     aux_static: Any = eqx.field(static=True)
-    stiff: tuple[bool, ...] = eqx.field(static=True)
+    is_parameter: tuple[bool, ...] = eqx.field(static=True)
     """For each unknown whether it is a parameter; the operands of an inner program may be states."""
 
     def rebuild(self, parameters: Sequence[Array]) -> PyTree:
@@ -76,7 +76,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     has_aux: bool = False,
-    stiff: Sequence[bool] | None = None,
+    is_parameter: Sequence[bool] | None = None,
 ) -> Trace:
     """Traces `loss(model, *args, **kwargs)`.
 
@@ -86,7 +86,7 @@ def trace(
     - `model`: any pytree; its inexact arrays are the unknowns.
     - `args`, `kwargs`: the further arguments of the loss.
     - `has_aux`: as in `equinox.filter_value_and_grad`.
-    - `stiff`: for each unknown whether it is a parameter; all are, by default.
+    - `is_parameter`: for each unknown whether it is a parameter; all are, by default.
 
     **Returns:**
 
@@ -129,5 +129,14 @@ def trace(
 
     jaxpr = jax.make_jaxpr(flat)(list(parameters), leaves)
     program = normal_form(jaxpr)
-    stiff = (True,) * len(parameters) if stiff is None else tuple(stiff)
-    return Trace(parameters, tuple(leaves), static_model, treedef, names, program, box["treedef"], box["static"], stiff)
+    return Trace(
+        parameters=parameters,
+        arguments=tuple(leaves),
+        static_model=static_model,
+        treedef=treedef,
+        names=names,
+        program=program,
+        aux_treedef=box["treedef"],
+        aux_static=box["static"],
+        is_parameter=(True,) * len(parameters) if is_parameter is None else tuple(is_parameter),
+    )

@@ -22,7 +22,7 @@ from .._problem._make import RAW_TAU, check_copies, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
 from .._problem._state import State, conformed, settled
-from .._program._convolutions import laid_out
+from .._program._canonical import canonicalised
 from .._program._equations import Program
 from .._program._trace import trace
 from ..solvers import AbstractSolver, CyclicProjections
@@ -134,7 +134,7 @@ def filter_value_and_displacement(
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
         factor = tau if tau is not None else RAW_TAU if raw else default_tau(traced.program, chosen)
         problem = make_problem(traced, chosen, copies, factor, "constant", needs_identities(solver))
-        state = laid_out(lambda: run(problem, solver, steps), traced.program)
+        state = canonicalised(lambda: run(problem, solver, steps), traced.program)
         moved = displacement_of(problem, state, raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from .._metric import Metric, check_metric
 from .._problem._make import check_copies, make_problem
 from .._problem._problem import Copies
-from .._program._convolutions import laid_out
+from .._program._canonical import canonicalised
 from .._program._custom import custom_loss
 from .._program._trace import trace
 from ..solvers import AbstractSolver, AlternatingProjections
@@ -70,7 +70,7 @@ def projection(
     def solved(primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
         traced = trace(loss, primals, (target,))
         problem = make_problem(traced, chosen, copies, 1.0, "constant", two_colored=True)
-        state = laid_out(lambda: run(problem, solver, steps), traced.program)
+        state = canonicalised(lambda: run(problem, solver, steps), traced.program)
         return traced.rebuild(solver.postprocess(problem, state))
 
     def project(target: PyTree) -> tuple[PyTree, ...]:

@@ -26,7 +26,7 @@ from .._graph._build import check_dependence
 from .._metric import Metric, check_metric
 from .._problem._make import check_copies, check_labels, check_tau, feasibility_problem, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
-from .._program._convolutions import lowered
+from .._program._canonical import lowered
 from .._program._trace import trace
 from ..sets import Constraint, apply_constraints, check_constraints, constrained
 from ..solvers import AbstractSolver, CyclicProjections

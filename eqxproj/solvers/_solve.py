@@ -17,7 +17,7 @@ from .._errors import NonFiniteError
 from .._problem._problem import FeasibilityProblem
 from .._problem._readers import context, operand, value_of
 from .._problem._state import State, conformed, settled
-from .._program._convolutions import laid_out
+from .._program._canonical import canonicalised
 from . import AbstractSolver
 
 
@@ -106,7 +106,7 @@ class _Report(eqx.Module):
 @eqx.filter_jit
 def _advance(problem: FeasibilityProblem, solver: AbstractSolver, tol: float, state: State) -> tuple[State, _Report]:
     """One step; a step to a state that is not finite is not taken."""
-    new = conformed(laid_out(lambda: solver.step(problem, state), problem.trace.program), state)
+    new = conformed(canonicalised(lambda: solver.step(problem, state), problem.trace.program), state)
     finite = finite_nodes(problem, new)
     moved, broken = change(problem, state, new), violation(problem, new)
     ok = jnp.all(finite)

@@ -6,7 +6,7 @@ in another order, as of the transposes of any, takes up to fifty times as long. 
 wherever it stands, the transpose of a grouped convolution to its kernel, whose groups are parts of the batch, takes up
 to a hundred times as long as the same with groups of channels.
 
-`laid_out` and `lowered` write the transpositions and groups into the traced program; the results are the same, to
+`canonicalised` and `lowered` write the transpositions and groups into the traced program; the results are the same, to
 rounding.
 
 Limits: programs for accelerators stay as they are; so do convolutions of groups with few channels, which are slow in
@@ -37,7 +37,7 @@ _FEW = 8
 """Channels of a group below which the plain program, as it is in a loop, is the faster one."""
 
 
-def laid_out(function: Callable[[], Any], program: Program) -> Any:
+def canonicalised(function: Callable[[], Any], program: Program) -> Any:
     """What `function()` returns, any pytree, with its convolutions as XLA has fast programs for them.
 
     To be called inside of a `jit`: outside of one, the function would be traced on each call.
