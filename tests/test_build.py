@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from eqxproj._graph._build import build
 
 import eqxproj
+from eqxproj._graph._build import build
 from eqxproj._problem._readers import kappa_of
 from eqxproj._problem._state import conformed
 from eqxproj._program._equations import dependents

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqxproj._graph._build import build
-from eqxproj._graph._graph import conflicts, table, with_identities
 
 import eqxproj
+from eqxproj._graph._build import build
+from eqxproj._graph._graph import conflicts, table, with_identities
 from eqxproj._program._trace import trace
 from eqxproj.losses import cross_entropy, squared_error
 from eqxproj.rules._scalar import identity

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from eqxproj._graph._graph import conflicts
 
 import eqxproj
+from eqxproj._graph._graph import conflicts
 
 
 class Elman(eqx.Module):

@@ -109,6 +109,8 @@ class AbstractRule(abc.ABC):
     """A projection rule. Rules are stateless: what they need to know is in the context."""
 
     label: ClassVar[str]
+    takes_precedence: ClassVar[bool] = False
+    """Whether the rule is asked before its operation is fused or made part of the objective."""
 
     @property
     def leaps(self) -> bool:

@@ -34,6 +34,7 @@ class CustomDerivative(AbstractRule):
     """One step along what a function's own derivative rule answers."""
 
     label: ClassVar[str] = "its own derivative"
+    takes_precedence: ClassVar[bool] = True
 
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
         return all(v.is_float for v in equation.outputs)

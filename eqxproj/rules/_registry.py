@@ -28,6 +28,7 @@ class RegisteredRule(AbstractRule):
     """A rule that a user wrote for one primitive, in points or in duals."""
 
     label: ClassVar[str] = "registered"
+    takes_precedence: ClassVar[bool] = True
 
     def __init__(self, function: Callable[..., Any], form: Literal["points", "duals"], name: str):
         self.function = function
