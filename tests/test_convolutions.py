@@ -1,4 +1,4 @@
-"""Convolutions inside of loops and branches are laid out, and compute what they did."""
+"""Convolutions inside of loops and branches are canonicalised, and compute what they did."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Network(eqx.Module):
 
 
 @pytest.mark.parametrize("solver", [eqxproj.AlternatingProjections(), eqxproj.DouglasRachford()])
-def test_the_sweeps_of_a_solver_are_laid_out(solver):
+def test_the_sweeps_of_a_solver_are_canonicalised(solver):
     k1, k2, k3 = jax.random.split(jax.random.key(0), 3)
     model = Network(eqx.nn.Conv2d(1, 2, 3, padding=1, key=k1), eqx.nn.Linear(32, 3, key=k2))
     x, y = jax.random.normal(k3, (5, 1, 4, 4)), jnp.array([0, 1, 2, 0, 1])

@@ -1,8 +1,8 @@
 """From a loss function and a model to a program, with the model's inexact arrays as the unknowns.
 
-`trace` calls `loss(model, *args, **kwargs)` once with abstract values. What is known while tracing (Python numbers,
-functions, frozen leaves given as `None`, integer arrays of the model) is part of the trace, as in
-`equinox.filter_value_and_grad`.
+Transforms `loss(model, *args, **kwargs)`, called once with abstract values, into a [`Trace`][]. Limits: what is known
+while tracing (Python numbers, functions, frozen leaves given as `None`, integer arrays of the model) is part of the
+trace, as in `equinox.filter_value_and_grad`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._normal_form import normal_form
 
 
 class Trace(eqx.Module):
-    """What tracing found: the program, its inputs' values, and how to rebuild the model and the auxiliary output."""
+    """A traced loss: its program, the values of its inputs, and how to rebuild the model and the auxiliary output."""
 
     parameters: tuple[Array, ...]
     arguments: tuple[Array, ...]
@@ -111,7 +111,7 @@ def trace(
             )
     arrays, static_args = eqx.partition(_as_arrays((tuple(args), dict(kwargs or {}))), eqx.is_array)
     leaves, args_treedef = jtu.tree_flatten(arrays)
-    box: dict[str, Any] = {}
+    box: dict[str, Any] = {}  # the structure of the auxiliary output is found while tracing, which returns arrays alone
 
     def flat(parameters: Sequence[Array], leaves: Sequence[Array]) -> Any:
         full = eqx.combine(jtu.tree_unflatten(treedef, parameters), static_model)

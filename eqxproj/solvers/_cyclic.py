@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 import equinox as eqx
 
+from .._graph._graph import frontiers
 from .._problem._problem import FeasibilityProblem
 from .._problem._projector import project_layer
 from .._problem._state import State, combine
@@ -27,6 +28,10 @@ Order = Literal["topological", "breadth_first"]
 def _check_order(order: str) -> None:
     if order not in ("topological", "breadth_first"):
         raise ValueError(f'`order` must be "topological" or "breadth_first", got {order!r}.')
+
+
+def _layers(problem: FeasibilityProblem, order: Order) -> tuple[tuple[int, ...], ...]:
+    return problem.graph.layers if order == "topological" else frontiers(problem.graph)
 
 
 class CyclicProjections(AbstractSolver):
@@ -49,7 +54,7 @@ class CyclicProjections(AbstractSolver):
         return problem.start(problem.as_published and problem.copies != "none")
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
-        for layer in problem.graph.layers(self.order):
+        for layer in _layers(problem, self.order):
             state = project_layer(problem, state, layer)
         return state
 
@@ -70,7 +75,7 @@ class CyclicDouglasRachford(AbstractSolver):
         self.order = order
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
-        layers = problem.graph.layers(self.order)
+        layers = _layers(problem, self.order)
         for first, second in zip(layers, (*layers[1:], layers[0]), strict=True):
             reflected = state
             for layer in (first, second):
