@@ -43,7 +43,7 @@ class Call:
         return self.name
 
     def batched(self, dims: Sequence[Any], is_loss: bool) -> Call:
-        """The same call over a batch. `dims` says where the inputs have the batch dimension; outputs have it in front."""
+        """The same call over a batch. `dims` are the batch dimensions of the inputs; outputs have it in front."""
         function = jax.vmap(self.function, in_axes=tuple(dims), out_axes=0)
         if is_loss:
 
