@@ -92,7 +92,7 @@ class _Builder:
     def __init__(self, trace: Trace, program: LiveProgram, fusion: Fusion):
         self.program, self.fusion = program, fusion
         self.names = {v.index: name for v, name in zip(program.parameters, trace.names, strict=True)}
-        self.trained = {v.index for v, picked in zip(program.parameters, trace.is_parameter, strict=True) if picked}
+        self.parameters = {v.index for v, picked in zip(program.parameters, trace.is_parameter, strict=True) if picked}
         self.values: list[Variable] = []
         self.position: dict[int, int] = {}
         self.edges: list[Edge] = []
@@ -122,7 +122,7 @@ class _Builder:
     def add_producers(self) -> None:
         """Adds the nodes that compute the values, which bring further values, until all have one."""
         done: set[int] = set()
-        for variable in self.values:  # which grows
+        for variable in self.values:  # each node may add to them
             index = variable.index
             if index in self.names:
                 self.add(input_draft("parameter", self.names[index], variable))
@@ -143,6 +143,6 @@ class _Builder:
         found = shown(variable, self.program, self.fusion)
         delayed = frozenset(self._value(v) for v in found.sources if v.index in found.late)
         sources = tuple(self._value(v) for v in found.sources)
-        is_parameter = all(v.index in self.trained for v in found.sources)
+        is_parameter = all(v.index in self.parameters for v in found.sources)
         self.edges.append(Edge(variable, found.view, sources, len(self.nodes), is_parameter, delayed))
         return len(self.edges) - 1
