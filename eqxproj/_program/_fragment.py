@@ -19,7 +19,7 @@ from ._equations import Equation, Program, Variable
 
 
 def evaluate(equations: Iterable[Equation], env: Mapping[int, Any]) -> dict[int, Any]:
-    """The values in `env`, and those of all results of `equations`, which are evaluated in order."""
+    """`env` with the values of all results of `equations`, which are evaluated in order."""
     found = dict(env)
     for equation in equations:
         found.update(_results(equation, found))
@@ -32,7 +32,7 @@ def _results(equation: Equation, env: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def residuals_of(program: Program) -> tuple[Variable, ...]:
-    """The results of the forward pass that the way back needs again: those of products, which cost the most.
+    """The results of the forward pass that the way back needs again: the results of products, which cost the most.
 
     There are none where the program holds a `scan`: once that is unrolled over time, other products take their place.
     """

@@ -69,6 +69,20 @@ def _check_value(value: Any) -> None:
         )
 
 
+def _check_parameters(model: PyTree, names: Sequence[str], parameters: Sequence[Array]) -> None:
+    if not parameters:
+        raise ValueError(
+            f"`model` holds no floating-point array, but got {type(model).__name__}: there is nothing to train. Pass "
+            "a model whose parameters are floating-point arrays (Python numbers and integers are taken as fixed)."
+        )
+    for name, leaf in zip(names, parameters, strict=True):
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"`model` must hold real parameters, but {name} is {leaf.dtype}. Keep its real and imaginary parts as "
+                "two arrays."
+            )
+
+
 def trace(
     loss: Callable[..., Any],
     model: PyTree,
@@ -96,19 +110,9 @@ def trace(
     """
     unknown, static_model = eqx.partition(model, eqx.is_inexact_array)
     paths, treedef = jtu.tree_flatten_with_path(unknown)
-    if not paths:
-        raise ValueError(
-            f"`model` holds no floating-point array, but got {type(model).__name__}: there is nothing to train. Pass "
-            "a model whose parameters are floating-point arrays (Python numbers and integers are taken as fixed)."
-        )
     names = tuple(jtu.keystr(path).lstrip(".") or "parameter" for path, _ in paths)
     parameters = tuple(jnp.asarray(leaf) for _, leaf in paths)
-    for name, leaf in zip(names, parameters, strict=True):
-        if jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"`model` must hold real parameters, but {name} is {leaf.dtype}. Keep its real and imaginary parts as "
-                "two arrays."
-            )
+    _check_parameters(model, names, parameters)
     arrays, static_args = eqx.partition(_as_arrays((tuple(args), dict(kwargs or {}))), eqx.is_array)
     leaves, args_treedef = jtu.tree_flatten(arrays)
     box: dict[str, Any] = {}  # the structure of the auxiliary output is found while tracing, which returns arrays alone

@@ -46,7 +46,7 @@ class Entering(Equation):
 
 @dataclass(frozen=True, eq=False)
 class Walked(Equation):
-    """A recurrence that is run in order. Its residuals are the carries that enter its steps and those of its body."""
+    """A recurrence that is run in order. Its residuals are the carries that enter its steps, then the body's own."""
 
     recurrence: Recurrence = field(kw_only=True)
 
