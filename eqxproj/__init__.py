@@ -10,6 +10,7 @@ from ._errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
 from ._metric import Metric as Metric
 from ._problem._make import feasibility_problem as feasibility_problem
 from ._problem._problem import FeasibilityProblem as FeasibilityProblem
+from ._problem._published import as_published as as_published
 from ._program._custom import custom_projection as custom_projection
 from ._training._displacement import filter_displacement as filter_displacement
 from ._training._displacement import filter_value_and_displacement as filter_value_and_displacement

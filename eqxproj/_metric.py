@@ -11,7 +11,6 @@ exact ratio says hardly at all; and iterations of such moves grow without bound.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import equinox as eqx
 
@@ -27,28 +26,25 @@ class Metric(eqx.Module):
 
     - `grade`: factor of the weights from each node to the one behind it, seen from the objective.
     - `parameter`: factor of the weights of parameters over those of states.
-    - `fan_out`: `"sum"`, the exact projection where a value has several consumers (the output weighs as much as they do
-        together, and its target is their weighted mean), or `"mean"`, a plain mean that counts once (as in the
-        software of arXiv 2506.05878, whose choice of the branch of a relu this option follows too; for parity).
 
     `grade=1, parameter=1` is the unit metric of the paper. As both grow, one cyclic sweep returns the gradient.
     """
 
     grade: float = eqx.field(static=True)
     parameter: float = eqx.field(static=True)
-    fan_out: Literal["sum", "mean"] = eqx.field(static=True)
 
-    def __init__(self, grade: float = 1.0, parameter: float = 1.0, fan_out: Literal["sum", "mean"] = "sum"):
+    def __init__(self, grade: float = 1.0, parameter: float = 1.0):
         for name, value in (("grade", grade), ("parameter", parameter)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a positive finite number, got {value!r}.")
-        if fan_out not in ("sum", "mean"):
-            raise ValueError(f'`fan_out` must be "sum" or "mean", got {fan_out!r}.')
-        self.grade, self.parameter, self.fan_out = float(grade), float(parameter), fan_out
+        self.grade, self.parameter = float(grade), float(parameter)
 
     @property
     def is_steep(self) -> bool:
-        """Whether it is so steep that no node moves farther than its function is straight, or across a jump."""
+        """Whether nodes answer by their pullback: the gradient regime, from a grade of 100 on.
+
+        So steep a metric lets no node move farther than its function is straight, or across a jump.
+        """
         return self.grade >= _STEEP
 
     def log_weight(self, depth: int, is_parameter: bool) -> float:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from .._errors import Unsupported
 from .._program._equations import Equation
-from ..rules._base import AbstractRule, Context, step
+from ..rules._base import AbstractRule, Context
 from ._sweep import missing_in, sweep
 
 
@@ -44,7 +44,14 @@ class Branch(AbstractRule):
     def describe(self, equation: Equation | None) -> str:
         return "branch of the forward pass"
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return self._back(ctx, inputs, duals)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return self._back(ctx, inputs, duals)
+
+    def _back(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        """The duals of the operands; the sweep through the branch is in the regime of the metric."""
         index, *operands = ctx.operands(inputs)
         shown = [i for i, mu in enumerate(duals) if jnp.issubdtype(mu.dtype, jnp.inexact)]
         choices = []
@@ -53,12 +60,10 @@ class Branch(AbstractRule):
 
             def back(start, duals, function=function):
                 outputs = lambda *values: [function(*values)[i] for i in shown]  # noqa: E731
-                return sweep(outputs, start, duals, ctx.weight_like, ctx)
+                return sweep(outputs, start, duals, ctx.is_parameter, ctx)
 
             choices.append(back)
-        nus = jax.lax.switch(jnp.asarray(index, jnp.int32), choices, list(inputs), [duals[i] for i in shown])
-        moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
-        return nus, ctx.function(*moved)
+        return jax.lax.switch(jnp.asarray(index, jnp.int32), choices, list(inputs), [duals[i] for i in shown])
 
 
 def _function(branch: Any, operands: Sequence[Any], unknown: Sequence[bool]):

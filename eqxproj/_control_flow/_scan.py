@@ -21,7 +21,7 @@ from .._errors import Unsupported
 from .._problem._problem import FeasibilityProblem
 from .._program._equations import Equation
 from .._program._recurrence import Recurrence
-from ..rules._base import AbstractRule, Context, step
+from ..rules._base import AbstractRule, Context
 from ._sweep import missing_in, problem_of, sweep
 
 
@@ -46,7 +46,14 @@ class Scan(AbstractRule):
 
         return missing_in(once, equation)
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return self._back(ctx, inputs, duals)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return self._back(ctx, inputs, duals)
+
+    def _back(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        """The duals of the operands; the sweeps through the body are in the regime of the metric."""
         walk, constants, (entering, slices, seen) = _walked(ctx, inputs)
         recurrence = walk.recurrence
         last = [d for d, u in zip(duals[: recurrence.carries], walk.unknown[1], strict=True) if u]
@@ -65,9 +72,7 @@ class Scan(AbstractRule):
         (of_constants, of_carries), of_slices = recurrence.scan(back, (zeros, last), xs, backward=True)
         given = recurrence.split(ctx.unknown)[1]
         of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(given)), given, strict=True) if u]
-        nus = [*(nu.astype(c.dtype) for nu, c in zip(of_constants, held, strict=True)), *of_init, *of_slices]
-        moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
-        return nus, ctx.function(*moved)
+        return [*(nu.astype(c.dtype) for nu, c in zip(of_constants, held, strict=True)), *of_init, *of_slices]
 
     def over_time(
         self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], list[Array | None]]
@@ -91,7 +96,7 @@ def _walked(ctx: Context, inputs: Sequence[Array]) -> tuple[_Walk, list[Array], 
     assert ctx.equation is not None
     recurrence = Recurrence.of(ctx.equation)
     constants, carries, slices = recurrence.split(ctx.operands(inputs))
-    if ctx.unmoved and ctx.equation.residuals:
+    if ctx.residuals_hold and ctx.equation.residuals:
         kept = [ctx.known[v.index] for v in ctx.equation.residuals]
         entering, seen = kept[: recurrence.carries], kept[recurrence.carries :]
     else:
@@ -128,7 +133,7 @@ class _Walk:
             carried = [c for c, u in zip(new, self.unknown[1], strict=True) if u]
             return carried + [y for y in ys if jnp.issubdtype(y.dtype, jnp.inexact)]
 
-        parameter = iter(ctx.weight_like)
+        parameter = iter(ctx.is_parameter)
         given = self.recurrence.split(ctx.unknown)
         likes = [[next(parameter, False) if u else False for u in flags] for flags in given]
         stiff = [likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u]

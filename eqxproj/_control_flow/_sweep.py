@@ -96,7 +96,7 @@ def depends(function: Callable[..., Sequence[Array]], inputs: Sequence[Array]) -
 def _offset(ctx: Context) -> float:
     """The logarithm of the weight of a node's outputs, from those of its operands, one step farther back."""
     stiffness = math.log(ctx.metric.parameter)
-    logs = [log - stiff * stiffness for log, stiff in zip(ctx.log_weights, ctx.weight_like, strict=True)]
+    logs = [log - stiff * stiffness for log, stiff in zip(ctx.log_weights, ctx.is_parameter, strict=True)]
     return min(logs, default=0.0) - math.log(ctx.metric.grade)
 
 

@@ -195,16 +195,6 @@ class Graph:
         return tuple(i for i, c in enumerate(self.colors) if c == color)
 
 
-def frontiers(graph: Graph) -> tuple[tuple[int, ...], ...]:
-    """The objective, then again and again what the last nodes read from. A node appears wherever it is met."""
-    found: list[tuple[int, ...]] = []
-    layer = tuple(graph.objectives)
-    while layer:
-        found.append(layer)
-        layer = tuple(dict.fromkeys(p for n in layer for p in graph.prompt_predecessors[n]))
-    return tuple(found)
-
-
 def conflicts(graph: Graph) -> tuple[int, ...]:
     """The edges that join two nodes of one color."""
     return tuple(

@@ -17,7 +17,6 @@ def piecewise_affine_dual(
     phi: PiecewiseAffine,
     s0: Float[Array, "*shape"],
     mu: Float[Array, "*shape"],
-    kappa: Float[ArrayLike, "*#shape"],
     sigma: Float[ArrayLike, "*#shape"],
     q: Float[ArrayLike, "*#shape"],
 ) -> Float[Array, "*shape"]:
@@ -50,7 +49,6 @@ def piecewise_affine_dual(
 
     The duals $\lambda$, of the shape and dtype of `s0`.
     """
-    del kappa
     dtype = jnp.result_type(s0)
     work = jnp.promote_types(dtype, jnp.float32)
     eps = float(jnp.finfo(dtype).eps)

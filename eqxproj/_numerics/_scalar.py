@@ -35,7 +35,6 @@ _FAR = 1e18  # saturation of quantities that are squared afterwards
 def square_dual(
     s0: Float[Array, "*shape"],
     mu: Float[Array, "*shape"],
-    kappa: Float[ArrayLike, "*#shape"],
     sigma: Float[ArrayLike, "*#shape"],
     q: Float[ArrayLike, "*#shape"],
 ) -> Float[Array, "*shape"]:
@@ -54,14 +53,13 @@ def square_dual(
 
     - `s0`: the present points.
     - `mu`: the duals of the wanted values.
-    - `kappa`, `sigma`: the weights; only `sigma` is read.
+    - `sigma`: the weight.
     - `q`: their exact product.
 
     **Returns:**
 
     The duals $\lambda$, of the shape and dtype of `s0`.
     """
-    del kappa
     dtype, s0, mu, sigma, q = _widen(s0, mu, sigma, q)
     start = jnp.abs(s0)
     scale = jnp.maximum(2 * q, 1)  # divides the equation: q may be enormous
@@ -87,7 +85,6 @@ def square_dual(
 def round_dual(
     s0: Float[Array, "*shape"],
     mu: Float[Array, "*shape"],
-    kappa: Float[ArrayLike, "*#shape"],
     sigma: Float[ArrayLike, "*#shape"],
     q: Float[ArrayLike, "*#shape"],
     method: Rounding = "round",
@@ -104,7 +101,7 @@ def round_dual(
 
     - `s0`: the present points.
     - `mu`: the duals of the wanted values.
-    - `kappa`, `sigma`: the weights; only `sigma` is read.
+    - `sigma`: the weight.
     - `q`: their exact product.
     - `method`: `"round"` (half to even, as `jnp.round`), `"away"` (half away from zero, as `jax.lax.round` by default),
         `"floor"` or `"ceil"`.
@@ -113,7 +110,6 @@ def round_dual(
 
     The duals $\lambda$, of the shape and dtype of `s0`; zero where staying is best.
     """
-    del kappa
     narrow = s0
     dtype, s0, mu, sigma, q = _widen(s0, mu, sigma, q)
     eps = float(jnp.finfo(dtype).eps)
@@ -176,7 +172,6 @@ def generic_dual(
     phi: Callable[[Array], Array],
     s0: Float[Array, "*shape"],
     mu: Float[Array, "*shape"],
-    kappa: Float[ArrayLike, "*#shape"],
     sigma: Float[ArrayLike, "*#shape"],
     q: Float[ArrayLike, "*#shape"],
     search: bool = True,
@@ -200,7 +195,7 @@ def generic_dual(
     - `phi`: the function, called on arrays of the shape and dtype of `s0`.
     - `s0`: the present points.
     - `mu`: the duals of the wanted values.
-    - `kappa`, `sigma`: the weights; only `sigma` is read.
+    - `sigma`: the weight.
     - `q`: their exact product.
     - `search`: whether to look for points beyond the linear step, which pays where `q` is not small.
 
@@ -208,7 +203,6 @@ def generic_dual(
 
     The duals $\lambda$, of the shape and dtype of `s0`.
     """
-    del kappa
     dtype, p = _problem(phi, s0, mu, sigma, q)
     s0, mu, sigma, q = p.s0, p.mu, p.sigma, p.q
     slope, h = _slope(p)
@@ -230,6 +224,12 @@ def generic_dual(
     lam, cost, _ = jax.lax.fori_loop(0, 2, lambda _, point: _polish(p, point, h), point)
     pays = jnp.isfinite(p.now) & (cost < 0) & jnp.isfinite(lam)
     return finite_cast(jnp.where(pays, lam, 0), dtype)
+
+
+def difference_slope(phi: Callable[[Array], Array], s0: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    zero = jnp.zeros_like(s0)
+    dtype, p = _problem(phi, s0, zero, 1.0, 1.0)
+    return _slope(p)[0].astype(dtype)
 
 
 def _widen(s0: Array, mu: Array, sigma: ArrayLike, q: ArrayLike) -> tuple[Any, Array, Array, Array, Array]:

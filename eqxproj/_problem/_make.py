@@ -6,6 +6,7 @@ on.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,70 +24,58 @@ from .._graph._build import build
 from .._graph._graph import Graph, with_identities
 from .._graph._weights import edge_logs, reader_logs
 from .._metric import Metric, check_metric
-from .._program._equations import Variable
-from .._program._fragment import forward
-from .._program._primitives import AT_MOST_ONCE, ONE_TO_ONE
+from .._program._fragment import View, forward
+from .._program._primitives import ONE_TO_ONE
 from .._program._trace import Trace, trace
 from ..rules._loss import integer_labels
 from ..rules._scalar import identity
 from ._problem import Copies, FeasibilityProblem
+from ._projector import Projector
 
 
-def _count(
-    graph: Graph, known: Mapping[int, Any], copies: Copies, edge: int, value: int
-) -> tuple[float | Array, float]:
-    """How many copies of each element of a value its reader owns, and a number that this is not above."""
+def _copy_counts(graph: Graph, known: Mapping[int, Any], copies: Copies, edge: int, value: int) -> float | Array:
+    """How many copies of each element of a value the reader of an edge owns."""
     spec = graph.edges[edge]
     node = graph.nodes[spec.consumer]
     assert node.rule is not None
-    copies_each = node.rule.copy_counts(node.equation, node.unknown, node.edges.index(edge), copies)
-    largest = float(np.max(copies_each, initial=0.0))
-    times, uniform = _times(spec.view, value, spec.sources)
-    if uniform and isinstance(copies_each, float):
-        return times * copies_each, times * copies_each
-    full = jnp.broadcast_to(jnp.asarray(copies_each, spec.variable.dtype), spec.variable.shape)
-    found = spec.view.transpose(known, full)[spec.sources.index(value)]
-    return found, times * largest
+    counts = node.rule.copy_counts(node.equation, node.unknown, node.edges.index(edge), copies)
+    times = _times(spec.view, value, spec.sources)
+    if times is not None and isinstance(counts, float):
+        return times * counts
+    full = jnp.broadcast_to(jnp.asarray(counts, spec.variable.dtype), spec.variable.shape)
+    return spec.view.transpose(known, full)[spec.sources.index(value)]
 
 
-def _times(view, value: int, sources: Sequence[int]) -> tuple[float, bool]:
-    """A number that a view shows no element of a value more often than, and whether it shows each just so often."""
+def _times(view: View, value: int, sources: Sequence[int]) -> float | None:
+    """How often a view shows each element of a value; `None` where that differs or is not known while tracing."""
     times = {view.operands[sources.index(value)].index: 1.0}
     readers = Counter(v.index for e in view.equations for v in e.inputs)
-    uniform = True
     for equation in view.equations:
         reads = [v for v in equation.inputs if v.index in times]
-        for out in equation.outputs if reads else ():
-            factor = float(np.prod(out.shape, dtype=float))
-            if equation.name == "broadcast_in_dim":
-                factor = factor / max(float(np.prod(reads[0].shape, dtype=float)), 1.0)
-            elif equation.name in AT_MOST_ONCE:
-                factor = 1.0
-            times[out.index] = factor * sum(times[v.index] for v in reads)
-        if reads:
-            plain = equation.name == "broadcast_in_dim" or equation.name in ONE_TO_ONE
-            uniform &= plain and len(equation.outputs) == 1 and all(readers[v.index] == 1 for v in reads)
-    return times.get(view.outputs[0].index, 0.0), uniform
+        if not reads:
+            continue
+        plain = equation.name == "broadcast_in_dim" or equation.name in ONE_TO_ONE
+        if not plain or len(equation.outputs) != 1 or any(readers[v.index] != 1 for v in reads):
+            return None
+        (out,) = equation.outputs
+        sizes = math.prod(out.shape), math.prod(reads[0].shape)
+        factor = sizes[0] / max(sizes[1], 1) if equation.name == "broadcast_in_dim" else 1.0
+        times[out.index] = factor * sum(times[v.index] for v in reads)
+    return times.get(view.outputs[0].index, 0.0)
 
 
-def _shares(
-    graph: Graph, known, copies: Copies, metric: Metric, log_weights
-) -> tuple[tuple[float | Array, ...], tuple[float, ...]]:
-    """The share of each value, and what its entries are not above."""
-    shares: list[float | Array] = []
-    most: list[float] = []
+def _all_copy_counts(
+    graph: Graph, known: Mapping[int, Any], copies: Copies, metric: Metric, log_weights: Sequence[float]
+) -> tuple[float | Array, ...]:
+    """For each value the number of its copies, each weighted relative to the heaviest."""
+    found: list[float | Array] = []
     for value in range(len(graph.values)):
         logs = reader_logs(graph, metric, log_weights, value)
-        top = max(logs, default=0.0)
-        share: float | Array = 0.0
-        largest = 0.0
+        total: float | Array = 0.0
         for edge, log in zip(graph.readers[value], logs, strict=True):
-            times, bound = _count(graph, known, copies, edge, value)
-            part = float(np.exp(max(log - top, -80.0)))
-            share, largest = share + part * times, largest + part * bound
-        shares.append(float(share) if isinstance(share, (int, float)) else share)
-        most.append(largest)
-    return tuple(shares), tuple(most)
+            total = total + math.exp(max(log - max(logs), -80.0)) * _copy_counts(graph, known, copies, edge, value)
+        found.append(total)
+    return tuple(found)
 
 
 def check_copies(copies: str) -> None:
@@ -125,19 +114,19 @@ def make_problem(
     needed |= {i for e in graph.edges for i in e.view.known}
     needed |= {i for n in graph.nodes if n.equation is not None for i in _known_inputs(n)}
     needed |= {v.index for n in graph.nodes if n.equation is not None for v in n.equation.residuals}
-    needed |= {v.index for n in graph.nodes for v, _ in _factors(n.rule)}
+    needed |= {i for n in graph.nodes if n.rule is not None for i in n.rule.known_variables()}
     known = {i: jnp.asarray(env[i]) for i in sorted(needed)}
     kinds = [graph.nodes[p].kind for p in graph.producers]
     at = [env[v.index] for v in graph.values]  # what an identity node puts out is its operand's variable
     initial = tuple(jnp.asarray(x) if k in ("parameter", "data") else None for x, k in zip(at, kinds, strict=True))
     states = tuple(None if k in ("parameter", "data") else jnp.asarray(x) for x, k in zip(at, kinds, strict=True))
     logs = edge_logs(graph, metric, offset)
-    shares, largest = _shares(graph, known, copies, metric, logs)
+    counts = _all_copy_counts(graph, known, copies, metric, logs)
     value, *rest = (env[v.index] for v in graph.program.outputs)
     auxiliary = traced.auxiliary(rest)
     value = jnp.asarray(value)
     return FeasibilityProblem(
-        traced, known, initial, states, value, auxiliary, shares, graph, metric, copies, float(tau), logs, largest
+        traced, known, initial, states, value, auxiliary, counts, graph, metric, copies, float(tau), logs, Projector()
     )
 
 
@@ -147,15 +136,6 @@ RAW_TAU = 0.1
 
 def _known_inputs(node) -> list[int]:
     return [v.index for v, unknown in zip(node.equation.inputs, node.unknown, strict=True) if not unknown]
-
-
-def _factors(rule) -> list[tuple[Variable, int]]:
-    found: list[tuple[Variable, int]] = list(getattr(rule, "factors", ()))
-    for term in getattr(rule, "terms", ()):
-        found.extend(term.factors)
-    for _, factors in getattr(rule, "parts", ()):
-        found.extend(factors)
-    return found
 
 
 def feasibility_problem(

@@ -6,6 +6,8 @@ passed into one.
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Sequence
 from typing import Literal
 
 import equinox as eqx
@@ -19,12 +21,30 @@ from ._state import State
 Copies = Literal["neuron", "none"]
 
 
+class AbstractProjector(abc.ABC):
+    """How a state is projected onto the constraints of some nodes. Compared by value, hence a frozen dataclass."""
+
+    stores_copies: bool
+    """Whether every copy is stored, whatever the solver."""
+
+    @abc.abstractmethod
+    def project(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
+        """Projects onto the constraints of `nodes`, no two of which share an edge. Their order does not matter."""
+
+    @abc.abstractmethod
+    def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
+        """The same, for solvers that go through layers one after another."""
+
+
 class FeasibilityProblem(eqx.Module):
     """Find parameters and states that satisfy the constraints of every operation.
 
     - `graph`: the constraints. `metric`, `copies`, `tau`: as given to [`feasibility_problem`][].
     - `known`: values of what depends on no parameter. `initial`: the start of each parameter and datum.
     - `forward`: the values of the nodes' outputs on the forward pass. `value`: the loss there.
+    - `copy_counts`: for each value how many copies of it its consumers own, those of the heaviest counting as one.
+    - `log_weights`: the logarithm of the weight of each edge.
+    - `outer_unit`: the unit of the duals, where the problem is part of another.
     """
 
     trace: Trace
@@ -33,22 +53,38 @@ class FeasibilityProblem(eqx.Module):
     forward: tuple[Array | None, ...]
     value: Float[Array, ""]
     auxiliary: PyTree
-    shares: tuple[float | Array, ...]
+    copy_counts: tuple[float | Array, ...]
     graph: Graph = eqx.field(static=True)
     metric: Metric = eqx.field(static=True)
     copies: Copies = eqx.field(static=True)
     tau: float = eqx.field(static=True)
     log_weights: tuple[float, ...] = eqx.field(static=True)
-    """The logarithm of the weight of each edge."""
-    largest_shares: tuple[float, ...] = eqx.field(static=True)
-    """What no entry of `shares` is above."""
+    projector: AbstractProjector = eqx.field(static=True)
     outer_unit: float | None = eqx.field(static=True, default=None)
-    """The unit of the duals, where the problem is part of another."""
 
-    @property
-    def as_published(self) -> bool:
-        """Whether to follow the software of arXiv 2506.05878 where it departs from the projections."""
-        return self.metric.fan_out == "mean"
+    def project(self, state: State, nodes: Sequence[int]) -> State:
+        """The state projected onto the constraints of some nodes, no two of which share an edge.
+
+        **Arguments:**
+
+        - `state`: from `start`, or from another projection.
+        - `nodes`: their numbers, for instance `problem.graph.color(0)`. Their order does not matter.
+
+        **Returns:**
+
+        The new state. Copies of what the nodes have written equal it.
+        """
+        return self.projector.project(self, state, nodes)
+
+    def project_layer(self, state: State, nodes: Sequence[int]) -> State:
+        """`project`, for solvers that go through the layers of the graph one after another."""
+        return self.projector.project_layer(self, state, nodes)
+
+    def start(self, store_copies: bool) -> State:
+        """The state of the forward pass: every copy equals the value that it copies."""
+        nothing = (None,) * len(self.initial)
+        stored = (store_copies or self.projector.stores_copies) and self.copies != "none"
+        return State(self.forward, nothing, (None,) * len(self.graph.edges), (True,) * len(self.graph.nodes), stored)
 
     def edge_weight(self, edge: int) -> float:
         """The weight of an edge, clamped."""
@@ -56,18 +92,17 @@ class FeasibilityProblem(eqx.Module):
 
     @property
     def gradient_scale(self) -> float:
-        """What divides an accumulated dual to give it the size of the gradient of the loss."""
-        return (1.0 if self.graph.hard else self.tau) / self.graph.largest
+        """What divides an accumulated dual to give it the size of the gradient of the loss.
+
+        In the projection regime a loss that stands for a set is projected onto whole, whatever tau is.
+        """
+        projected = self.graph.hard and not self.metric.is_steep
+        return (1.0 if projected else self.tau) / self.graph.largest
 
     @property
     def unit(self) -> float:
         """What divides any dual to give it the size of a gradient of the loss."""
         return self.gradient_scale if self.outer_unit is None else self.outer_unit
-
-    def start(self, memory: bool) -> State:
-        """The state of the forward pass: every copy equals the value that it copies."""
-        nothing = (None,) * len(self.initial)
-        return State(self.forward, nothing, (None,) * len(self.graph.edges), (True,) * len(self.graph.nodes), memory)
 
     def describe(self, node: int) -> str:
         """A node in one line, for messages."""
@@ -81,7 +116,7 @@ class FeasibilityProblem(eqx.Module):
         **Returns:**
 
         Operation, rule, shapes of the operands and outputs, color, and the source line in the model. After the table
-        stands which nodes go through the generic local solver, and how many parameters the loss does not depend on.
+        stands which nodes go through the local solver, and how many parameters the loss does not depend on.
         """
         graph = self.graph
         rows = [["node", "operation", "rule", "shapes", "color", "source"]]
@@ -90,8 +125,7 @@ class FeasibilityProblem(eqx.Module):
             ins = ", ".join(graph.edges[e].variable.describe() for e in spec.edges)
             outs = ", ".join(graph.values[v].describe() for v in spec.outputs)
             shapes = " -> ".join(x for x in (ins, outs) if x)
-            color = "AB"[graph.colors[i]]
-            rows.append([str(i), spec.operation, spec.describe_rule(), shapes, color, spec.source])
+            rows.append([str(i), spec.operation, spec.describe_rule(), shapes, "AB"[graph.colors[i]], spec.source])
         local = [i for i, n in enumerate(graph.nodes) if n.rule is not None and "local" in n.rule.label]
         lines = [table(rows), ""]
         if local:

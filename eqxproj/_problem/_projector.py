@@ -1,126 +1,116 @@
-"""The projection of a state onto the constraints of some of the nodes.
+r"""The projection of a state onto the constraints of some of the nodes.
 
-This is where the nodes' rules, which speak of their own operands and outputs alone, meet the graph: what the consumers
-of a value want of it is gathered, the rule answers, and its answer is written to the edges.
+Here the rules, which speak of their own operands and outputs alone, meet the graph. The duals that the consumers of a
+value have added are gathered, the rule answers by its pullback or its projection, the operands move, and the outputs
+are evaluated. Limits: no two of the nodes may share an edge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._graph._graph import Node
 from .._metric import clamped_output
-from . import _published
-from ._problem import FeasibilityProblem
-from ._readers import collapsed, context, expanded, kappa_of, operand, value_of
+from ..rules._base import as_duals, outputs_after
+from ._problem import AbstractProjector, FeasibilityProblem
+from ._readers import collapsed, context, expanded, operand, output_weight, value_of
 from ._state import State
 
 
-def _wishes(problem: FeasibilityProblem, state: State, value: int, cache: dict[int, tuple[Array, ...]]) -> Array | None:
-    r"""What the consumers of a value want of it: $\kappa$ times the wanted change, `None` for nothing.
+@dataclass(frozen=True)
+class Projector(AbstractProjector):
+    """The exact projector of both regimes."""
 
-    That is the sum of their duals, through the transposes of their views.
-    """
-    if problem.as_published:
-        return _published.wish(problem, state, value)
-    total = None
-    for edge in problem.graph.readers[value]:
-        spec = problem.graph.edges[edge]
-        dual = collapsed(problem, state, edge)
-        if dual is None:
-            continue
-        if edge not in cache:
-            cache[edge] = spec.view.transpose(problem.known, dual)
-        part = cache[edge][spec.sources.index(value)]
-        total = part if total is None else total + part
-    return total
+    stores_copies: bool = False
 
+    def project(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
+        incoming = self.incoming(problem, state, nodes)
+        answers = {
+            n: self._answer(problem, state, n, incoming) for n in nodes if problem.graph.nodes[n].rule is not None
+        }
+        return _written(problem, state, nodes, incoming, answers)
 
-def project(problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> State:
-    """Projects onto the constraints of `nodes`, no two of which share an edge. The order is of no account."""
-    values, shifts, duals = list(state.values), list(state.shifts), list(state.duals)
-    fresh = list(state.fresh)
-    graph = problem.graph
-    cache: dict[int, tuple[Array, ...]] = {}
-    cleared: set[int] = set()
-    for node in nodes:
-        spec = graph.nodes[node]
-        wishes = [_wishes(problem, state, v, cache) for v in spec.outputs]
-        if spec.kind in ("parameter", "data"):
-            (value,) = spec.outputs
-            if spec.kind == "parameter" and wishes[0] is not None:
-                shift = state.shifts[value]
-                shifts[value] = wishes[0] if shift is None else shift + wishes[0]
-                _outdate(problem, fresh, value)
-            cleared.add(value)
-            continue
-        moved = _move(problem, state, node, wishes)
-        if moved is None:
-            cleared.update(spec.outputs)
-            continue
-        nus, outputs = moved
-        for edge, nu in zip(spec.edges, nus, strict=True):
-            old = state.duals[edge]
-            duals[edge] = nu if old is None else old + nu
-        for value, output in zip(spec.outputs, outputs, strict=True):
-            values[value] = output
-            cleared.add(value)
-            _outdate(problem, fresh, value)
-        fresh[node] = True
-    _clear(problem, state, duals, cleared)
-    if state.memory or not any(state.fresh):
-        fresh = [False] * len(fresh)
-    return State(tuple(values), tuple(shifts), tuple(duals), tuple(fresh), state.memory)
+    def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
+        return self.project(problem, state, nodes)
 
+    def incoming(self, problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> Incoming:
+        r"""The incoming dual of every output of the nodes: the sum of its consumers' duals, through their views.
 
-def _move(problem: FeasibilityProblem, state: State, node: int, wishes: Sequence[Array | None]):
-    """The duals and outputs of one node's projection; `None` where it has nothing to do."""
-    spec = problem.graph.nodes[node]
-    assert spec.rule is not None
-    if spec.kind != "objective" and state.fresh[node] and all(w is None for w in wishes):
-        return None
-    ctx = replace(context(problem, node, state.memory), unmoved=_is_unmoved(problem, state, node))
-    inputs = [operand(problem, state, e) for e in spec.edges]
-    duals = []
-    # In a steep metric a leap would be a gap, times its weight, to the node and to what reads it: neither minds it.
-    leaps = problem.metric.is_steep and not problem.as_published and spec.rule.leaps
-    current = state.fresh[node] or not spec.outputs or leaps
-    outputs = None if current else spec.rule.evaluate(ctx, inputs)
-    for i, value in enumerate(spec.outputs):
-        wish = wishes[i]
-        dual = jnp.zeros(problem.graph.values[value].shape, problem.graph.values[value].dtype) if wish is None else wish
-        if outputs is not None:
-            scale, share = kappa_of(problem, value)
-            gap = value_of(problem, state, value) - outputs[i]
-            if problem.as_published:
-                gap = gap * _published.share_of_readers(problem, value)
-            elif problem.metric.is_steep:
-                gap = _above_rounding(gap, outputs[i])
-            dual = dual + gap * jnp.asarray(share * clamped_output(scale), gap.dtype)
-        duals.append(dual)
-    nus, moved = spec.rule.project(ctx, inputs, duals)
-    return nus, [value_of(problem, state, v) for v in spec.outputs] if leaps else moved
+        It is $\kappa$ times the wanted change; `None` where nothing is wanted.
+        """
+        values = [v for n in nodes for v in problem.graph.nodes[n].outputs]
+        edges = dict.fromkeys(e for v in values for e in problem.graph.readers[v])
+        found: dict[int, list[Array]] = {}
+        for edge in edges:
+            spec, dual = problem.graph.edges[edge], collapsed(problem, state, edge)
+            if dual is not None:
+                for value, part in zip(spec.sources, spec.view.transpose(problem.known, dual), strict=True):
+                    found.setdefault(value, []).append(part)
+        return {v: sum(parts[1:], start=parts[0]) if (parts := found.get(v)) else None for v in values}
+
+    def residual(self, problem: FeasibilityProblem, node: Node, value: int, written: Array, output: Array) -> Array:
+        """The gap between a value as it was last written and what its producer now computes."""
+        gap = written - output
+        return _above_rounding(gap, output) if problem.metric.is_steep else gap
+
+    def _answer(self, problem: FeasibilityProblem, state: State, number: int, incoming: Incoming) -> Answer | None:
+        """The duals of one node's operands, and its new outputs; `None` where it has nothing to do.
+
+        The one place where the regime is decided: by the metric.
+        """
+        node, gradient_regime = problem.graph.nodes[number], problem.metric.is_steep
+        assert node.rule is not None
+        wanted = [incoming[v] for v in node.outputs]
+        if node.kind != "objective" and state.up_to_date[number] and all(mu is None for mu in wanted):
+            return None
+        ctx = replace(context(problem, number, state.store_copies), residuals_hold=_unmoved(problem, state, number))
+        inputs = [operand(problem, state, e) for e in node.edges]
+        written = [value_of(problem, state, v) for v in node.outputs]
+        # A jump of the output would look like a huge violation in the gradient regime. Keep the old output; pass on
+        # duals only.
+        keeps = gradient_regime and node.rule.is_discontinuous
+        known = state.up_to_date[number] or keeps or not node.outputs
+        outputs = written if known else node.rule.evaluate(ctx, inputs)
+        duals = []
+        for value, mu, y, now in zip(node.outputs, wanted, written, outputs, strict=True):
+            dual = jnp.zeros_like(y) if mu is None else mu
+            if not known:
+                scale, count = output_weight(problem, value)
+                weight = jnp.asarray(count * clamped_output(scale), y.dtype)
+                dual = dual + self.residual(problem, node, value, y, now) * weight
+            duals.append(dual)
+        found = (node.rule.pullback if gradient_regime else node.rule.project)(ctx, inputs, duals)
+        if keeps or not node.outputs:
+            return as_duals(found), written
+        return as_duals(found), outputs_after(node.rule, ctx, inputs, duals, outputs, found)
 
 
-def _above_rounding(gap: Array, output: Array) -> Array:
-    """A gap between a value and what its producer now computes, without what two evaluations differ by from rounding.
-
-    Times the weights of a steep metric, that is no small number any more: next to the duals of a gradient's size it is
-    everything. A gap that comes from moves of the operands is as small there, and the duals tell of them.
-    """
-    size = jnp.max(jnp.abs(output), initial=0.0)
-    return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
+Incoming = dict[int, Array | None]
+"""The incoming dual of each value."""
+Answer = tuple[Sequence[Array], Sequence[Array]]
+"""The duals of a node's operands, and its outputs."""
 
 
 _ROUNDING = 32.0
 """In units of the precision of the largest output."""
 
 
-def _is_unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:
+def _above_rounding(gap: Array, output: Array) -> Array:
+    """A gap, without what two evaluations differ by from rounding.
+
+    Times the weights of the gradient regime rounding would be everything beside duals of a gradient's size. A gap that
+    comes from moves of the operands is as small, and the duals tell of it.
+    """
+    size = jnp.max(jnp.abs(output), initial=0.0)
+    return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
+
+
+def _unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:
     """Whether a node's operands are known to be, while tracing, those of the forward pass."""
     for edge in problem.graph.nodes[node].edges:
         sources = problem.graph.edges[edge].sources
@@ -130,17 +120,54 @@ def _is_unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:
     return True
 
 
-def _clear(problem: FeasibilityProblem, state: State, duals: list[Array | None], values: set[int]) -> None:
-    """Producers have written `values`: the copies of their edges equal them, where an edge shows them."""
+def _written(
+    problem: FeasibilityProblem,
+    state: State,
+    nodes: Sequence[int],
+    incoming: Incoming,
+    answers: dict[int, Answer | None],
+) -> State:
+    """The state with the answers of the nodes written to it."""
+    graph = problem.graph
+    values, shifts, duals = list(state.values), list(state.shifts), list(state.duals)
+    changed: set[int] = set()
+    for number in nodes:
+        node, answer = graph.nodes[number], answers.get(number)
+        if node.kind == "parameter" and (mu := incoming[node.outputs[0]]) is not None:
+            (value,) = node.outputs
+            before = state.shifts[value]
+            shifts[value] = mu if before is None else before + mu
+            changed.add(value)
+        if answer is not None:
+            for edge, nu in zip(node.edges, answer[0], strict=True):
+                before = state.duals[edge]
+                duals[edge] = nu if before is None else before + nu
+            for value, output in zip(node.outputs, answer[1], strict=True):
+                values[value] = output
+                changed.add(value)
+    cleared = _cleared(problem, state, duals, {v for n in nodes for v in graph.nodes[n].outputs})
+    answered = {n for n, answer in answers.items() if answer is not None}
+    stale = {graph.edges[e].consumer for v in changed for e in graph.readers[v]}
+    tracked = not state.store_copies and any(state.up_to_date)
+    up_to_date = tuple(tracked and (i in answered or old) and i not in stale for i, old in enumerate(state.up_to_date))
+    return State(tuple(values), tuple(shifts), cleared, up_to_date, state.store_copies)
+
+
+def _cleared(
+    problem: FeasibilityProblem, state: State, duals: Sequence[Array | None], values: set[int]
+) -> tuple[Array | None, ...]:
+    """The duals of all edges after producers wrote `values`: copies of these equal them, where an edge shows them."""
+    found = list(duals)
     for edge in {e for value in values for e in problem.graph.readers[value]}:
-        sources, dual = problem.graph.edges[edge].sources, duals[edge]
+        sources, dual = problem.graph.edges[edge].sources, found[edge]
         if dual is None or all(v in values for v in sources):
-            duals[edge] = None
+            found[edge] = None
             continue
         for value in sources:
             if value in values:
                 dual = dual * (1.0 - _mask(problem, state, edge, value)).astype(dual.dtype)
-        duals[edge] = dual
+        found[edge] = dual
+    return tuple(found)
 
 
 def _mask(problem: FeasibilityProblem, state: State, edge: int, value: int) -> Array:
@@ -149,7 +176,7 @@ def _mask(problem: FeasibilityProblem, state: State, edge: int, value: int) -> A
 
     def copies(*sources):
         u = spec.view.show(problem.known, sources)
-        return expanded(problem, edge, u) if state.memory else u
+        return expanded(problem, edge, u) if state.store_copies else u
 
     arrays = [problem.graph.values[v] for v in spec.sources]
     zeros = tuple(jnp.zeros(v.shape, v.dtype) for v in arrays)
@@ -160,14 +187,3 @@ def _mask(problem: FeasibilityProblem, state: State, edge: int, value: int) -> A
     )
     seen = jax.jvp(copies, zeros, ones)[1]
     return 1.0 - seen if first else seen
-
-
-def _outdate(problem: FeasibilityProblem, fresh: list[bool], value: int) -> None:
-    for edge in problem.graph.readers[value]:
-        fresh[problem.graph.edges[edge].consumer] = False
-
-
-def project_layer(problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
-    """`project`, for solvers that go through layers one after another."""
-    new = project(problem, state, nodes)
-    return _published.write_back(problem, state, new, nodes) if problem.as_published else new

@@ -1,55 +1,169 @@
-"""How the software of arXiv 2506.05878 departs from the projections, for parity with its iterates.
+"""The software of arXiv 2506.05878 where it departs from the projections, for parity with its iterates.
 
-`Metric(fan_out="mean")` follows it. Beside the branch of a relu (`rules/scalar.py`), the ten plain Newton steps of a
-product (`rules/_multiplier.py`) and the last of tied maxima that rises (`rules/maximum.py`):
+`as_published` transforms a problem into one that follows it: subclasses of rules, graph and projector, chosen
+here once. All of this was inferred from published iterates. Limits: the unit metric, and no recurrences.
 
-- every reader of a value counts as one, for every element, also where its view does not show the element; there it
-  proposes what the producer computes at present;
-- through a gather, the last of equal indices decides;
-- a cyclic algorithm goes through frontiers of nodes, some of them more than once, and after each sets all operands of
+- A product takes ten plain Newton steps, the branch of a relu is chosen by the whole line, and of tied maxima the last
+  rises.
+- Every reader of a value counts as one, for every element, also where its view does not show the element; there it
+  proposes what the producer computes at present.
+- Through a gather, the last of equal indices decides.
+- A cyclic algorithm goes through frontiers of nodes, some of them more than once, and after each sets all operands of
   every node that reads from the frontier to function values.
-
-All of this was inferred from published iterates; none of it is used with any other metric.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._graph._graph import Graph, Node
 from .._metric import clamped, clamped_output
+from .._numerics._multiplier import published_multiplier
+from ..rules._base import AbstractRule, Context, Scale
+from ..rules._bilinear import Bilinear, scaled_products
+from ..rules._bilinear_forms import BilinearForm
+from ..rules._maximum import Maximum
+from ..rules._scalar import Scalar
 from ._problem import FeasibilityProblem
-from ._readers import collapsed, context, expanded, kappa_of, operand, shown, value_of
+from ._projector import Incoming, Projector
+from ._readers import collapsed, context, expanded, operand, output_weight, shown, value_of
 from ._state import State
 
 
-def wish(problem: FeasibilityProblem, state: State, value: int) -> Array | None:
-    """The plain mean over the readers of a value of what each wants, times the weight; `None` for nothing."""
-    readers = problem.graph.readers[value]
-    parts = []
-    for edge in readers:
-        dual = collapsed(problem, state, edge)
-        if dual is not None:
-            parts.append(_part(problem, state, edge, value, dual))
-    if not parts:
-        return None
-    scale, _ = kappa_of(problem, value)
-    return sum(parts[1:], start=parts[0]) / len(readers) * clamped_output(scale)
+def as_published(problem: FeasibilityProblem) -> FeasibilityProblem:
+    """The same problem, projected as the software of arXiv 2506.05878 does.
+
+    **Arguments:**
+
+    - `problem`: in the unit metric, with a copy a neuron and `data="pinned"`.
+
+    **Returns:**
+
+    A problem whose iterates by any solver are those of that software.
+    """
+    if problem.metric.grade != 1 or problem.metric.parameter != 1:
+        raise ValueError(f"`problem` must be in the unit metric, got {problem.metric}.")
+    nodes = tuple(replace(node, rule=_published_rule(node.rule)) for node in problem.graph.nodes)
+    parts = {field.name: getattr(problem.graph, field.name) for field in fields(Graph)}
+    counts = (1.0,) * len(problem.copy_counts)
+    changed = {"graph": PublishedGraph(**{**parts, "nodes": nodes}), "projector": PublishedProjector()}
+    return replace(problem, copy_counts=counts, **changed)
 
 
-def _part(problem: FeasibilityProblem, state: State, edge: int, value: int, dual: Array) -> Array:
+def _published_rule(rule: AbstractRule | None) -> AbstractRule | None:
+    if isinstance(rule, Bilinear):
+        return PublishedBilinear()
+    if isinstance(rule, Maximum):
+        return PublishedMaximum()
+    if isinstance(rule, Scalar) and rule.pieces is not None and rule.pieces.describe() == "relu":
+        return PublishedRelu(rule.terms, rule.head, rule.phi, rule.pieces, rule.special, rule.static)
+    return rule
+
+
+class PublishedBilinear(Bilinear):
+    """Ten Newton steps from zero for every product, wherever they end."""
+
+    def both(
+        self, ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, kappa: Scale, ratios: Sequence[Scale]
+    ) -> tuple[list[Array], Array]:
+        alpha, omega = ctx.weights
+        unit, tilt = math.sqrt(alpha) * math.sqrt(omega), ctx.relative(0, 1) ** 0.5
+        hp, q = scaled_products(form.f(a, w), form.sum_a(a * a), form.sum_w(w * w), dual, ratios)
+        t = published_multiplier(hp, q, jnp.abs(dual) / unit)
+        multiplier = jnp.where(dual < 0, -unit, unit).astype(dual.dtype) * t
+        first, second = multiplier / (1.0 - t * t), unit * t * t / (1.0 - t * t)
+        nu_a = form.back_a(first, w) + a * form.spread_a(second * tilt)
+        nu_w = form.back_w(a, first) + w * form.spread_w(second / tilt)
+        return [nu_a, nu_w], multiplier
+
+
+class PublishedMaximum(Maximum):
+    """Of tied maxima the last rises."""
+
+    def nearest(self, x: Array, mu: Array, weights, kappa, ratio) -> Array:
+        order = slice(None, None, 1 if isinstance(weights, tuple) else -1)
+        return super().nearest(x[..., order], mu, weights, kappa, ratio)[..., order]
+
+
+class PublishedRelu(Scalar):
+    """The rising half-line where the *whole* line is nearer than the flat half-line, clipped to the half-line then.
+
+    That is farther than the projection for some targets below zero.
+    """
+
+    def nearest(self, ctx: Context, s0: Array, dual: Array, q: Array, sigma: Array) -> Array:
+        kappa = jnp.asarray(ctx.output_weights[0], sigma.dtype)
+        y0 = jnp.maximum(s0, 0) + dual / kappa
+        rising = (s0 / sigma + kappa * y0) / (1.0 / sigma + kappa)
+        flat = jnp.minimum(s0, 0)
+        to_line = jnp.square(s0 - y0) / (sigma + 1.0 / kappa)
+        to_flat = jnp.square(flat - s0) / sigma + kappa * y0 * y0
+        return (jnp.where(to_line < to_flat, jnp.maximum(rising, 0), flat) - s0) / sigma
+
+
+@dataclass(frozen=True, eq=False)
+class PublishedGraph(Graph):
+    """A graph whose layers are the frontiers of a breadth-first walk that does not remember where it has been."""
+
+    @cached_property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """The objective, then again and again what the last nodes read from: a node stands wherever it is met."""
+        found: list[tuple[int, ...]] = []
+        layer = tuple(self.objectives)
+        while layer:
+            found.append(layer)
+            layer = tuple(dict.fromkeys(p for n in layer for p in self.predecessors[n]))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class PublishedProjector(Projector):
+    """Plain means over readers; every copy is stored, since what is written back leaves copies that differ."""
+
+    stores_copies: bool = True
+
+    def incoming(self, problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> Incoming:
+        """The plain mean over the readers of a value of what each wants, times the weight; `None` for nothing."""
+        found: Incoming = {}
+        for value in (v for n in nodes for v in problem.graph.nodes[n].outputs):
+            readers = problem.graph.readers[value]
+            duals = [(edge, collapsed(problem, state, edge)) for edge in readers]
+            parts = [_part(problem, edge, value, dual) for edge, dual in duals if dual is not None]
+            scale, _ = output_weight(problem, value)
+            mean = sum(parts[1:], start=parts[0]) / len(readers) if parts else None
+            found[value] = None if mean is None else mean * clamped_output(scale)
+        return found
+
+    def residual(self, problem: FeasibilityProblem, node: Node, value: int, written: Array, output: Array) -> Array:
+        """The gap, for each element times the share of the value's readers that show it."""
+        readers = problem.graph.readers[value]
+        total: Array | float = 0.0
+        for edge in readers:
+            spec = problem.graph.edges[edge]
+            ones = jnp.ones(spec.variable.shape, spec.variable.dtype)
+            total = total + (spec.view.transpose(problem.known, ones)[spec.sources.index(value)] > 0)
+        return (written - output) * (total / max(len(readers), 1))
+
+    def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
+        return _written_back(problem, state, self.project(problem, state, nodes), nodes)
+
+
+def _part(problem: FeasibilityProblem, edge: int, value: int, dual: Array) -> Array:
     """What one reader wants of each element that it shows: the mean over its copies."""
     spec = problem.graph.edges[edge]
     node = problem.graph.nodes[spec.consumer]
     assert node.rule is not None
-    copies = node.rule.copy_counts(node.equation, node.unknown, node.edges.index(edge), problem.copies)
+    counts = node.rule.copy_counts(node.equation, node.unknown, node.edges.index(edge), problem.copies)
     deciding, position = _deciding(problem, edge, value), spec.sources.index(value)
-    up = spec.view.transpose(problem.known, deciding * dual / copies)[position]
+    up = spec.view.transpose(problem.known, deciding * dual / counts)[position]
     count = spec.view.transpose(problem.known, deciding)[position]
     return up / jnp.maximum(count, 1.0) / clamped(problem.log_weights[edge])
 
@@ -73,18 +187,7 @@ def _deciding(problem: FeasibilityProblem, edge: int, value: int) -> Array:
     return (last[seen] == order).reshape(shape).astype(dtype)
 
 
-def share_of_readers(problem: FeasibilityProblem, value: int) -> Array | float:
-    """For each element of a value, the share of its readers that show it."""
-    readers = problem.graph.readers[value]
-    total: Array | float = 0.0
-    for edge in readers:
-        spec = problem.graph.edges[edge]
-        ones = jnp.ones(spec.variable.shape, spec.variable.dtype)
-        total = total + (spec.view.transpose(problem.known, ones)[spec.sources.index(value)] > 0)
-    return total / max(len(readers), 1)
-
-
-def write_back(problem: FeasibilityProblem, old: State, new: State, nodes: Sequence[int]) -> State:
+def _written_back(problem: FeasibilityProblem, old: State, new: State, nodes: Sequence[int]) -> State:
     """Sets all operands of every node that reads from `nodes` to function values; outside them at `old`'s operands."""
     graph = problem.graph
     written = {v for n in nodes for v in graph.nodes[n].outputs}
@@ -98,7 +201,7 @@ def write_back(problem: FeasibilityProblem, old: State, new: State, nodes: Seque
             return value_of(problem, new, value)
         if value not in values:
             inputs = [operand(problem, old, e) for e in spec.edges]
-            outputs = spec.rule.evaluate(context(problem, producer, old.memory), inputs)
+            outputs = spec.rule.evaluate(context(problem, producer, old.store_copies), inputs)
             values.update(zip(spec.outputs, outputs, strict=True))
         return values[value]
 
@@ -109,7 +212,7 @@ def write_back(problem: FeasibilityProblem, old: State, new: State, nodes: Seque
             spec = graph.edges[edge]
             wanted = spec.view.show(problem.known, [current(v) for v in spec.sources])
             gap = wanted - shown(problem, new, edge)
-            if new.memory:
+            if new.store_copies:
                 gap = expanded(problem, edge, gap)
             duals[edge] = gap * clamped(problem.log_weights[edge])
     return eqx.tree_at(lambda s: s.duals, new, tuple(duals), is_leaf=lambda x: x is None)

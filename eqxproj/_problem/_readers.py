@@ -11,35 +11,32 @@ from jaxtyping import Array
 
 from .._graph._weights import reader_logs
 from .._metric import clamped, clamped_output, ratio
-from ..rules._base import Context, is_negligible, step
+from ..rules._base import Context, Scale, step
 from ._problem import FeasibilityProblem
 from ._state import State
 
 
-def kappa_of(problem: FeasibilityProblem, value: int) -> tuple[float, float | Array]:
+def output_weight(problem: FeasibilityProblem, value: int) -> tuple[float, Scale]:
     """The weight of a value: the logarithm of its scale, and the weight in units of that scale."""
     logs = reader_logs(problem.graph, problem.metric, problem.log_weights, value)
-    share = 1.0 if problem.as_published else problem.shares[value]
-    return max(logs, default=0.0), share
+    return max(logs, default=0.0), problem.copy_counts[value]
 
 
-def _positive(share: float | Array) -> float | Array:
-    """Ones where an element has no copies: nothing is wanted of it, and its weight is of no account."""
-    return share if isinstance(share, float) else jnp.where(share > 0, share, 1.0)
+def _positive(count: Scale) -> Scale:
+    """Ones where an element has no copies: nothing is wanted of it, so any weight will do."""
+    return count if isinstance(count, float) else jnp.where(count > 0, count, 1.0)
 
 
-def context(problem: FeasibilityProblem, node: int, memory: bool) -> Context:
+def context(problem: FeasibilityProblem, node: int, store_copies: bool) -> Context:
+    """What the rule of a node may know."""
     graph, spec = problem.graph, problem.graph.nodes[node]
     logs = tuple(problem.log_weights[e] for e in spec.edges)
-    weights = tuple(clamped(x) for x in logs)
-    kappa, ratios = [], []
+    output_weights, ratios = [], []
     for value in spec.outputs:
-        scale, share = kappa_of(problem, value)
-        share = _positive(share)
-        kappa.append(share * clamped_output(scale))
-        exact = [ratio(scale, x) for x in logs]
-        most = [problem.largest_shares[value] * r for r in exact]  # where it does not matter, one number
-        ratios.append(tuple(m if is_negligible([m]) else share * r for m, r in zip(most, exact, strict=True)))
+        scale, count = output_weight(problem, value)
+        count = _positive(count)
+        output_weights.append(count * clamped_output(scale))
+        ratios.append(tuple(count * ratio(scale, x) for x in logs))
     function = spec.function
     assert function is not None
     return Context(
@@ -47,17 +44,16 @@ def context(problem: FeasibilityProblem, node: int, memory: bool) -> Context:
         known=problem.known,
         equation=spec.equation,
         unknown=spec.unknown,
-        weights=weights,
+        weights=tuple(clamped(x) for x in logs),
         log_weights=logs,
-        kappa=tuple(kappa),
+        output_weights=tuple(output_weights),
         ratios=tuple(ratios),
         copies=problem.copies,
-        memory=memory,
-        weight_like=tuple(graph.edges[e].is_parameter for e in spec.edges),
+        store_copies=store_copies,
+        is_parameter=tuple(graph.edges[e].is_parameter for e in spec.edges),
         scale=spec.scale * problem.tau,
         metric=problem.metric,
         unit=problem.unit,
-        as_published=problem.as_published,
     )
 
 
@@ -77,8 +73,8 @@ def moved_by(problem: FeasibilityProblem, state: State, value: int) -> Array | N
     shift = state.shifts[value]
     if shift is None:
         return None
-    scale, share = kappa_of(problem, value)
-    return step(_positive(share) * clamped(scale), shift)
+    scale, count = output_weight(problem, value)
+    return step(_positive(count) * clamped(scale), shift)
 
 
 def shown(problem: FeasibilityProblem, state: State, edge: int) -> Array:
@@ -96,9 +92,9 @@ def expanded(problem: FeasibilityProblem, edge: int, u: Array) -> Array:
 
 
 def operand(problem: FeasibilityProblem, state: State, edge: int) -> Array:
-    """The copies that an edge holds, without its dual expanded where the state has memory."""
+    """The copies that an edge holds; where copies are not stored, their common value and the sum of their duals."""
     u = shown(problem, state, edge)
-    if state.memory:
+    if state.store_copies:
         u = expanded(problem, edge, u)
     dual = state.duals[edge]
     return u if dual is None else u + step(clamped(problem.log_weights[edge]), dual).astype(u.dtype)
@@ -107,7 +103,7 @@ def operand(problem: FeasibilityProblem, state: State, edge: int) -> Array:
 def collapsed(problem: FeasibilityProblem, state: State, edge: int) -> Array | None:
     """The sum of the duals of an edge's copies, in the shape of the operand."""
     dual = state.duals[edge]
-    if dual is None or not state.memory:
+    if dual is None or not state.store_copies:
         return dual
     variable = problem.graph.edges[edge].variable
     like = jnp.zeros(variable.shape, variable.dtype)

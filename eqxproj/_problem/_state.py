@@ -3,11 +3,11 @@
 The copy of a value $v$ that an edge holds is $u = S v + \\mu/w$: the value as its producer last wrote it, shown
 through the edge's view, and the *dual* that its consumer has added. Nothing is lost to rounding when a dual is far
 below the value. Parameters likewise are their initial value and an accumulated dual. A dual that is `None` is zero,
-and a node whose operands have no dual and whose output is up to date (`fresh`) has nothing to do: both are known
+and a node whose operands have no dual and whose output is up to date (`up_to_date`) has nothing to do: both are known
 while tracing, so that one sweep from the forward pass costs what it must.
 
 Algorithms that return to consensus before each projection keep, for an operand with several copies, the sum of their
-duals; `memory` marks a state that keeps every copy.
+duals; `store_copies` marks a state that keeps every copy.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class State(eqx.Module):
 
     - `values`: for each value that a node puts out, the array it last wrote; `None` for parameters and data.
     - `shifts`: for each parameter the dual accumulated since the start; `None` elsewhere, and where it is zero.
-    - `duals`: for each edge its dual, in the shape of the operand, or with `memory` of its copies.
-    - `fresh`: for each node, whether its output is the function of its operands.
+    - `duals`: for each edge its dual, in the shape of the operand, or with `store_copies` of its copies.
+    - `up_to_date`: for each node, whether its output is the function of its operands.
     """
 
     values: tuple[Array | None, ...]
     shifts: tuple[Array | None, ...]
     duals: tuple[Array | None, ...]
-    fresh: tuple[bool, ...] = eqx.field(static=True)
-    memory: bool = eqx.field(static=True)
+    up_to_date: tuple[bool, ...] = eqx.field(static=True)
+    store_copies: bool = eqx.field(static=True)
 
 
 def conformed(state: State, like: State) -> State:
@@ -47,7 +47,7 @@ def conformed(state: State, like: State) -> State:
         tuple(fill(x, y) for x, y in zip(mine, other, strict=True))
         for mine, other in ((state.shifts, like.shifts), (state.duals, like.duals))
     )
-    return State(state.values, shifts, duals, (False,) * len(state.fresh), state.memory)
+    return State(state.values, shifts, duals, (False,) * len(state.up_to_date), state.store_copies)
 
 
 def settled(step: Callable[[State], State], state: State) -> State:
@@ -70,4 +70,4 @@ def combine(coefficients: Sequence[float], states: Sequence[State]) -> State:
     first = states[0]
     groups = zip(*((s.values, s.shifts, s.duals) for s in states), strict=True)
     values, shifts, duals = (jtu.tree_map(mix, *group, is_leaf=lambda x: x is None) for group in groups)
-    return State(values, shifts, duals, (False,) * len(first.fresh), first.memory)
+    return State(values, shifts, duals, (False,) * len(first.up_to_date), first.store_copies)

@@ -53,7 +53,7 @@ def default_tau(program: Program, metric: Metric) -> float:
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
     state = solver.init(problem)
-    if steps == 1 and not solver.memory:
+    if steps == 1 and not solver.store_copies:
         return solver.step(problem, state)
     start = settled(ft.partial(solver.step, problem), state)
     if steps <= _UNROLLED:
@@ -80,11 +80,6 @@ def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyT
         assert moved is not None
         leaves.append(-moved.astype(start.dtype))
     return problem.trace.tree(leaves)
-
-
-def needs_identities(solver: AbstractSolver) -> bool:
-    """Whether a solver projects nodes together that must share no edge: all but a sweep in topological order."""
-    return not (isinstance(solver, CyclicProjections) and solver.order == "topological")
 
 
 def filter_value_and_displacement(
@@ -133,7 +128,7 @@ def filter_value_and_displacement(
     def compute(model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
         factor = tau if tau is not None else RAW_TAU if raw else default_tau(traced.program, chosen)
-        problem = make_problem(traced, chosen, copies, factor, "constant", needs_identities(solver))
+        problem = make_problem(traced, chosen, copies, factor, "constant", solver.needs_two_colors)
         state = canonicalised(lambda: run(problem, solver, steps), traced.program)
         moved = displacement_of(problem, state, raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved

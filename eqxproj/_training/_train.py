@@ -32,7 +32,7 @@ from ..sets import Constraint, apply_constraints, check_constraints, constrained
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver, finite_nodes, first_bad
 from ._data import batches, check_data, check_model, take
-from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, default_tau, displacement_of, needs_identities, run
+from ._displacement import DEFAULT_METRIC, DEFAULT_TAU, default_tau, displacement_of, run
 from ._preconditioner import preconditioner
 
 Metrics = Mapping[str, Callable[..., Any]]
@@ -246,7 +246,7 @@ class _Run:
     def problem(self, model: PyTree, batch: Sequence[PyTree], extra: dict[str, Array]) -> FeasibilityProblem:
         traced = trace(self.loss, model, batch, extra, has_aux=self.has_aux)
         tau = default_tau(traced.program, self.metric) if self.tau is None else self.tau
-        return make_problem(traced, self.metric, self.copies, tau, "constant", needs_identities(self.solver))
+        return make_problem(traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors)
 
     def extra(self, key: Array) -> dict[str, Array]:
         return {"key": key} if self.keyed else {}

@@ -1,13 +1,16 @@
-"""What every rule is: a projection onto the graph of one operation, in dual form.
+r"""What every rule is: two answers of one operation $y = f(x_1, \dots, x_n)$, both in duals.
 
-A node computes $y = f(x_1, \\dots, x_n)$. Its rule solves
+A dual is a weight times a wanted change. A rule receives the operands $x$ and the dual $\mu = \kappa r$ of each output,
+where $\kappa$ is the output's weight and $r$ the wanted change. It answers with the duals $\nu_i = w_i (x'_i - x_i)$ of
+the operands, in one of two regimes:
 
-$$\\min_{x'} \\; \\sum_i w_i |x'_i - x_i|^2 + \\kappa |f(x') - (f(x) + r)|^2 .$$
+- `pullback`, the gradient regime: $\nu = J^T \mu$. Where $f$ has no slope, a slope of its own choice takes the place of
+  $J$. Weights play no part.
+- `project`, the projection regime: $x'$ solves
+  $\min_{x'} \sum_i w_i |x'_i - x_i|^2 + \kappa |f(x') - (f(x) + r)|^2$.
 
-It receives $x$ and the *dual* $\\mu = \\kappa r$ of each output, and returns the duals $\\nu_i = w_i (x'_i - x_i)$
-of the inputs and the new output $f(x')$. Where the metric is steep the weights exceed what float32 holds: `weights`
-and `kappa` are clamped (`_metric.py`), while `ratio(i)`, $\\kappa / w_i$, is exact. A rule that uses the ratio where
-the step is small returns $J^T \\mu$ to rounding in the limit, whatever the scale.
+The projector chooses the regime, moves the operands and evaluates the outputs. Limits: one weight an operand. Weights
+are clamped to what float32 holds (`_metric.py`); `ratio(i)`, $\kappa / w_i$, is exact.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -26,7 +30,8 @@ from .._errors import Unsupported
 from .._metric import Metric
 from .._program._equations import Equation
 
-Scale = float | Array
+Scale = float | Array | np.ndarray
+"""A weight: one number, or one an element."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +42,15 @@ class Context:
     - `known`: values of the program's known variables.
     - `equation`: the equation of an operation that is one primitive, else `None`.
     - `unknown`: for each operand of `equation`, whether it is unknown.
-    - `weights`: weight of each unknown operand, clamped. `kappa`: weight of each output, clamped.
-    - `log_weights`: logarithms of the weights, not clamped.
-    - `ratios`: `ratios[o][i]` is kappa of output o over weight of operand i, exact.
-    - `copies`: `"neuron"` or `"none"`. `memory`: the operands hold one entry per copy.
-    - `weight_like`: for each unknown operand, whether it shows a parameter and nothing else.
+    - `weights`: weight of each unknown operand, clamped. `output_weights`: weight of each output, clamped.
+    - `log_weights`: logarithms of the operands' weights, not clamped.
+    - `ratios`: `ratios[o][i]` is the weight of output o over the weight of operand i, exact.
+    - `copies`: `"neuron"` or `"none"`. `store_copies`: the operands hold one entry a copy.
+    - `is_parameter`: for each unknown operand, whether it shows a parameter and nothing else.
     - `scale`: for an objective, the factor of the loss in its prox.
-    - `metric`: of the problem, for rules that hold a problem of their own.
+    - `metric`: of the problem, for rules that make a problem of their own.
     - `unit`: what divides a dual to give it the size of a gradient of the loss.
-    - `unmoved`: whether the operands are those of the forward pass, so that what it kept for the rule holds.
-    - `as_published`: whether to follow the software of arXiv 2506.05878 where it departs from the projection.
+    - `residuals_hold`: whether the operands are those of the forward pass, so that its residuals can be used.
     """
 
     function: Callable[..., list[Array]]
@@ -55,21 +59,25 @@ class Context:
     unknown: tuple[bool, ...]
     weights: tuple[float, ...]
     log_weights: tuple[float, ...]
-    kappa: tuple[Scale, ...]
+    output_weights: tuple[Scale, ...]
     ratios: tuple[tuple[Scale, ...], ...]
     copies: str = "neuron"
-    memory: bool = False
-    weight_like: tuple[bool, ...] = ()
+    store_copies: bool = False
+    is_parameter: tuple[bool, ...] = ()
     scale: float = 1.0
     metric: Metric = Metric()
     unit: float = 1.0
-    as_published: bool = False
-    unmoved: bool = False
+    residuals_hold: bool = False
 
     @classmethod
     def plain(cls, unknown: Sequence[bool] = ()) -> Context:
         """A context that says nothing, to find out what a rule needs without projecting anything."""
         return cls(lambda *values: list(values), {}, None, tuple(unknown), (), (), (), ())
+
+    @property
+    def kappa(self) -> tuple[Scale, ...]:
+        r"""`output_weights`, by their symbol $\kappa$ in the formulas."""
+        return self.output_weights
 
     def ratio(self, operand: int, output: int = 0) -> Scale:
         r"""$\kappa / w_i$."""
@@ -78,17 +86,6 @@ class Context:
     def relative(self, i: int, j: int) -> float:
         """$w_i / w_j$, clamped to [1e-30, 1e30]."""
         return math.exp(min(max(self.log_weights[i] - self.log_weights[j], -69.0), 69.0))
-
-    def swapped(self) -> Context:
-        """The context of the same node with its two operands exchanged."""
-        return replace(
-            self,
-            unknown=self.unknown[::-1],
-            weights=self.weights[::-1],
-            log_weights=self.log_weights[::-1],
-            ratios=tuple(r[::-1] for r in self.ratios),
-            weight_like=self.weight_like[::-1],
-        )
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -105,33 +102,58 @@ class Context:
         ]
 
 
+class Projected(NamedTuple):
+    """The answer of a rule that owns several copies of an operand without holding them.
+
+    - `input_duals`: for each operand the sum of its copies' duals.
+    - `multipliers`: for each output the part of its dual that is left at the projection, $\\kappa (f(x) + r - y')$. The
+        outputs cannot be evaluated at the operands, since each output was reached with copies of its own.
+    """
+
+    input_duals: Sequence[Array]
+    multipliers: Sequence[Array]
+
+
 class AbstractRule(abc.ABC):
     """A projection rule. Rules are stateless: what they need to know is in the context."""
 
     label: ClassVar[str]
     takes_precedence: ClassVar[bool] = False
-    """Whether the rule is asked before its operation is fused or made part of the objective."""
+    """Whether the rule is asked before the operation is fused with others or made part of the objective."""
 
     @property
-    def leaps(self) -> bool:
-        """Whether the output may leap where an operand hardly moves. A steep metric then minds the duals alone."""
+    def is_discontinuous(self) -> bool:
+        """Whether the output may jump where an operand hardly moves."""
         return False
 
     @abc.abstractmethod
-    def project(
-        self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]
-    ) -> tuple[Sequence[Array], Sequence[Array]]:
-        """Projects onto the graph of the operation.
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> Sequence[Array]:
+        r"""The gradient regime: the duals of the operands, $J^T \mu$.
 
         **Arguments:**
 
         - `ctx`: the node.
-        - `inputs`: the unknown operands.
-        - `duals`: weight times wanted change of each output.
+        - `inputs`: the unknown operands, of any shapes.
+        - `duals`: the dual of each output, shaped like it.
 
         **Returns:**
 
-        The duals of the inputs, and the new outputs.
+        One dual an operand, shaped like it.
+        """
+
+    @abc.abstractmethod
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> Sequence[Array] | Projected:
+        r"""The projection regime: the duals $w_i (x'_i - x_i)$ of the nearest point of the operation's graph.
+
+        **Arguments:**
+
+        - `ctx`: the node, with its weights.
+        - `inputs`: the unknown operands, of any shapes.
+        - `duals`: weight times wanted change of each output, shaped like it.
+
+        **Returns:**
+
+        One dual an operand, shaped like it; as [`Projected`][] where the outputs do not follow from them.
         """
 
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
@@ -147,7 +169,7 @@ class AbstractRule(abc.ABC):
         return self.label
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
-        """The function value of these inputs (which are expanded where the context says so)."""
+        """The function of these operands, which hold one entry a copy where the context says so."""
         return ctx.function(*inputs)
 
     def expand(self, ctx: Context, operand: int, value: Array) -> Array:
@@ -160,20 +182,52 @@ class AbstractRule(abc.ABC):
         """How many copies the node owns of each element of its unknown operand number `operand`."""
         return 1.0
 
-
-def is_negligible(ratios: Sequence[Scale]) -> bool:
-    """Whether, as is known while tracing, what a node moves its operands by cannot be told from nothing in its output.
-
-    Its multiplier is then the dual of its output. In float32 this changes nothing but where a gain is above $10^3$.
-    """
-    return all(isinstance(r, (int, float)) and r <= _NEGLIGIBLE for r in ratios)
+    def known_variables(self) -> Sequence[int]:
+        """The numbers of known variables that the rule reads beside those of the node's function."""
+        return ()
 
 
-_NEGLIGIBLE = 1e-13
-"""Above what the default metric gives to an operand with a hundred thousand copies."""
+def transposed(rule: AbstractRule, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+    r"""$J^T \mu$ of the operation itself: the pullback of what has a derivative."""
+    outputs, back = jax.vjp(lambda *values: rule.evaluate(ctx, values), *inputs)
+    return list(back([mu.astype(y.dtype) for mu, y in zip(duals, outputs, strict=True)]))
 
 
 def step(weight: Scale, dual: Array) -> Array:
     """The displacement that belongs to a dual. Weights are beyond what float16 holds."""
     wide = jnp.promote_types(dual.dtype, jnp.float32)
     return (dual.astype(wide) / jnp.asarray(weight, wide)).astype(dual.dtype)
+
+
+def as_duals(answer: Sequence[Array] | Projected) -> list[Array]:
+    """The duals of the operands in a rule's answer."""
+    return list(answer.input_duals if isinstance(answer, Projected) else answer)
+
+
+def outputs_after(
+    rule: AbstractRule,
+    ctx: Context,
+    inputs: Sequence[Array],
+    duals: Sequence[Array],
+    outputs: Sequence[Array],
+    answer: Sequence[Array] | Projected,
+) -> list[Array]:
+    r"""The outputs after the operands have moved by a rule's answer.
+
+    With multipliers $\lambda$ at hand, an output $y$ moves by $(\mu - \lambda)/\kappa$. Else the function is evaluated
+    at the moved operands. Of copies that are not stored the dual is a sum, and their mean moves.
+
+    **Arguments:**
+
+    - `rule`, `ctx`, `inputs`, `duals`: as given to the rule.
+    - `outputs`: the function of `inputs`.
+    - `answer`: what the rule returned.
+    """
+    if isinstance(answer, Projected):
+        parts = zip(outputs, duals, answer.multipliers, ctx.output_weights, strict=True)
+        return [y + step(kappa, mu - left).astype(y.dtype) for y, mu, left, kappa in parts]
+    moved = []
+    for i, (x, nu) in enumerate(zip(inputs, answer, strict=True)):
+        count = 1.0 if ctx.store_copies else rule.copy_counts(ctx.equation, ctx.unknown, i, ctx.copies)
+        moved.append(x + step(ctx.weights[i] * np.maximum(count, 1.0), nu).astype(x.dtype))
+    return rule.evaluate(ctx, moved)

@@ -1,18 +1,41 @@
-"""Functions decorated with `custom_projection`: one node each, projected by the user's rule."""
+"""Functions decorated with `custom_projection`, and primitives with a registered projection: answered by a user's rule.
+
+Limits: a rule in points is asked for a target near the present output in the gradient regime, so its answer must be
+proportional to small wanted changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from jaxtyping import Array
 
+from .._errors import check_shapes
 from .._program._equations import Equation
 from ._base import AbstractRule, Context
-from ._points import through_points
+from ._points import of_visible_step, of_whole_step
 
 
-class Custom(AbstractRule):
+class AbstractUserRule(AbstractRule):
+    """A rule in points, `answer(ctx, inputs, targets) -> new inputs`, in both regimes."""
+
+    takes_precedence: ClassVar[bool] = True
+
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return of_visible_step(lambda targets: self.answer(ctx, inputs, targets), inputs, ctx.function(*inputs), duals)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        outputs, weights = ctx.function(*inputs), (ctx.weights, ctx.output_weights)
+        return of_whole_step(lambda targets: self.answer(ctx, inputs, targets), inputs, outputs, duals, *weights)
+
+    @abc.abstractmethod
+    def answer(self, ctx: Context, inputs: Sequence[Array], targets: Sequence[Array]) -> list[Array]:
+        """The new unknown operands."""
+
+
+class Custom(AbstractUserRule):
     """Calls the rule that the function was given."""
 
     label: ClassVar[str] = "custom"
@@ -21,15 +44,65 @@ class Custom(AbstractRule):
     def describe(self, equation: Equation | None) -> str:
         return "custom" if equation is None else f"custom ({equation.params['call'].name})"
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
-        operands = ctx.operands(inputs)
-        call = ctx.params["call"]
-        outputs = ctx.function(*inputs)
+    def answer(self, ctx: Context, inputs: Sequence[Array], targets: Sequence[Array]) -> list[Array]:
+        new = ctx.params["call"].rule(ctx, ctx.operands(inputs), targets)
+        return [n for n, is_unknown in zip(new, ctx.unknown, strict=True) if is_unknown]
 
-        def rule(targets):
-            new = call.rule(ctx, operands, targets)
-            return [n for n, is_unknown in zip(new, ctx.unknown, strict=True) if is_unknown]
 
-        nus = through_points(rule, inputs, outputs, duals, ctx.weights, ctx.kappa)
-        moved = [x + nu / w for x, nu, w in zip(inputs, nus, ctx.weights, strict=True)]
-        return nus, ctx.function(*moved)
+class RegisteredRule(AbstractUserRule):
+    """A rule in points that a user wrote for one primitive."""
+
+    label: ClassVar[str] = "registered"
+
+    def __init__(self, function: Callable[..., Any], name: str):
+        self.function, self.name = function, name
+
+    def describe(self, equation: Equation | None) -> str:
+        return _described(self.function, self.name)
+
+    def answer(self, ctx: Context, inputs: Sequence[Array], targets: Sequence[Array]) -> list[Array]:
+        return _called(self.function, self.name, ctx, inputs, targets)
+
+
+class RegisteredDualRule(AbstractRule):
+    """A rule in duals that a user wrote for one primitive: the same answer in both regimes."""
+
+    label: ClassVar[str] = "registered"
+    takes_precedence: ClassVar[bool] = True
+
+    def __init__(self, function: Callable[..., Any], name: str):
+        self.function, self.name = function, name
+
+    def describe(self, equation: Equation | None) -> str:
+        return _described(self.function, self.name)
+
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return _called(self.function, self.name, ctx, inputs, duals)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return _called(self.function, self.name, ctx, inputs, duals)
+
+
+def _described(function: Callable[..., Any], name: str) -> str:
+    return f"registered ({getattr(function, '__name__', name)})"
+
+
+def _called(
+    function: Callable[..., Any], name: str, ctx: Context, inputs: Sequence[Array], wanted: Sequence[Array]
+) -> list[Array]:
+    """What a user's function answers for the unknown operands, checked."""
+    new = function(ctx, tuple(ctx.operands(inputs)), wanted[0] if len(wanted) == 1 else tuple(wanted))
+    new = _unknown_part(new if isinstance(new, (tuple, list)) else (new,), ctx.unknown, name)
+    check_shapes(new, inputs, f"The projection rule of primitive {name!r}")
+    return new
+
+
+def _unknown_part(new: Sequence[Any], unknown: Sequence[bool], name: str) -> list[Array]:
+    if len(new) == len(unknown):
+        return [x for x, is_unknown in zip(new, unknown, strict=True) if is_unknown]
+    if len(new) == sum(unknown):
+        return list(new)
+    raise ValueError(
+        f"The projection rule of primitive {name!r} returned {len(new)} inputs, but the primitive has {len(unknown)} "
+        f"operands, {sum(unknown)} of them unknown. Return one new value an operand, in their order."
+    )

@@ -8,8 +8,7 @@ $$\sum_i \frac{c^2 |\nu_i|^2}{w_i} + \kappa \Big| J d - \frac{\mu}{\kappa} \Big|
 |J d| \ge \frac{\langle \mu, J d \rangle}{|\mu|} = \frac{c}{|\mu|} \sum_i \frac{|\nu_i|^2}{w_i},$$
 
 is least, with the bound in the place of $|J d|$, at $c = 1/(1 + \rho)$ with
-$\rho = \sum_i (\kappa/w_i) |\nu_i|^2 / |\mu|^2$. That is the projection to first order for a function of one output,
-and $\nu$ itself in the limit of a steep metric.
+$\rho = \sum_i (\kappa/w_i) |\nu_i|^2 / |\mu|^2$. That is the projection to first order, for a function of one output.
 
 Its limits: one factor for all elements, and no second step. The derivatives of `jax.custom_jvp` are not asked for:
 such functions are seen through, unless there is no other derivative of what they do, and left to the local solver then.
@@ -39,14 +38,16 @@ class CustomDerivative(AbstractRule):
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
         return all(v.is_float for v in equation.outputs)
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         # Thresholds of the author's, as of a clipped gradient, are in units of the loss.
         back = jax.vjp(ctx.function, *inputs)[1]
-        pulled = [nu * jnp.asarray(ctx.unit, nu.dtype) for nu in back([step(ctx.unit, mu) for mu in duals])]
+        return [nu * jnp.asarray(ctx.unit, nu.dtype) for nu in back([step(ctx.unit, mu) for mu in duals])]
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        pulled = self.pullback(ctx, inputs, duals)
         size = inner(list(duals), list(duals))
         rho = jnp.zeros_like(size)
         for i, nu in enumerate(pulled):
             rho = rho + jnp.asarray(largest([r[i] for r in ctx.ratios]), size.dtype) * jnp.vdot(nu, nu)
         factor = 1.0 / (1.0 + rho / jnp.where(size > 0, size, 1.0))
-        nus = [nu * factor.astype(nu.dtype) for nu in pulled]
-        return nus, ctx.function(*[x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)])
+        return [nu * factor.astype(nu.dtype) for nu in pulled]

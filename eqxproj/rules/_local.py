@@ -1,15 +1,15 @@
-r"""The generic local solver: the projection onto the graph of any differentiable operation.
+r"""The local solver: the projection onto the graph of any differentiable operation.
 
-A few damped Gauss-Newton steps in dual form. With $J$ the Jacobian at the current inputs $x_0 + d$,
+A few damped Gauss-Newton steps in duals. With $J$ the Jacobian at the present operands $x_0 + d$,
 $d_i = J_i^T\lambda/w_i$, the multiplier of the linearized constraint solves
 
 $$\Big(I + \sum_i \tfrac{\kappa}{w_i} J_i J_i^T\Big)\lambda = \mu - \kappa\,(f(x_0+d) - f(x_0) - J d)$$
 
-by conjugate gradients that start from the multiplier before; $J$ and $J^T$ are the jvp and vjp *of this one node*,
-never of the model. A step that does not lower the cost is halved; where the right side stays as it was, as it does at
-once for an affine operation, that was the last one. The first step from $x_0$ is $J^T\mu$ in the limit of a steep
-metric, and where it is small, it is the answer; where the metric is known to be that steep, as by default, nothing is
-solved. Its limits: one damping factor a node, and the minimum found is a local one.
+by conjugate gradients that start from the multiplier before. $J$ and $J^T$ are the jvp and vjp *of this one node*,
+never of the model. A step that does not lower the cost is halved. The steps end where the right side stays as it was,
+for an affine operation at once.
+
+Limits: one damping factor a node, and the minimum found is a local one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .._numerics._conjugate_gradients import conjugate_gradients
 from .._program._equations import Program
 from .._program._fragment import Fragment
 from .._program._normal_form import is_transposable
-from ._base import AbstractRule, Context, Scale, is_negligible, step
+from ._base import AbstractRule, Context, Scale, step, transposed
 
 _OUTER, _HALVINGS, _SMALL, _SAME = 6, 5, 1e-3, 1e-4
 
@@ -66,29 +66,33 @@ class LocalSolver(AbstractRule):
 
     label: ClassVar[str] = "local solver"
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
-        inputs, duals = list(inputs), list(duals)
-        steep = ctx.metric.is_steep and all(map(is_negligible, ctx.ratios))
-        multiplier = duals if steep else _linearized(ctx, inputs, duals)
-        nus = _pull(ctx, inputs, multiplier)
-        if ctx.metric.is_steep:
-            return nus, ctx.function(*_moved(inputs, nus, ctx.weights))
-        steps = _divide(nus, ctx.weights)
-        large = [
-            jnp.max(jnp.abs(d)) > _SMALL * (jnp.max(jnp.abs(x)) + _SMALL) for d, x in zip(steps, inputs, strict=True)
-        ]
-        nus = jax.lax.cond(
-            jnp.any(jnp.stack(large)), lambda m, n: _refine(ctx, inputs, duals, m, n), lambda _, n: n, multiplier, nus
-        )
-        return nus, ctx.function(*_moved(inputs, nus, ctx.weights))
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return transposed(self, ctx, inputs, duals)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return nearest_locally(ctx, inputs, duals)
+
+
+def nearest_locally(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+    """The duals of a node's operands at the nearest point that Gauss-Newton steps find.
+
+    The answer of the constraint linearized at the operands is exact for small steps. It is refined where a step is so
+    large that costs can be compared beside rounding.
+    """
+    inputs, duals = list(inputs), list(duals)
+    multiplier = _linearized(ctx, inputs, duals)
+    first = _pull(ctx, inputs, multiplier)
+    large = [
+        jnp.max(jnp.abs(d), initial=0.0) > _SMALL * (jnp.max(jnp.abs(x), initial=0.0) + _SMALL)
+        for d, x in zip(_divide(first, ctx.weights), inputs, strict=True)
+    ]
+    return jax.lax.cond(
+        jnp.any(jnp.stack(large)), lambda m, n: _refine(ctx, inputs, duals, m, n), lambda _, n: n, multiplier, first
+    )
 
 
 def _divide(nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
     return [step(w, nu) for nu, w in zip(nus, weights, strict=True)]
-
-
-def _moved(inputs: Sequence[Array], nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
-    return [x + d for x, d in zip(inputs, _divide(nus, weights), strict=True)]
 
 
 def _pull(ctx: Context, at: Sequence[Array], multiplier: Sequence[Array]) -> list[Array]:
@@ -105,9 +109,9 @@ def _linearized(
     """
     forward = jax.linearize(ctx.function, *at)[1]
     back = jax.vjp(ctx.function, *at)[1]
-    top = largest(ctx.kappa)
+    top = largest(ctx.output_weights)
     ratios = [largest([r[i] for r in ctx.ratios]) for i in range(len(at))]
-    roots = [jnp.sqrt(jnp.asarray(k / top, r.dtype)) for k, r in zip(ctx.kappa, right, strict=True)]
+    roots = [jnp.sqrt(jnp.asarray(k / top, r.dtype)) for k, r in zip(ctx.output_weights, right, strict=True)]
 
     def operator(m):
         pulled = back([x * root for x, root in zip(m, roots, strict=True)])
@@ -151,7 +155,7 @@ def _cost(ctx: Context, inputs, duals, nus) -> Array:
     steps = _divide(nus, ctx.weights)
     total = sum(jnp.vdot(nu, d) for nu, d in zip(nus, steps, strict=True))
     before, after = ctx.function(*inputs), ctx.function(*[x + d for x, d in zip(inputs, steps, strict=True)])
-    for y, new, dual, kappa in zip(before, after, duals, ctx.kappa, strict=True):
+    for y, new, dual, kappa in zip(before, after, duals, ctx.output_weights, strict=True):
         gap = (new - y) - _quotient(dual, kappa)
         total = total + jnp.sum(kappa * gap * gap)
     return jnp.where(jnp.isfinite(total), total, jnp.inf)
@@ -170,7 +174,7 @@ def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
         after, slope = jax.jvp(ctx.function, tuple(at), tuple(steps))
         return [
             (mu - kappa * ((new - y) - jd)).astype(mu.dtype)
-            for mu, kappa, new, y, jd in zip(duals, ctx.kappa, after, before, slope, strict=True)
+            for mu, kappa, new, y, jd in zip(duals, ctx.output_weights, after, before, slope, strict=True)
         ]
 
     def towards(nus, new, cost):

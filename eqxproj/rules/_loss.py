@@ -1,18 +1,16 @@
-r"""The objective: the prox of the loss at what it reads.
+r"""The objective: what the loss wants of the values that it reads.
 
-An objective has no outputs and receives no duals; with unit weight on its operands, the dual of an operand is the
-displacement of the prox, $\mathrm{prox}_{\tau L}(z) - z$. For small tau that is $-\tau\nabla L$.
+An objective has no outputs and receives no duals. Its operands have weight one. Its pullback is $-\tau\nabla L$, its
+projection the displacement of the prox, $\mathrm{prox}_{\tau L}(z) - z$; for a loss that stands for a set, the
+displacement to the set.
 
 A loss with a closed form is asked for it ([`CustomObjective`][]). Any other ([`GenericObjective`][]) goes through
-Newton steps with conjugate gradients on $\tfrac12|d|^2 + \tau L(z + d)$: derivatives of this one node, by the logits
-alone. In a steep metric, where all steps are linear, and for a tau as small as the default one, the answer is
-$-\tau\nabla L$: what is left of the prox then is its protection from curvatures of a million and more, and that is not
-worth the compilation of its loops, which takes as long as all the rest of a small network.
+Newton steps with conjugate gradients on $\tfrac12|d|^2 + \tau L(z + d)$: derivatives of this one node. Limits: of a
+loss that is not convex the minimum is a local one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -58,20 +56,28 @@ class CustomObjective(AbstractRule):
         call = equation.params["call"]
         return f"{'projection' if call.hard else 'prox'} ({call.name.removesuffix('_value')})"
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
-        predictions, targets = ctx.operands(inputs)
+    def _factors(self, ctx: Context, predictions: Array) -> Array:
+        """What multiplies the loss of each sample: the factor of the prox times known factors of the loss."""
         assert ctx.equation is not None
-        samples = ctx.equation.outputs[0].shape
-        tau = ctx.scale * _factor(self.factors, ctx)
-        if isinstance(tau, float) and math.prod(samples) <= _FEW:
-            with jax.ensure_compile_time_eval():  # a number that is known while tracing may spare a rule its cases
-                tau = jnp.full(samples, tau, predictions.dtype)
-        tau = jnp.broadcast_to(jnp.asarray(tau, predictions.dtype), samples)
-        call = ctx.params["call"]
-        moved = call.rule([predictions, targets], tau)
+        factor = jnp.asarray(ctx.scale * _factor(self.factors, ctx), predictions.dtype)
+        return jnp.broadcast_to(factor, ctx.equation.outputs[0].shape)
+
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        predictions, targets = ctx.operands(inputs)
+        (losses,), back = jax.vjp(lambda z: ctx.params["call"].function(z, targets), predictions)
+        tau = self._factors(ctx, predictions)
+        return [-back([tau.astype(losses.dtype)])[0]]
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        predictions, targets = ctx.operands(inputs)
+        tau, call = self._factors(ctx, predictions), ctx.params["call"]
+        displacement = call.rule([predictions, targets], tau)
         if call.hard and self.factors:
-            moved = jnp.where(_like(tau, moved) > 0, moved, 0.0)
-        return [moved.astype(predictions.dtype)], []
+            displacement = jnp.where(_like(tau, displacement) > 0, displacement, 0.0)
+        return [displacement.astype(predictions.dtype)]
+
+    def known_variables(self) -> list[int]:
+        return [v.index for v, _ in self.factors]
 
 
 def _like(tau: Array, moved: Array) -> Array:
@@ -79,7 +85,7 @@ def _like(tau: Array, moved: Array) -> Array:
 
 
 class GenericObjective(AbstractRule):
-    """The prox of any differentiable loss, found by damped Newton steps; its slope by the defaults."""
+    """The prox of any differentiable loss, found by damped Newton steps."""
 
     label: ClassVar[str] = "local prox"
 
@@ -92,23 +98,18 @@ class GenericObjective(AbstractRule):
             total = total + coefficient * jnp.sum(_factor(factors, ctx) * term)
         return total
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        gradient = jax.grad(lambda values: self._value(ctx, values))(list(inputs))
+        return [-ctx.scale * g for g in gradient]
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         start = list(inputs)
+        return _prox(lambda d: ctx.scale * self._value(ctx, jtu.tree_map(jnp.add, start, d)), start)
 
-        def loss(d):
-            return ctx.scale * self._value(ctx, jtu.tree_map(jnp.add, start, d))
-
-        largest = ctx.scale * max(abs(coefficient) for coefficient, _ in self.parts)
-        if ctx.metric.is_steep and largest <= _TINY:
-            gradient = jax.grad(loss)(jtu.tree_map(jnp.zeros_like, start))
-            return jtu.tree_map(jnp.negative, gradient), []
-        return _prox(loss, start), []
+    def known_variables(self) -> list[int]:
+        return [v.index for _, factors in self.parts for v, _ in factors]
 
 
-_TINY = 1e-5
-"""Scale of the loss, known arrays among its factors aside, up to which in a steep metric its slope is the answer."""
-_FEW = 1 << 16
-"""Samples up to which a tau for each is known by value while tracing."""
 _OUTER, _INNER, _HALVINGS = 12, 12, 8
 
 

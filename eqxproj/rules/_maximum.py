@@ -18,7 +18,7 @@ from jaxtyping import Array
 from .._numerics._water_level import max_dual, steep_max_dual
 from .._numerics._windows import reads
 from .._program._equations import Equation
-from ._base import AbstractRule, Context, is_negligible
+from ._base import AbstractRule, Context, Projected
 
 
 def _windows(x: Array, params, fill: float) -> Array:
@@ -98,7 +98,7 @@ class Maximum(AbstractRule):
         """The candidates on a last axis."""
         assert ctx.equation is not None
         if self._is_window(ctx):
-            return inputs[0] if ctx.memory else _windows(inputs[0], ctx.params, self._fill(ctx, inputs[0].dtype))
+            return inputs[0] if ctx.store_copies else _windows(inputs[0], ctx.params, self._fill(ctx, inputs[0].dtype))
         if len(inputs) == 2:
             return jnp.stack(inputs, -1)
         axes = tuple(ctx.params["axes"])
@@ -108,7 +108,7 @@ class Maximum(AbstractRule):
     def _back(self, ctx: Context, nu: Array, inputs: Sequence[Array]) -> list[Array]:
         """The inverse of `_last` for duals: copies of one element add up."""
         if self._is_window(ctx):
-            if ctx.memory:
+            if ctx.store_copies:
                 return [nu]
             shape = jax.ShapeDtypeStruct(inputs[0].shape, nu.dtype)
             return list(jax.linear_transpose(lambda x: _windows(x, ctx.params, 0.0), shape)(nu))
@@ -132,23 +132,31 @@ class Maximum(AbstractRule):
         return np.broadcast_to(reads(shape, equation.outputs[0].shape, *(equation.params[n] for n in names)), shape)
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
-        if self._is_window(ctx) and ctx.memory:
+        if self._is_window(ctx) and ctx.store_copies:
             return [self._sign(ctx) * jnp.max(self._sign(ctx) * inputs[0], -1)]
         return ctx.function(*inputs)
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        sign = self._sign(ctx)
+        if self._is_window(ctx) and not ctx.store_copies and _tile(ctx.params):
+            return [sign * _tiled_dual(sign * inputs[0], sign * duals[0], ctx.params)]
+        weights = ctx.weights if len(inputs) == 2 else ctx.weights[0]
+        nu = steep_max_dual(sign * self._last(ctx, inputs), sign * duals[0], weights)
+        return self._back(ctx, sign * nu, inputs)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array] | Projected:
         sign, two = self._sign(ctx), len(inputs) == 2
-        weights = tuple(ctx.weights) if two else ctx.weights[0]
-        if is_negligible(ctx.ratios[0]) and not ctx.as_published:
-            if self._is_window(ctx) and not ctx.memory and _tile(ctx.params):
-                return [sign * _tiled_dual(sign * inputs[0], sign * duals[0], ctx.params)], self.evaluate(ctx, inputs)
-            nu = steep_max_dual(sign * self._last(ctx, inputs), sign * duals[0], weights)
-            return self._back(ctx, sign * nu, inputs), self.evaluate(ctx, inputs)
-        x = sign * self._last(ctx, inputs)
-        kappa = ctx.kappa[0]
+        weights = ctx.weights if two else ctx.weights[0]
         ratio = tuple(ctx.ratios[0]) if two else ctx.ratios[0][0]
-        # Of tied maxima the first rises; in the software of arXiv 2506.05878 the last.
-        order = slice(None, None, -1 if ctx.as_published and not two else 1)
-        nu = max_dual(x[..., order], sign * duals[0], weights, kappa, ratio)[..., order]
+        x = sign * self._last(ctx, inputs)
+        nu = self.nearest(x, sign * duals[0], weights, ctx.output_weights[0], ratio)
+        input_duals = self._back(ctx, sign * nu, inputs)
+        if not self._is_window(ctx) or ctx.store_copies:
+            return input_duals
         scale = jnp.asarray(ctx.weights, x.dtype) if two else ctx.weights[0]
-        return self._back(ctx, sign * nu, inputs), [sign * jnp.max(x + nu / scale, -1)]
+        change = jnp.max(x + nu / scale, -1) - jnp.max(x, -1)
+        return Projected(input_duals, [duals[0] - ctx.output_weights[0] * sign * change])
+
+    def nearest(self, x: Array, mu: Array, weights, kappa, ratio) -> Array:
+        """The duals of the candidates on the last axis. Of tied maxima the first rises."""
+        return max_dual(x, mu, weights, kappa, ratio)

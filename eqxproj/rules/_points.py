@@ -1,9 +1,9 @@
-r"""Rules written in points, used by a library that works in duals.
+r"""Rules written in points, for a library that works in duals.
 
-A user's rule takes inputs and a target and returns new inputs. Where the metric is steep, the wanted change
-$\mu/\kappa$ is below the rounding of the values themselves. Then the rule is asked for a change in the same direction
-of a visible size, one hundredth of the output's, and its answer is scaled back: exact to first order for every rule
-that answers small wishes in proportion.
+A user's rule takes inputs and a target and returns new inputs. In the projection regime it gets the wanted target
+itself. In the gradient regime the wanted change $\mu/\kappa$ is below the rounding of the values, so the rule is asked
+for a change in the same direction of a visible size, and its answer is scaled back. Limits: the second is exact to
+first order, for a rule that answers small wanted changes in proportion.
 """
 
 from __future__ import annotations
@@ -13,22 +13,30 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-_STEEP, _VISIBLE = 100.0, 0.01
+_VISIBLE = 0.01
+"""The change that is asked for, in units of the largest output."""
 
 
-def through_points(
+def of_whole_step(
     rule: Callable[[Sequence[Array]], Sequence[Array]],
     inputs: Sequence[Array],
     outputs: Sequence[Array],
     duals: Sequence[Array],
     weights: Sequence[float],
-    kappa: Sequence[float | Array],
+    output_weights: Sequence[float | Array],
 ) -> list[Array]:
-    """The duals of the inputs, from a rule `targets -> new inputs`."""
-    if max(weights, default=1.0) <= _STEEP:
-        targets = [y + mu / jnp.asarray(k, y.dtype) for y, mu, k in zip(outputs, duals, kappa, strict=True)]
-        new = rule(targets)
-        return [(n - x) * jnp.asarray(w, x.dtype) for n, x, w in zip(new, inputs, weights, strict=True)]
+    """The duals of the inputs, from a rule `targets -> new inputs` that is asked for the wanted target."""
+    targets = [y + mu / jnp.asarray(k, y.dtype) for y, mu, k in zip(outputs, duals, output_weights, strict=True)]
+    return [(n - x) * jnp.asarray(w, x.dtype) for n, x, w in zip(rule(targets), inputs, weights, strict=True)]
+
+
+def of_visible_step(
+    rule: Callable[[Sequence[Array]], Sequence[Array]],
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    duals: Sequence[Array],
+) -> list[Array]:
+    """The duals of the inputs, from a rule `targets -> new inputs` that is asked for a change of a visible size."""
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(mu), initial=0.0) for mu in duals]))
     size = jnp.max(jnp.stack([jnp.max(jnp.abs(y), initial=0.0) for y in outputs]))
     largest = jnp.where(largest > 0, largest, 1.0)

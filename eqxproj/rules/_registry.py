@@ -6,64 +6,18 @@ Primitives are known by name because some are exported nowhere. Views and elemen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
-import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jaxtyping import Array
 
-from .._errors import check_shapes
-from .._program._equations import Equation
-from ._base import AbstractRule, Context
-from ._points import through_points
+from ._base import AbstractRule
+from ._custom import RegisteredDualRule, RegisteredRule
 
 RULES: dict[str, AbstractRule] = {}
 """Primitive name to rule."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-
-class RegisteredRule(AbstractRule):
-    """A rule that a user wrote for one primitive, in points or in duals."""
-
-    label: ClassVar[str] = "registered"
-    takes_precedence: ClassVar[bool] = True
-
-    def __init__(self, function: Callable[..., Any], form: Literal["points", "duals"], name: str):
-        self.function = function
-        self.form = form
-        self.name = name
-
-    def describe(self, equation: Equation | None) -> str:
-        return f"registered ({getattr(self.function, '__name__', self.name)})"
-
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
-        operands = tuple(ctx.operands(inputs))
-
-        def checked(wanted: Sequence[Array]) -> list[Array]:
-            new = self.function(ctx, operands, wanted[0] if len(wanted) == 1 else tuple(wanted))
-            new = _unknown_part(new if isinstance(new, (tuple, list)) else (new,), ctx.unknown, self.name)
-            check_shapes(new, inputs, f"The projection rule of primitive {self.name!r}")
-            return new
-
-        if self.form == "duals":
-            nus = checked(duals)
-        else:
-            nus = through_points(checked, inputs, ctx.function(*inputs), duals, ctx.weights, ctx.kappa)
-        moved = [x + nu / jnp.asarray(w, x.dtype) for x, nu, w in zip(inputs, nus, ctx.weights, strict=True)]
-        return nus, ctx.function(*moved)
-
-
-def _unknown_part(new: Sequence[Any], unknown: Sequence[bool], name: str) -> list[Array]:
-    if len(new) == len(unknown):
-        return [x for x, is_unknown in zip(new, unknown, strict=True) if is_unknown]
-    if len(new) == sum(unknown):
-        return list(new)
-    raise ValueError(
-        f"The projection rule of primitive {name!r} returned {len(new)} inputs, but the primitive has {len(unknown)} "
-        f"operands, {sum(unknown)} of them unknown. Return one new value an operand, in their order."
-    )
 
 
 def register_projection(
@@ -94,7 +48,7 @@ def register_projection(
         raise ValueError(f'`form` must be "points" or "duals", got {form!r}.')
 
     def decorator(function: _F) -> _F:
-        RULES[name] = RegisteredRule(function, form, name)
+        RULES[name] = (RegisteredDualRule if form == "duals" else RegisteredRule)(function, name)
         return function
 
     return decorator

@@ -1,14 +1,16 @@
 r"""Elementwise nodes: $y = \phi(s)$ with $s = \sum_i c_i x_i + d$, whatever the function and however many terms.
 
-With weights $w_i$ on the terms and $\sigma = \sum_i c_i^2/w_i$, moving $s$ by $\sigma\lambda$ costs least where each
-$x_i$ moves by $c_i\lambda/w_i$: the projection is one-dimensional, $\min_s (s-s_0)^2/\sigma +
-\kappa(\phi(s)-y_0)^2$, and the dual of $x_i$ is $c_i\lambda$. A term may be a sum over axes, which counts $n$ times
-in $\sigma$. Affine nodes (add, sub, neg, scaling, sums, means) are those with $\phi$ the identity.
+The pullback passes $c_i \phi'(s) \mu$ to term $i$. Where $\phi$ jumps, the slope is that of its expectation under
+noise.
 
-$\phi$ is recognized from its equations: a function that is affine on finitely many pieces is projected exactly, and
-so are square, round, floor and ceil. Any other function of one unknown goes through a derivative-free search; or, in a
-steep metric, where the linear step is the answer, through its slope; or, in a flat one, where the function is smooth
-and the step moderate, through Newton's method (each by a jvp of that function alone).
+The projection: with weights $w_i$ on the terms and $\sigma = \sum_i c_i^2/w_i$, moving $s$ by $\sigma\lambda$ costs
+least where each $x_i$ moves by $c_i\lambda/w_i$. What is left is one-dimensional, $\min_s (s-s_0)^2/\sigma +
+\kappa(\phi(s)-y_0)^2$, and the dual of $x_i$ is $c_i\lambda$. A term may be a sum over $n$ elements, which counts $n$
+times in $\sigma$. Affine nodes (add, sub, neg, scaling, sums, means) are those with $\phi$ the identity.
+
+$\phi$ is recognized from its equations. A function that is affine on finitely many pieces is projected exactly, and so
+are square, round, floor and ceil. A smooth one goes through Newton's method where its step is moderate, and any other
+through a search without derivatives, whose limits are those of `_numerics/_scalar.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from jaxtyping import Array
 from .._numerics._noise import expected_slope, expected_slope_of_pieces, jumps_of, within
 from .._numerics._piecewise import PiecewiseAffine, apply_primitive
 from .._numerics._piecewise_dual import piecewise_affine_dual
-from .._numerics._scalar import generic_dual, round_dual, square_dual
+from .._numerics._scalar import difference_slope, generic_dual, round_dual, square_dual
 from .._numerics._smooth import Bounds, bounds_of, smooth_dual
 from .._program._affine import AffineTerm as AffineTerm
 from .._program._equations import Equation, Variable
@@ -126,87 +128,83 @@ class Scalar(AbstractRule):
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         return self.phi(ctx.known, self.head(ctx.known, inputs))
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         s0 = self.head(ctx.known, inputs)[0]
         dual = duals[0].astype(s0.dtype)
-        coefficients = self._coefficients(ctx, inputs)
+        slope = self._slope(ctx, s0)
+        # A slope that is not finite, as of a square root at zero, passes nothing on.
+        multiplier = jnp.where(jnp.isfinite(slope), slope * dual, jnp.zeros_like(s0))
+        return self._shared(ctx, inputs, multiplier)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        s0 = self.head(ctx.known, inputs)[0]
         q, sigma = 0.0, 0.0
-        for i, (c, count, _) in enumerate(coefficients):
+        for i, (c, count, _) in enumerate(self._coefficients(ctx, inputs)):
             q = q + c * c * count * ctx.ratio(i)
             sigma = sigma + c * c * count / ctx.weights[i]
         wide = jnp.promote_types(s0.dtype, jnp.float32)  # no weight fits into float16
         sigma = jnp.clip(jnp.asarray(sigma, wide), 1e-30, 1e30)
-        multiplier = self._solve(ctx, s0, dual, jnp.asarray(q, wide), sigma).astype(s0.dtype)
-        nus = []
-        for (c, _, axes), x in zip(coefficients, inputs, strict=True):
-            nu = (c * multiplier).astype(x.dtype)
-            nus.append(jnp.broadcast_to(jnp.expand_dims(nu, axes), x.shape) if axes else nu)
-        return nus, self.phi(ctx.known, [(s0 + sigma * multiplier).astype(s0.dtype)])
+        multiplier = self.nearest(ctx, s0, duals[0].astype(s0.dtype), jnp.asarray(q, wide), sigma)
+        return self._shared(ctx, inputs, multiplier.astype(s0.dtype))
 
-    def _solve(self, ctx: Context, s0: Array, dual: Array, q: Array, sigma: Array) -> Array:
-        kappa = jnp.asarray(ctx.kappa[0], sigma.dtype)
-        if ctx.as_published and self.pieces is not None and self.pieces.describe() == "relu":
-            return _published_relu(s0, dual, kappa, sigma)
-        if not ctx.as_published and ctx.metric.is_steep:
-            slope = self._expected_slope(ctx, s0)
-            if slope is not None:
-                return slope * dual / (1.0 + slope * slope * q)
-            slope = self._slope(ctx, s0)
-            if slope is not None:
-                return jnp.where(jnp.isfinite(slope), slope * dual / (1.0 + slope * slope * q), 0.0)
+    def _shared(self, ctx: Context, inputs: Sequence[Array], multiplier: Array) -> list[Array]:
+        """The dual of every operand from the one of their sum: its coefficient times that."""
+        input_duals = []
+        for (c, _, axes), x in zip(self._coefficients(ctx, inputs), inputs, strict=True):
+            nu = (c * multiplier).astype(x.dtype)
+            input_duals.append(jnp.broadcast_to(jnp.expand_dims(nu, axes), x.shape) if axes else nu)
+        return input_duals
+
+    def nearest(self, ctx: Context, s0: Array, dual: Array, q: Array, sigma: Array) -> Array:
+        r"""The dual $(s - s_0)/\sigma$ of the nearest point of the graph of $\phi$."""
         if self.pieces is not None and self.pieces.describe() == "relu":
-            return relu_dual(s0, dual, kappa, sigma, q)
+            return relu_dual(s0, dual, jnp.asarray(ctx.output_weights[0], sigma.dtype), sigma, q)
         if self.pieces is not None:
-            return piecewise_affine_dual(self.pieces, s0, dual, kappa, sigma, q)
+            return piecewise_affine_dual(self.pieces, s0, dual, sigma, q)
         if self.special == "square":
-            return square_dual(s0, dual, kappa, sigma, q)
+            return square_dual(s0, dual, sigma, q)
         if self.special is not None:
-            return round_dual(s0, dual, kappa, sigma, q, self.special)
+            return round_dual(s0, dual, sigma, q, self.special)
         phi = functools.partial(self._value, ctx)
-        if ctx.metric.is_steep or s0.dtype != sigma.dtype or self._bounds is None:
-            return generic_dual(phi, s0, dual, kappa, sigma, q, search=not ctx.metric.is_steep)
-        otherwise = functools.partial(generic_dual, phi, s0, dual, kappa, sigma, q)
+        otherwise = functools.partial(generic_dual, phi, s0, dual, sigma, q)
+        if s0.dtype != sigma.dtype or self._bounds is None:
+            return otherwise()
         return smooth_dual(phi, self._bounds, s0, dual, sigma, q, otherwise)
 
-    def _expected_slope(self, ctx: Context, s0: Array) -> Array | None:
-        """The slope of the expectation under noise, of functions with jumps; `None` for all others."""
+    def _slope(self, ctx: Context, s0: Array) -> Array:
+        r"""The slope of $\phi$, or where $\phi$ jumps, the slope of its expectation under noise."""
         if self.special in ("round", "floor", "ceil"):
             return jnp.ones_like(s0)
-        if self.pieces is not None:
-            return expected_slope_of_pieces(self.pieces, s0) if self.pieces.has_jumps else None
-        if self.special is None and self._jumps:
-            return self._slope_with_jumps(ctx, s0)
-        return None
+        if self.pieces is not None and self.pieces.has_jumps:
+            return expected_slope_of_pieces(self.pieces, s0)
+        if self.pieces is not None or not self._jumps:
+            return self._plain_slope(ctx, s0)
+        phi = functools.partial(self._value, ctx)
+        if any(e.name in FLAT for e in self.phi.equations):
+            return expected_slope(phi, s0)
+        slope = self._plain_slope(ctx, s0)
+        plain = jnp.where(jnp.isfinite(slope), slope, 0.0)
+        # Many functions with jumps are smooth where they are used: noise answers near a jump, or where all is flat.
+        noisy = within(self._jumps, s0) | ~jnp.any(plain != 0)
+        return jax.lax.cond(noisy, lambda: expected_slope(phi, s0), lambda: plain)
+
+    def _plain_slope(self, ctx: Context, s0: Array) -> Array:
+        """The derivative of this one function; by differences where JAX knows none."""
+        phi = functools.partial(self._value, ctx)
+        try:
+            return jax.jvp(phi, (s0,), (jnp.ones_like(s0),))[1]
+        except Exception:  # what a primitive without a derivative raises is its own choice
+            return difference_slope(phi, s0)
 
     def _value(self, ctx: Context, s: Array) -> Array:
         """The function without its affine head."""
         return self.phi(ctx.known, [s])[0]
 
-    def _slope_with_jumps(self, ctx: Context, s0: Array) -> Array:
-        """That of the expectation, or the plain slope where no jump is near and the function is not flat."""
-        phi = functools.partial(self._value, ctx)
-        slope = None if any(e.name in FLAT for e in self.phi.equations) else self._slope(ctx, s0)
-        if slope is None:
-            return expected_slope(phi, s0)
-        plain = jnp.where(jnp.isfinite(slope), slope, 0.0)
-        noisy = within(self._jumps, s0) | ~jnp.any(plain != 0)
-        return jax.lax.cond(noisy, lambda: expected_slope(phi, s0), lambda: plain)
-
-    def _slope(self, ctx: Context, s0: Array) -> Array | None:
-        """The slope of a function without a rule of its own; `None` where it has one, or JAX knows no derivative.
-
-        In a steep metric the linear step is the answer, and a derivative of this one function takes one evaluation
-        where differences take nine.
-        """
-        if self.pieces is not None or self.special is not None:
-            return None
-        try:
-            return jax.jvp(functools.partial(self._value, ctx), (s0,), (jnp.ones_like(s0),))[1]
-        except Exception:  # what a primitive without a derivative raises is its own choice
-            return None
+    def known_variables(self) -> list[int]:
+        return [v.index for term in self.terms for v, _ in term.factors]
 
     @property
-    def leaps(self) -> bool:
+    def is_discontinuous(self) -> bool:
         if self.pieces is not None:
             return self.pieces.has_jumps
         return self.special in ("round", "floor", "ceil") or (self.special is None and bool(self._jumps))
@@ -237,21 +235,6 @@ def relu_dual(s0: Array, dual: Array, kappa: Array, sigma: Array, q: Array) -> A
     inverse = 1.0 / (1.0 + q)
     above = jnp.maximum(dual * inverse, -s0 / sigma)
     return jnp.where(s0 > 0, above, jnp.where(goes, (dual - kappa * s0) * inverse, 0.0))
-
-
-def _published_relu(s0: Array, dual: Array, kappa: Array, sigma: Array) -> Array:
-    """What the software of arXiv 2506.05878 takes for the projection onto a relu's graph.
-
-    It chooses the rising half-line where the *whole* line is nearer than the flat half-line, and clips the answer to
-    the half-line then: farther than the projection for some targets below zero. Kept for parity with that software
-    alone.
-    """
-    y0 = jnp.maximum(s0, 0) + dual / kappa
-    rising = (s0 / sigma + kappa * y0) / (1.0 / sigma + kappa)
-    flat = jnp.minimum(s0, 0)
-    to_line = jnp.square(s0 - y0) / (sigma + 1.0 / kappa)
-    to_flat = jnp.square(flat - s0) / sigma + kappa * y0 * y0
-    return (jnp.where(to_line < to_flat, jnp.maximum(rising, 0), flat) - s0) / sigma
 
 
 def identity(variable: Variable) -> Scalar:

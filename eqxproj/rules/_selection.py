@@ -1,24 +1,23 @@
 r"""Selections: operations that read the position of a maximum, such as `one_hot(argmax(x))` or `table[argmax(x)]`.
 
 The node is everything from the scores $x$ to the next floating-point values: $y = g(k, z)$ with $k = \arg\max_j x_j$
-(or a slot of `top_k`) and further operands $z$. Two answers are given.
+(or a slot of `top_k`) and further operands $z$. The operands $z$ are answered for at the position of the forward pass.
 
-- The operands $z$ are projected at the position of the forward pass, by the local solver.
-- The scores: in a steep metric no wish is worth a move that changes the position, and the nearest point would answer
-  nothing. What is answered instead is the *expectation under noise*: with Gumbel noise on the scores the position is
-  random with $p = \mathrm{softmax}(x)$, and $\mathbb{E}\,\langle\mu, g(k, z)\rangle = \sum_k p_k v_k$ with $v_k =
-  \langle\mu, g(k, z)\rangle$, whose derivative by the scores is $p_k (v_k - \sum_j p_j v_j)$. No operation is
-  differentiated: $g$ is evaluated for every position. In a flat metric the pieces are enumerated, and the nearest
-  taken: to make $k$ the position, it and the scores above it meet at their mean.
+- The pullback to the scores is the expectation under noise. With Gumbel noise on the scores the position is random with
+  $p = \mathrm{softmax}(x)$, and $\mathbb{E}\,\langle\mu, g(k, z)\rangle = \sum_k p_k v_k$ with $v_k =
+  \langle\mu, g(k, z)\rangle$ has the derivative $p_k (v_k - \sum_j p_j v_j)$ by the scores. No operation is
+  differentiated: $g$ is evaluated for every position.
+- The projection enumerates the positions and takes the nearest: to make $k$ the position, it and the scores above it
+  meet at their mean.
 
 Limits: the outputs must have the axes of the position as their first ones (so that it is known which sample is whose),
-else the position stays as the forward pass has it. Of `top_k` and `argsort`, each slot is
-moved while the others stay, which takes as many evaluations as there are pairs of slots and positions.
+else the position stays as the forward pass has it. Of `top_k` and `argsort`, each slot is moved while the others stay,
+which takes as many evaluations as there are pairs of slots and positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import jax
@@ -27,9 +26,11 @@ from jaxtyping import Array
 
 from .._program._equations import Equation
 from .._program._fragment import Fragment
-from ._base import AbstractRule, Context, step
-from ._local import LocalSolver
+from ._base import AbstractRule, Context, transposed
+from ._local import nearest_locally
 
+Move = Callable[[Array, Array, Array, float], Array]
+"""From scores, the worth of each position, its distance and the scores' weight to the scores' dual."""
 POSITIONS = ("argmax", "argmin", "top_k", "sort")
 """Operations whose outputs are positions."""
 
@@ -53,44 +54,49 @@ class Selection(AbstractRule):
         return aligned and any(equation.inputs[0] == v for v in self.fragment.operands)
 
     @property
-    def leaps(self) -> bool:
+    def is_discontinuous(self) -> bool:
         return bool(self.chosen)
 
     def describe(self, equation: Equation | None) -> str:
         return self.label if self.chosen else "local solver, position of the forward pass"
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]):
-        nus = list(LocalSolver().project(ctx, inputs, duals)[0])
+    def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return self._with_scores(ctx, inputs, duals, transposed(self, ctx, inputs, duals), _expected)
+
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        return self._with_scores(ctx, inputs, duals, nearest_locally(ctx, inputs, duals), _nearest)
+
+    def _with_scores(
+        self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array], input_duals: list[Array], move: Move
+    ) -> list[Array]:
+        """The duals of the further operands, and to those of the scores what moving the positions adds."""
         for equation in self.chosen:
             slot = [v.index for v in self.fragment.operands].index(equation.inputs[0].index)
-            nus[slot] = nus[slot] + self._of_scores(ctx, equation, inputs, duals, slot).astype(nus[slot].dtype)
-        moved = [x + step(w, nu) for x, w, nu in zip(inputs, ctx.weights, nus, strict=True)]
-        return nus, ctx.function(*moved)
+            more = self._of_scores(ctx, equation, inputs, duals, slot, move)
+            input_duals = [nu + more.astype(nu.dtype) if i == slot else nu for i, nu in enumerate(input_duals)]
+        return input_duals
 
-    def _of_scores(self, ctx: Context, equation: Equation, inputs, duals, slot: int) -> Array:
+    def _of_scores(self, ctx: Context, equation: Equation, inputs, duals, slot: int, move: Move) -> Array:
         """The dual of the scores of one position."""
         scores = inputs[slot]
         axis = _axis(equation, scores)
         x = jnp.moveaxis(-scores if equation.name in _LEAST else scores, axis, -1)
         found = self._outputs(ctx, equation, scores)[-1]
         if equation.name not in ("top_k", "sort"):
-            return self._signed(
-                ctx, equation, self._slot(ctx, equation, inputs, duals, x, found, found, None), axis, slot
-            )
+            return _signed(equation, self._slot(ctx, equation, inputs, duals, x, found, found, None, move), axis)
         total, free = jnp.zeros_like(x), jnp.ones(x.shape, bool)
         for j in range(found.shape[-1]):
             masked = jnp.where(free, x, -jnp.inf)
-            total = total + self._slot(ctx, equation, inputs, duals, masked, found, found[..., j], j)
+            total = total + self._slot(ctx, equation, inputs, duals, masked, found, found[..., j], j, move)
             free = free & (jnp.arange(x.shape[-1]) != found[..., j, None])
-        return self._signed(ctx, equation, total, axis, slot)
+        return _signed(equation, total, axis)
 
     def _outputs(self, ctx: Context, equation: Equation, scores: Array) -> list[Array]:
         return equation.bind(scores, *(ctx.known[v.index] for v in equation.inputs[1:]))
 
-    def _signed(self, ctx: Context, equation: Equation, nu: Array, axis: int, slot: int) -> Array:
-        return jnp.moveaxis(-nu if equation.name in _LEAST else nu, -1, axis)
-
-    def _slot(self, ctx: Context, equation: Equation, inputs, duals, x: Array, found: Array, now: Array, j) -> Array:
+    def _slot(
+        self, ctx: Context, equation: Equation, inputs, duals, x: Array, found: Array, now: Array, j, move: Move
+    ) -> Array:
         """The dual of the scores `x`, over their last axis, by moving one position through all its values."""
         known = {i: ctx.known[i] for i in self.fragment.known}
         rest = Fragment(
@@ -104,22 +110,19 @@ class Selection(AbstractRule):
         others = self._outputs(ctx, equation, scores)[:-1]
 
         def worth(k: Array) -> tuple[Array, Array]:
-            """What the outputs with this position are worth to the wish, and how far they are from the present ones."""
+            """The worth of the outputs with this position to the duals, and their distance from the present ones."""
             place = jnp.full_like(found, k) if j is None else found.at[..., j].set(k)
             outputs = rest(known, [*inputs, *others, place])
             axes = [tuple(range(batch, y.ndim)) for y in outputs]
             gaps = [new - old for new, old in zip(outputs, base, strict=True)]
             value = sum(jnp.sum(mu * g, a) for mu, g, a in zip(duals, gaps, axes, strict=True))
-            apart = sum(jnp.sum(kappa * g * g, a) for kappa, g, a in zip(ctx.kappa, gaps, axes, strict=True))
+            apart = sum(jnp.sum(kappa * g * g, a) for kappa, g, a in zip(ctx.output_weights, gaps, axes, strict=True))
             return jnp.asarray(value), jnp.asarray(apart)
 
         value, apart = jax.lax.map(worth, jnp.arange(x.shape[-1]))
         value, apart = jnp.moveaxis(value, 0, -1), jnp.moveaxis(apart, 0, -1)
-        if ctx.metric.is_steep:
-            p = jax.nn.softmax(x, -1)
-            return p * (value - jnp.sum(p * value, -1, keepdims=True))
         slot = [v.index for v in self.fragment.operands].index(equation.inputs[0].index)
-        return _nearest(x, value, apart, ctx.weights[slot])
+        return move(x, value, apart, ctx.weights[slot])
 
 
 _LEAST = ("argmin", "sort")
@@ -135,6 +138,16 @@ def _is_argsort(equation: Equation) -> bool:
 
 def _axis(equation: Equation, scores: Array) -> int:
     return int(equation.params["axes"][0]) if equation.name in ("argmax", "argmin") else scores.ndim - 1
+
+
+def _signed(equation: Equation, nu: Array, axis: int) -> Array:
+    return jnp.moveaxis(-nu if equation.name in _LEAST else nu, -1, axis)
+
+
+def _expected(x: Array, value: Array, apart: Array, weight: float) -> Array:
+    """The dual by the expectation under Gumbel noise on the scores."""
+    p = jax.nn.softmax(x, -1)
+    return p * (value - jnp.sum(p * value, -1, keepdims=True))
 
 
 def _nearest(x: Array, value: Array, apart: Array, weight: float) -> Array:

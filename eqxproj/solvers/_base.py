@@ -1,4 +1,4 @@
-"""What every solver is: four small methods. The loop that owns iteration, checks and results is `_solve.iterate`."""
+"""What every solver is: `init`, `step`, `terminate` and `postprocess`. The loop around them is `_solve.solve`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import equinox as eqx
 from jaxtyping import Array, Bool, Float
 
 from .._problem._problem import FeasibilityProblem
-from .._problem._projector import project
 from .._problem._readers import value_of
 from .._problem._state import State, combine
 
@@ -16,14 +15,18 @@ from .._problem._state import State, combine
 class AbstractSolver(eqx.Module):
     """An iterative projection algorithm.
 
-    `memory` says whether it needs every copy of a variable: an algorithm that projects only from consensus does not.
+    - `store_copies`: whether it needs every copy of a variable. An algorithm that projects only from consensus
+        does not.
+    - `needs_two_colors`: whether it projects nodes together that may share no edge, so that the graph must get two
+        colors. A sweep through the layers does not.
     """
 
-    memory: eqx.AbstractClassVar[bool]
+    store_copies: eqx.AbstractClassVar[bool]
+    needs_two_colors: eqx.AbstractClassVar[bool]
 
     def init(self, problem: FeasibilityProblem) -> State:
         """The state to start from: the forward pass."""
-        return problem.start(self.memory and problem.copies != "none")
+        return problem.start(self.store_copies)
 
     @abc.abstractmethod
     def step(self, problem: FeasibilityProblem, state: State) -> State:
@@ -50,7 +53,7 @@ def check_number(name: str, value: float, low: float, high: float) -> float:
 
 def onto(problem: FeasibilityProblem, state: State, color: int) -> State:
     r"""$P_A$ (color 0, with the objective in it) or $P_B$ (color 1)."""
-    return project(problem, state, problem.graph.color(color))
+    return problem.project(state, problem.graph.color(color))
 
 
 def reflect(problem: FeasibilityProblem, state: State, color: int) -> State:

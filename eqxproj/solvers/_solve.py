@@ -46,10 +46,10 @@ def violation(problem: FeasibilityProblem, state: State) -> Float[Array, ""]:
             dual = state.duals[edge]
             if dual is not None:
                 worst = jnp.maximum(worst, jnp.max(jnp.abs(dual), initial=0.0) / problem.edge_weight(edge))
-        if spec.kind in ("operation", "identity") and not state.fresh[i]:
+        if spec.kind in ("operation", "identity") and not state.up_to_date[i]:
             assert spec.rule is not None
             inputs = [operand(problem, state, e) for e in spec.edges]
-            outputs = spec.rule.evaluate(context(problem, i, state.memory), inputs)
+            outputs = spec.rule.evaluate(context(problem, i, state.store_copies), inputs)
             for value, output in zip(spec.outputs, outputs, strict=True):
                 gap = jnp.abs(value_of(problem, state, value) - output)
                 worst = jnp.maximum(worst, jnp.max(gap, initial=0.0).astype(worst.dtype))

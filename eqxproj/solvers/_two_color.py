@@ -9,9 +9,8 @@ With $R = 2P - I$:
   $f_B = (1+1/\beta)P_B - I/\beta$;
 - relaxed reflect-reflect: $x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
 
-Limits: where the metric is steep and the graph branches, as in recurrences, reflections at sets so differently weighted
-let the duals of alternating reflections, Douglas-Rachford and the difference map grow from step to step. They want
-flatter metrics.
+Limits: where the metric is graded and the graph branches, as in recurrences, alternating reflections, Douglas-Rachford
+and the difference map let their duals grow from step to step. They want the unit metric.
 
 Sources: section 3 of arXiv 2506.05878; Elser, "Learning without loss" (2021).
 """
@@ -32,7 +31,8 @@ _A, _B = 0, 1
 class AlternatingProjections(AbstractSolver):
     r"""$x \leftarrow P_B P_A x$. Returns to consensus before each projection, so that no copies are stored."""
 
-    memory: ClassVar[bool] = False
+    store_copies: ClassVar[bool] = False
+    needs_two_colors: ClassVar[bool] = True
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         return onto(problem, onto(problem, state, _A), _B)
@@ -41,7 +41,8 @@ class AlternatingProjections(AbstractSolver):
 class AlternatingReflections(AbstractSolver):
     r"""$x \leftarrow R_B R_A x$."""
 
-    memory: ClassVar[bool] = True
+    store_copies: ClassVar[bool] = True
+    needs_two_colors: ClassVar[bool] = True
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         return reflect(problem, reflect(problem, state, _A), _B)
@@ -55,7 +56,8 @@ class DouglasRachford(AbstractSolver):
     - `relaxation`: $\ell$ in (0, 1]; one half is the Douglas-Rachford algorithm proper.
     """
 
-    memory: ClassVar[bool] = True
+    store_copies: ClassVar[bool] = True
+    needs_two_colors: ClassVar[bool] = True
     relaxation: float = eqx.field(static=True)
 
     def __init__(self, relaxation: float = 0.5):
@@ -74,7 +76,8 @@ class DifferenceMap(AbstractSolver):
     - `beta`: in (0, 2].
     """
 
-    memory: ClassVar[bool] = True
+    store_copies: ClassVar[bool] = True
+    needs_two_colors: ClassVar[bool] = True
     beta: float = eqx.field(static=True)
 
     def __init__(self, beta: float = 1.0):
@@ -100,7 +103,8 @@ class RelaxedReflectReflect(AbstractSolver):
     - `beta`: in (0, 2].
     """
 
-    memory: ClassVar[bool] = True
+    store_copies: ClassVar[bool] = True
+    needs_two_colors: ClassVar[bool] = True
     beta: float = eqx.field(static=True)
 
     def __init__(self, beta: float = 0.5):
