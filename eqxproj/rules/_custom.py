@@ -39,7 +39,6 @@ class Custom(AbstractUserRule):
     """Calls the rule that the function was given."""
 
     label: ClassVar[str] = "custom"
-    takes_precedence: ClassVar[bool] = True
 
     def describe(self, equation: Equation | None) -> str:
         return "custom" if equation is None else f"custom ({equation.params['call'].name})"
