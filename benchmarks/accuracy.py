@@ -1,21 +1,28 @@
-"""What each method reaches: the same model, initial parameters, batches, number of steps and evaluation for all.
+"""What does each method reach with the same model, initial parameters, batches, number of steps and evaluation?
 
     python benchmarks/accuracy.py --data-dir path/to/data [--out accuracy] [--seeds 3]
     python benchmarks/accuracy.py --data-dir path/to/data --task mnist higgs --method adam default
     python benchmarks/accuracy.py --quick          # a smoke run on the digits of the package, about two minutes
 
+Compared are `eqxproj.train` with its defaults, with other solvers, and on plain gradients: Adam at a constant rate,
+Adam and Muon with warm-up and cosine decay, and gradient descent with momentum (`accuracy_methods.py`). The tasks are
+in `accuracy_tasks.py`.
+
+A method with several settings, such as the peak rate, is run at each of them with the first seed. The setting that is
+best on the validation split, the last tenth of the training data, is taken for all seeds. Reported is the value on the
+test set after the last step: the mean over the seeds, and as `spread` their standard deviation.
+
+Seconds are those of training, without compilation and evaluation. `to 99%` are the seconds until the validation value
+comes within one percent of the best that Adam at a constant rate reaches with the same seed; `to end` are the seconds
+until it is the value that this Adam ends with.
+
 `--data-dir` holds one folder a data set (`mnist`, `cifar10`, `higgs_sample`, `tiny_shakespeare`), in the layout of the
-Hugging Face hub; without it, they are read from the hub (the HIGGS sample is in no hub).
+Hugging Face hub. Without it, they are read from the hub, except for the HIGGS sample, which is in no hub.
 
 Every run is a process of its own, so that its peak memory is its own, and writes one JSON file into the folder `--out`.
-Runs whose file is there are not run again: an interrupted benchmark goes on where it was. Rates and settings are
-chosen with the first seed, by the value that is reached on a validation split (the last tenth of the training data);
-reported is the test set, after the last step. Seconds are those of training, without compilation and evaluation;
-`to 99%` are the seconds until the validation value comes within one percent of Adam's best with the same seed, `to end`
-those until it is the one that Adam ends with.
-Two-color solvers take up to hundreds of times as long as the defaults; with `--limit`, a run that is not done after so
-many seconds, all included, is stopped and left out of the choice, which is said. `--sweeps 8` leaves half of their
-settings.
+A run whose file is there is not run again: an interrupted benchmark goes on where it was. The two-color solvers take
+up to hundreds of times as long as the defaults. With `--limit`, a run that takes more seconds than that, all included,
+is stopped, left out of the choice, and named; `--sweeps 8` leaves half of their settings.
 Written are `table.md`, `results.json` and `accuracy.png`.
 """
 
@@ -61,7 +68,7 @@ def run(
         eval_data=valid,
         eval_every=max(1, count // 40),
         evaluate={"value": task.value},
-        **chosen.options(),
+        **chosen.options(count),
     )
     history = {k: np.asarray(v).tolist() for k, v in result.history.items()}
     return {

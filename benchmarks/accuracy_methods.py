@@ -1,4 +1,9 @@
-"""The methods that `accuracy.py` compares, each with the settings of which the best is taken."""
+"""The methods that `accuracy.py` compares, each with the settings among which it chooses.
+
+Methods of gradients differ in the optimizer alone. `adam` and `momentum` have a constant rate. With `adam-cosine` and
+`muon`, the rate rises in a straight line to its peak, and falls to a hundredth of that with a cosine.
+`muon` needs optax 0.2.6 or later.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +11,92 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import optax
-from shared import copies_for
+from optax.contrib import MuonDimensionNumbers, muon
 
 import eqxproj
+
+Optimizer = Callable[[float, int], optax.GradientTransformation]
+"""A function of a rate and the number of steps."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A name, and what is passed to `eqxproj.train`; `half` trains parameters and states of bfloat16.
+    """One way to train.
 
-    `sweeps` are those of a two-color solver on each minibatch.
+    - `name`: what the table calls it.
+    - `options`: a function of the number of steps; what it returns is passed to `eqxproj.train`.
+    - `half`: train parameters and states of bfloat16.
+    - `sweeps`: how many a two-color solver makes on each minibatch; `None` for all other methods.
     """
 
     name: str
-    options: Callable[[], Mapping[str, Any]]
+    options: Callable[[int], Mapping[str, Any]]
     half: bool = False
     sweeps: int | None = None
 
 
-def _gradient(name: str, optimizer: Callable[[float], optax.GradientTransformation], rate: float) -> Setting:
-    return Setting(f"{name} {rate:g}", lambda: {"method": "gradient", "optimizer": optimizer(rate)})
+def _gradient(name: str, optimizer: Optimizer, rate: float) -> Setting:
+    return Setting(f"{name} {rate:g}", lambda steps: {"method": "gradient", "optimizer": optimizer(rate, steps)})
 
 
-def _momentum(rate: float) -> optax.GradientTransformation:
+def _adam(rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.adam(rate)
+
+
+def _momentum(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.sgd(rate, momentum=0.9)
 
 
-def _solver(solver: Callable[[], eqxproj.AbstractSolver]) -> list[Setting]:
-    """A solver from the forward pass: a steep metric and two flatter ones, and few sweeps or many."""
+def _schedule(peak: float, steps: int) -> optax.Schedule:
+    """A rate that rises over the first twentieth of the steps, 100 at most, and then falls with a cosine."""
+    return optax.warmup_cosine_decay_schedule(0.1 * peak, peak, min(100, steps // 20), steps, 0.01 * peak)
+
+
+def _adam_cosine(peak: float, steps: int) -> optax.GradientTransformation:
+    return optax.adam(_schedule(peak, steps))
+
+
+_ADAM_PEAK = 3e-3  # of what Muon leaves to Adam: the peak that `train` takes by default
+
+
+def _muon(peak: float, steps: int) -> optax.GradientTransformation:
+    """Muon (K. Jordan, 2024) on matrices and the kernels of convolutions, Adam on all else, both on one schedule."""
+    return muon(
+        _schedule(peak, steps),
+        adam_learning_rate=_schedule(_ADAM_PEAK, steps),
+        muon_weight_dimension_numbers=_as_matrices,
+    )
+
+
+def _as_matrices(parameters: Any) -> Any:
+    """How Muon reads each parameter as a matrix, or `None` where Adam takes it.
+
+    Equinox has the outputs of a layer on the first axis; a kernel sums over all others. A bias has no such axis, or
+    others of length one.
+    """
+
+    def numbers(parameter):
+        if parameter.ndim == 0 or parameter.size == parameter.shape[0]:
+            return None
+        return MuonDimensionNumbers(reduction_axis=tuple(range(1, parameter.ndim)), output_axis=0)
+
+    return jax.tree.map(numbers, parameters)
+
+
+def _solver(solver: Callable[[], eqxproj.AbstractSolver], copies: str) -> list[Setting]:
+    """A solver from the forward pass, with few sweeps or many, in one metric of the gradient regime and two others.
+
+    A solver that keeps its copies from step to step gets one constraint a whole product (`copies="none"`), which is
+    faster.
+    """
     found = []
     for grade, parameter in ((1e3, 1e4), (5.0, 1e4), (1.0, 1e2)):
         for sweeps in (8, 24):
 
-            def options(grade=grade, parameter=parameter, sweeps=sweeps):
+            def options(steps, grade=grade, parameter=parameter, sweeps=sweeps):
                 metric = eqxproj.Metric(grade, parameter)
-                copies = copies_for(solver())
                 return {"solver": solver(), "metric": metric, "solver_steps": sweeps, "tau": 0.1, "copies": copies}
 
             name = f"grade {grade:g}, parameter {parameter:g}, {sweeps} sweeps"
@@ -50,16 +105,18 @@ def _solver(solver: Callable[[], eqxproj.AbstractSolver]) -> list[Setting]:
 
 
 METHODS: dict[str, list[Setting]] = {
-    "adam": [_gradient("adam", optax.adam, rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)],
+    "adam": [_gradient("adam", _adam, rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)],
+    "adam-cosine": [_gradient("adam, cosine, peak", _adam_cosine, rate) for rate in (1e-3, 3e-3, 1e-2)],
+    "muon": [_gradient("muon, cosine, peak", _muon, rate) for rate in (3e-3, 1e-2, 3e-2)],
     "momentum": [_gradient("sgd, momentum 0.9,", _momentum, rate) for rate in (0.01, 0.03, 0.1)],
-    "default": [Setting("defaults of train", dict)],
-    "default-raw-steps": [Setting("defaults of train, no preconditioner", lambda: {"precondition": False})],
-    "default-gradient": [Setting("defaults of train, gradients", lambda: {"method": "gradient"})],
-    "bfloat16": [Setting("defaults of train, bfloat16", dict, half=True)],
-    "alternating": _solver(eqxproj.AlternatingProjections),
-    "reflections": _solver(eqxproj.AlternatingReflections),
-    "douglas-rachford": _solver(eqxproj.DouglasRachford),
-    "difference-map": _solver(eqxproj.DifferenceMap),
-    "relaxed": _solver(eqxproj.RelaxedReflectReflect),
-    "cyclic-dr": _solver(eqxproj.CyclicDouglasRachford),
+    "default": [Setting("defaults of train", lambda steps: {})],
+    "default-raw-steps": [Setting("defaults of train, no preconditioner", lambda steps: {"precondition": False})],
+    "default-gradient": [Setting("defaults of train, gradients", lambda steps: {"method": "gradient"})],
+    "bfloat16": [Setting("defaults of train, bfloat16", lambda steps: {}, half=True)],
+    "alternating": _solver(eqxproj.AlternatingProjections, "neuron"),
+    "reflections": _solver(eqxproj.AlternatingReflections, "none"),
+    "douglas-rachford": _solver(eqxproj.DouglasRachford, "none"),
+    "difference-map": _solver(eqxproj.DifferenceMap, "none"),
+    "relaxed": _solver(eqxproj.RelaxedReflectReflect, "none"),
+    "cyclic-dr": _solver(eqxproj.CyclicDouglasRachford, "none"),
 }

@@ -77,6 +77,24 @@ class Cnn(eqx.Module):
         return self.last(jax.nn.relu(self.hidden(x.ravel())))
 
 
+class StridedCnn(eqx.Module):
+    """Two 3x3 convolutions of stride 2 with 16 and 32 channels, and a linear layer, for images of 28x28."""
+
+    first: eqx.nn.Conv2d
+    second: eqx.nn.Conv2d
+    last: eqx.nn.Linear
+
+    def __init__(self, key: jax.Array):
+        k1, k2, k3 = jax.random.split(key, 3)
+        self.first = eqx.nn.Conv2d(1, 16, 3, stride=2, padding=1, key=k1)
+        self.second = eqx.nn.Conv2d(16, 32, 3, stride=2, padding=1, key=k2)
+        self.last = eqx.nn.Linear(32 * 7 * 7, 10, key=k3)
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.first(x))
+        return self.last(jax.nn.relu(self.second(x)).ravel())
+
+
 class Characters(eqx.Module):
     """A GRU along characters, and the scores of the next one at each of them."""
 
@@ -197,7 +215,7 @@ TASKS: dict[str, Task] = {
     "digits": Task(_flat("digits"), lambda key: Network(64, 10, 128, 2, key), steps=600, batch_size=128),
     "digits-transformer": Task(
         ft.partial(_load, "digits", False),
-        lambda key: VisionTransformer((1, 8, 8), 10, 32, 2, key),
+        lambda key: VisionTransformer((1, 8, 8), 10, 32, 2, 2, key),
         steps=400,
         batch_size=32,
     ),
@@ -206,10 +224,14 @@ TASKS: dict[str, Task] = {
     "mnist-8": Task(_flat("mnist"), _chain(8)),
     "mnist-20": Task(_flat("mnist"), _chain(20)),
     "mnist-residual-20": Task(_flat("mnist"), _chain(20, skip=True)),
+    "mnist-cnn": Task(ft.partial(_load, "mnist", False), StridedCnn),
+    "mnist-transformer": Task(
+        ft.partial(_load, "mnist", False), lambda key: VisionTransformer((1, 28, 28), 10, 64, 2, 7, key)
+    ),
     "cifar10-cnn": Task(ft.partial(_load, "cifar10", False), Cnn, steps=1000, batch_size=64),
     "cifar10-transformer": Task(
         ft.partial(_load, "cifar10", False),
-        lambda key: VisionTransformer((3, 32, 32), 10, 64, 3, key),
+        lambda key: VisionTransformer((3, 32, 32), 10, 64, 3, 4, key),
         steps=800,
         batch_size=64,
     ),

@@ -1,12 +1,17 @@
-"""How long it takes to compile a recurrence, for few and for many time steps.
+"""How long does a recurrence take to compile, for few and for many time steps?
 
     python benchmarks/compile_time.py [--steps 8 512] [--repeats 3] [--json FILE]
 
-A GRU of 64 units in `jax.lax.scan`, over a batch of 8 sequences; its gradient, its displacement by one cyclic sweep
-(one node that goes back through time in order) and by a loop of alternating projections (all time steps at once; one
-step from the forward pass would only reach what is next to the loss).
-Printed are the medians of the seconds for tracing and compilation, with caches cleared before each, and the ratio of
-the longest sequence to the shortest within a round. The number of equations says whether anything was unrolled.
+The network is a GRU of 64 units in `jax.lax.scan`, over a batch of 8 sequences. Compared are:
+
+- its gradient;
+- its displacement by one cyclic sweep, in which one node goes back through time in order;
+- its displacement by a loop of alternating projections, which take all time steps at once. The loop makes several
+  sweeps, since a single one reaches only what is next to the loss.
+
+Printed are the medians over the repeats of the seconds for tracing and compilation, with caches cleared before each,
+and of the ratio of the longest sequence to the shortest within a round. No spread is given. The number of equations
+tells whether anything was unrolled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Training under hard constraints on the weights: projections beside projected Adam.
+"""How well do networks train under hard constraints on the weights: by projections, and by projected Adam?
 
     python benchmarks/constraints.py [--quick] [--seeds 3] [--task sparse ...] [--data-dir DIR] [--json FILE]
 
-Each task is trained by `eqxproj.train` with its defaults, and by projected Adam: gradients, the same optimizer, initial
+Compared are `eqxproj.train` with its defaults, and projected Adam: gradients with the same optimizer, initial
 parameters and batches, and a projection onto the sets after every step. The tasks:
 
 - `sparse`: a relu MLP with two hidden layers of 128, nine tenths of the weights of each layer zero; test accuracy;
@@ -11,11 +11,12 @@ parameters and batches, and a projection onto the sets after every step. The tas
   fitted to noisy values of an increasing function of 8 inputs; mean squared error to the function itself;
 - `orthogonal`: the MLP with orthonormal rows in its first layer; test accuracy.
 
-Images are MNIST from a folder (`--data-dir`), or the digits of the package. For comparison the table has, for both
-methods, the same run without constraints (`free`), and that model projected onto the sets once, at the end
-(`projected at the end`). Printed are mean, least and largest over the seeds. The script stops where a model that was
-trained under constraints does not satisfy them exactly: zeros, signs and the number of levels without any error,
-orthonormality up to 1e-5.
+Images are MNIST from a folder (`--data-dir`), or the digits of the package. The table also has, for both methods, the
+same run without constraints (`free`), and that model projected onto the sets once, at the end (`projected at the end`).
+Printed are the mean over the seeds, and as spread the least and the largest.
+
+The script stops where a model that was trained under constraints does not satisfy them: zeros, signs and the number of
+levels without any error, orthonormality up to 1e-5.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from shared import classification, write
 
 import eqxproj
 from eqxproj import datasets, sets
+from eqxproj._training._constraints import apply_constraints
 
 METHODS = ("projection", "projected adam")
 ROWS = ("constrained", "free", "projected at the end")
@@ -111,18 +113,18 @@ def tasks(data: datasets.Dataset) -> dict[str, Task]:
         return Task(make, classification, accuracy, lambda _: (data.train, data.test), where, chosen, holds)
 
     return {
-        "sparse": classify(sets.sparse(0.1), lambda w: np.count_nonzero(w) <= 0.1 * w.size),
-        "two_bits": classify(sets.quantized(2, scale="learned"), has_two_bits),
+        "sparse": classify(sets.Sparse(0.1), lambda w: np.count_nonzero(w) <= 0.1 * w.size),
+        "two_bits": classify(sets.Quantized(2, scale="learned"), has_two_bits),
         "monotone": Task(
             lambda key: Mlp((8, 32, 32, 1), (jax.nn.relu, jnp.tanh), key),
             regression,
             mean_squared_error,
             increasing_data,
             lambda m: [layer.weight for layer in m.layers],
-            sets.non_negative(),
+            sets.NonNegative(),
             lambda w: bool(np.all(w >= 0)),
         ),
-        "orthogonal": classify(sets.orthogonal(), has_orthonormal_rows, lambda m: [m.layers[0].weight]),
+        "orthogonal": classify(sets.Orthogonal(), has_orthonormal_rows, lambda m: [m.layers[0].weight]),
     }
 
 
@@ -161,14 +163,14 @@ def measure(task: Task, seed: int, steps: int, batch_size: int) -> dict[str, dic
     def check(trained):
         weights = [np.asarray(w) for w in task.where(trained)]
         assert all(task.holds(w) for w in weights), "a constraint does not hold"
-        again = eqx.filter_jit(sets.apply_constraints)(trained, constraints["projection"])
+        again = eqx.filter_jit(apply_constraints)(trained, constraints["projection"])
         assert eqx.tree_equal(again, trained), "a projection moves the model that was projected"
         return trained
 
     found = {}
     for method in METHODS:
         constrained, free = check(run(method, constraints[method])), run(method, ())
-        end = check(eqx.filter_jit(sets.apply_constraints)(free, constraints["projection"]))
+        end = check(eqx.filter_jit(apply_constraints)(free, constraints["projection"]))
         models = dict(zip(ROWS, (constrained, free, end), strict=True))
         found[method] = {row: float(score(trained, *test)) for row, trained in models.items()}
     return found

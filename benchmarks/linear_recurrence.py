@@ -1,22 +1,23 @@
-"""A recurrence in O(log T) dependent steps: is the exact projection of the linearized recurrence worth its matrices?
+"""Is the exact projection of a linearized recurrence, in O(log T) dependent steps, worth its matrices?
 
     python benchmarks/linear_recurrence.py [--length 64 256 1024 4096] [--size 8 32] [--cell rnn gru] [--repeats 9]
 
 Linearized at the states $h_t$ of a forward pass, a recurrence $h_t = f(h_{t-1}, x_t)$ is $\\delta_t = J_t \\delta_{t-1}
-+ r_t$, a composition of affine maps that an associative scan takes in $O(\\log T)$ dependent steps instead of T; the
-duals go back through $\\lambda_t = \\nu_t + J_{t+1}^T \\lambda_{t+1}$ likewise, and those of the parameters are then a
++ r_t$: a composition of affine maps, which an associative scan takes in $O(\\log T)$ dependent steps instead of T. The
+duals go back likewise through $\\lambda_t = \\nu_t + J_{t+1}^T \\lambda_{t+1}$, and the duals of the parameters are a
 sum over all time steps at once. The price is a matrix for each time step and sample, and products of them. Newton's
 method on the whole sequence (DEER, Lim et al. 2023, arXiv 2309.12252) makes the forward pass of the same scans.
 
-Measured in turn within a round, medians and ratios to the first:
+Compared are:
 
-- `gradient`: `value_and_grad`, one cell after another forth and back;
-- `projection`: `filter_value_and_displacement`, whose node of the recurrence goes back in time in order;
+- `gradient`: `filter_grad`, one cell after another forth and back;
+- `projection`: `filter_displacement`, whose node of the recurrence goes back in time in order;
 - `scan back`: the forward pass in order, the duals by an associative scan;
-- `scan both`: the forward pass by six of Newton's steps from zero.
+- `scan both`: the forward pass too, by six of Newton's steps from zero.
 
-`cosine` is the least one of any parameter's answer with its gradient (the best is 1), `dependent` the number of cells
-or products that wait for each other.
+Timed in turn within a round; printed are the medians over the rounds of the milliseconds and of the ratios to the
+gradient of the same round. No spread is given. `cosine` is the least one of any parameter's answer with its gradient
+(the best is 1), `dependent` the number of cells or products that wait for each other.
 """
 
 from __future__ import annotations

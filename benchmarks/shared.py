@@ -1,19 +1,22 @@
-"""What the benchmarks share: their loss, a step of alternating projections, timing in turn, and the file of figures."""
+"""What the benchmarks share: a loss, a step of alternating projections, ways to time steps, and the file of figures."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 
 import eqxproj
-from eqxproj._problem._state import conformed, settled
+
+STEEP = eqxproj.Metric(grade=1e18, parameter=1e4)
+"""The metric that `eqxproj.filter_displacement` takes by default."""
 
 
 def classification(model, x, y):
@@ -21,16 +24,12 @@ def classification(model, x, y):
     return jnp.mean(eqxproj.losses.cross_entropy(jax.vmap(model)(x), y))
 
 
-def copies_for(solver: eqxproj.AbstractSolver) -> str:
-    """A copy a neuron; for solvers that remember their copies one constraint a whole product, which is faster."""
-    return "none" if solver.memory else "neuron"
-
-
 def projection_step(model, x, y, **options: Any):
-    """One step of alternating projections on `classification`, from a state of its loop.
+    """One step of alternating projections on `classification`, as it is in the middle of a run.
 
     **Arguments:**
 
+    - `model`, `x`, `y`: of `classification`.
     - `options`: of `eqxproj.feasibility_problem`.
 
     **Returns:**
@@ -40,16 +39,48 @@ def projection_step(model, x, y, **options: Any):
     solver = eqxproj.AlternatingProjections()
     problem = eqxproj.feasibility_problem(classification, model, x, y, **options)
     arrays, rest = eqx.partition(problem, eqx.is_array)
-    start = settled(lambda state: solver.step(problem, state), solver.init(problem))
 
     def step(state, arrays):
-        return conformed(solver.step(eqx.combine(arrays, rest), state), state)
+        return solver.step(eqx.combine(arrays, rest), state)
 
+    start = steady(lambda state: step(state, arrays), solver.init(problem))
     return jax.jit(step).lower(start, arrays).compile(), start, arrays
 
 
+def steady(step: Callable[[Any], Any], state: Any) -> Any:
+    """A solver's first state, in the structure that its steps leave as it is.
+
+    On the forward pass no copy has moved, and the state leaves out what is zero. The first steps add arrays, until
+    every further step returns what it was given. Here these arrays are there from the start, as zeros.
+
+    **Arguments:**
+
+    - `step`: one step of the solver, a function of the state.
+    - `state`: what the solver starts from.
+    """
+    last, after = state, jax.eval_shape(step, state)
+    while jtu.tree_structure(after) != jtu.tree_structure(last):
+        last, after = after, jax.eval_shape(step, after)
+    known = {jtu.keystr(path): leaf for path, leaf in jtu.tree_leaves_with_path(state)}
+    paths, structure = jtu.tree_flatten_with_path(after)
+    leaves = [known[k] if (k := jtu.keystr(path)) in known else jnp.zeros(x.shape, x.dtype) for path, x in paths]
+    return jtu.tree_unflatten(structure, leaves)
+
+
+def training_seconds(model, data: Sequence[Any], loss: Callable[..., Any], steps: int, warm: int, **options: Any):
+    """The seconds of every step of `eqxproj.train` on one batch, all of `data`.
+
+    **Arguments:**
+
+    - `model`, `data`, `loss`, `options`: of `eqxproj.train`.
+    - `steps`, `warm`: steps that count, and steps before them that do not.
+    """
+    result = eqxproj.train(model, data, loss, steps=warm + steps, batch_size=len(data[0]), eval_every=1, **options)
+    return np.diff(result.history["seconds"])[warm:]
+
+
 def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int, warm: int) -> dict[str, dict[str, float]]:
-    """Runs steps in turn (A B C A B C ...), so that the machine's noise hits all of them.
+    """Times steps in turn (A B C A B C ...), so that the machine's noise hits all of them.
 
     **Arguments:**
 
@@ -72,7 +103,7 @@ def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int, warm: int) -> 
 
 
 def write(path: str | None, results: Any) -> None:
-    """Writes figures to a JSON file, where one is wanted."""
+    """Writes figures to a JSON file, if a path is given."""
     if path:
         with open(path, "w") as file:
             json.dump(results, file, indent=1)

@@ -1,14 +1,21 @@
-"""What one projection step costs beside one gradient step, in time and in temporary memory.
+"""What does one projection step cost beside one gradient step, in time and in temporary memory?
 
     python benchmarks/step_time.py [--repeats 25] [--json FILE] [--model mlp128 mlp1024 cnn gru]
 
-For each model the steps run in turn in one process (A B C A B C ...), so that the machine's noise hits all of them
-(alternating projections in turn with the gradient step alone: their state would empty the caches of the others);
-printed are the medians, and the medians of the ratios to the gradient step of the same round. A gradient step is
-`value_and_grad` and Adam; the displacement step is `filter_value_and_displacement` with its defaults and Adam; the
-projection step is one step of alternating projections with a copy a neuron, from a state of the loop. The last two are
-whole steps of `train` without an optimizer of one's own, by gradients and by its defaults (preconditioned), each with
-its checks for non-finite states. Temporary memory is what XLA reports for the compiled step.
+Compared for each model:
+
+- a gradient step: `value_and_grad` and Adam;
+- a displacement step: `filter_value_and_displacement` with its defaults, and Adam;
+- a projection step: one step of alternating projections with a copy a neuron, as it is in the middle of a run;
+- a step of `train` without an optimizer of one's own, by gradients and by its defaults (preconditioned), with all that
+  `train` does for it: its checks for non-finite states, and the next batch.
+
+The first two run in turn in one process (A B A B ...), so that the machine's noise hits both; alternating projections
+run in turn with the gradient step alone, since their state would empty the caches of the others. `train` runs on its
+own and says itself how long each step took; gradient steps are timed right before and right after.
+Printed are the medians over the repeats of the milliseconds, and of the ratios to the gradient step of the same round;
+for `train` the ratio of the medians. No spread is given. Temporary memory is what XLA reports for the compiled step,
+which `train` does not hand out.
 """
 
 from __future__ import annotations
@@ -22,10 +29,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from shared import classification, in_turn, projection_step, write
+from shared import classification, in_turn, projection_step, training_seconds, write
 
 import eqxproj
-from eqxproj._training._train import _Run, default_optimizer
 
 
 class Cnn(eqx.Module):
@@ -83,9 +89,14 @@ def models():
     return {"mlp128": mlp(128, 256), "mlp1024": mlp(1024, 512), "cnn": cnn, "gru": gru}
 
 
-def steps_of(make):
-    """The compiled steps of one model, each with its arguments: a function of the last carry."""
-    model, x, y = make(jax.random.key(0))
+GRADIENT, PROJECTIONS = "gradient + adam", "alternating projections"
+TRAINING = {"train, gradients": "gradient", "train, defaults": "projection"}
+"""The steps of `train`, and their method."""
+_WARM = 3
+
+
+def steps_of(model, x, y):
+    """The compiled steps of one model, each with its first carry and its arguments: a function of the last carry."""
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
     adam = optax.adam(1e-3)
 
@@ -100,30 +111,17 @@ def steps_of(make):
         carry = (parameters, adam.init(parameters))
         return jax.jit(step).lower(carry, (x, y)).compile(), carry, (x, y)
 
-    def trained(method, precondition):
-        run = _Run(classification, None, default_optimizer(1000), None, None, None, 1, method, False)
-        run.excluded = frozenset() if precondition else None
-        update = run.step((), parameters)
-
-        def step(carry, batch):
-            reached, state, bad = carry
-            return update(static, reached, state, bad, np.int32(0), batch, jax.random.key(0))[:3]
-
-        carry = (parameters, run.optimizer.init(parameters), jnp.asarray(-1))
-        return jax.jit(step).lower(carry, (x, y)).compile(), carry, (x, y)
-
     return {
-        "gradient + adam": optimized(eqx.filter_value_and_grad(classification)),
+        GRADIENT: optimized(eqx.filter_value_and_grad(classification)),
         "displacement + adam": optimized(eqxproj.filter_value_and_displacement(classification)),
-        "alternating projections": projection_step(model, x, y, copies="neuron"),
-        "train, gradients": trained("gradient", False),
-        "train, defaults": trained("projection", True),
+        PROJECTIONS: projection_step(model, x, y, copies="neuron"),
     }
 
 
 def measure(make, repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds, ratio to the gradient step, and temporary bytes, for each step of one model."""
-    steps = steps_of(make)
+    """Median milliseconds, ratio to the gradient step, and temporary memory, for each step of one model."""
+    model, x, y = make(jax.random.key(0))
+    steps = steps_of(model, x, y)
     carries = {name: carry for name, (_, carry, _) in steps.items()}
 
     def advance(name):
@@ -131,25 +129,36 @@ def measure(make, repeats: int) -> dict[str, dict[str, float]]:
         carries[name] = step(carries[name], data)
         return carries[name]
 
-    first, large = "gradient + adam", "alternating projections"
-    few = {name: ft.partial(advance, name) for name in steps if name != large}
-    times = in_turn(few, repeats, warm=3)
-    # The state of this one is so large that it would empty the caches for the step after it.
-    times[large] = in_turn({first: few[first], large: ft.partial(advance, large)}, repeats, warm=3)[large]
+    def in_turn_with_gradient(*names):
+        return in_turn({name: ft.partial(advance, name) for name in (GRADIENT, *names)}, repeats, _WARM)
+
+    times = in_turn_with_gradient(*(name for name in steps if name not in (GRADIENT, PROJECTIONS)))
+    times[PROJECTIONS] = in_turn_with_gradient(PROJECTIONS)[PROJECTIONS]
+    for carry in carries.values():
+        assert all(bool(jnp.all(jnp.isfinite(a))) for a in jtu.tree_leaves(carry) if eqx.is_inexact_array(a))
+    rows = {name: {**times[name], **memory} for name, memory in memory_of(steps).items()}
+    for name, method in TRAINING.items():
+        before = in_turn_with_gradient()[GRADIENT]["ms"]
+        seconds = training_seconds(model, (x, y), classification, repeats, _WARM, method=method)
+        beside = (before + in_turn_with_gradient()[GRADIENT]["ms"]) / 2
+        milliseconds = 1e3 * float(np.median(seconds))
+        rows[name] = {"ms": milliseconds, "ratio": milliseconds / beside}
+    return rows
+
+
+def memory_of(steps) -> dict[str, dict[str, float]]:
+    """What each compiled step takes beside its arguments, with and without its outputs."""
     reports = {name: step.memory_analysis() for name, (step, _, _) in steps.items()}
     memory = {name: r.temp_size_in_bytes for name, r in reports.items()}
     written = {name: r.temp_size_in_bytes + r.output_size_in_bytes for name, r in reports.items()}
-    for carry in carries.values():
-        assert all(bool(jnp.all(jnp.isfinite(a))) for a in jtu.tree_leaves(carry) if eqx.is_inexact_array(a))
     return {
         name: {
-            **row,
             "temporary_mb": memory[name] / 1e6,
-            "temporary_ratio": memory[name] / max(memory[first], 1),
+            "temporary_ratio": memory[name] / max(memory[GRADIENT], 1),
             "written_mb": written[name] / 1e6,
-            "written_ratio": written[name] / written[first],
+            "written_ratio": written[name] / written[GRADIENT],
         }
-        for name, row in times.items()
+        for name in steps
     }
 
 
@@ -164,10 +173,9 @@ def main() -> None:
     for name in args.model:
         results[name] = measure(models()[name], args.repeats)
         for step, row in results[name].items():
-            print(
-                f"{name:10} {step:26} {row['ms']:9.2f} {row['ratio']:7.2f} {row['temporary_mb']:9.2f} "
-                f"{row['written_mb']:9.2f} {row['written_ratio']:7.2f}"
-            )
+            columns = {"temporary_mb": 9, "written_mb": 9, "written_ratio": 7}
+            cells = [f"{row[k]:{width}.2f}" if k in row else f"{'-':>{width}}" for k, width in columns.items()]
+            print(f"{name:10} {step:26} {row['ms']:9.2f} {row['ratio']:7.2f} {' '.join(cells)}", flush=True)
     write(args.json, results)
 
 

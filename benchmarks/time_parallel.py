@@ -1,17 +1,20 @@
-"""All time steps at once: one projection step of a recurrent network beside backpropagation through time.
+"""Does it pay to take all time steps of a recurrent network at once, beside backpropagation through time?
 
     python benchmarks/time_parallel.py [--length 64 256 1024 4096] [--cell rnn gru] [--repeats 9] [--quick]
 
-A batch of 4 sequences of 8 numbers, 32 hidden units, and a linear layer at the end of the sequence; the label is
-the sign of the mean of the last 16 entries. Measured, in turn within a round, as medians and as ratios to the gradient:
+The data are batches of 4 sequences of 8 numbers; the network has 32 hidden units and a linear layer at the end of the
+sequence; the label is the sign of the mean of the last 16 entries. Compared are:
 
 - `gradient`: `value_and_grad`, which goes through the cells forth and back, one after the other;
-- `one step`: one step of alternating projections on the laid-out graph, from a state of its loop, in a flat metric
-  and in the default one: two rounds of projections, in each of which all time steps are independent;
+- `one step`: one step of alternating projections on the unrolled recurrence, as it is in the middle of a run, in the
+  unit metric (`flat`) and in the default one: two rounds of projections, in each of which all time steps are
+  independent;
 - `displacement`: the forward pass, which is sequential, and 16 such steps.
 
-`dependent` counts the cells or rounds that wait for each other. `to the loss` is how many seconds of Adam 3e-3 steps on
-the displacement pass until the loss is what 60 gradient steps reach, as a ratio to those; `-` where 180 do not.
+Timed in turn within a round; printed are the medians over the rounds of the milliseconds and of the ratios to the
+gradient of the same round. No spread is given. `dependent` counts the cells or rounds that wait for each other.
+`to the loss` is how many seconds of Adam 3e-3 steps on the displacement pass until the loss is what 60 gradient steps
+reach, as a ratio to the seconds of these; `-` where 180 steps do not reach it.
 """
 
 from __future__ import annotations
@@ -25,10 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import classification, in_turn, projection_step, write
+from shared import STEEP, classification, in_turn, projection_step, write
 
 import eqxproj
-from eqxproj._training._displacement import DEFAULT_METRIC
 
 _SWEEPS = 16
 
@@ -80,7 +82,7 @@ def measure(cell: str, length: int, repeats: int) -> dict[str, dict[str, float]]
     gradient = eqx.filter_jit(eqx.filter_value_and_grad(classification))
     displaced = eqx.filter_jit(displacement())
     flat, state, data = projection_step(model, x, y)
-    default, start, arrays = projection_step(model, x, y, metric=DEFAULT_METRIC)
+    default, start, arrays = projection_step(model, x, y, metric=STEEP)
     steps: dict[str, Callable[[], Any]] = {
         "gradient": lambda: gradient(model, x, y),
         "one step, flat": lambda: flat(state, data),

@@ -1,4 +1,4 @@
-"""`python -m eqxproj`: see `python -m eqxproj --help`."""
+"""The command line `python -m eqxproj`. What it can do: `python -m eqxproj --help`."""
 
 import sys
 

@@ -1,7 +1,10 @@
 """The data sets of the examples, the benchmarks and `python -m eqxproj compare`, as numpy arrays.
 
-One of them, `"digits"`, comes with the package. The others are read by the library `datasets` of Hugging Face, from its
-hub or from a folder in the hub's layout.
+One of them, `"digits"`, comes with the package. The others are read from the hub of Hugging Face, or from a folder in
+the hub's layout.
+
+The library `datasets` of Hugging Face and Pillow read the files. Both take long to import, so they are imported when a
+data set is read, and not by `import eqxproj`.
 """
 
 import contextlib
@@ -13,16 +16,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import datasets
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped
-from PIL import Image
 
 _DIGITS_FILE = pathlib.Path(__file__).resolve().parent / "data" / "digits.parquet"
 _DIGITS_TRAIN = 1437
 
-# What `datasets.load_dataset` returns, by split.
-_Splits = Mapping[Any, datasets.Dataset]
+# One split, a `datasets.Dataset`: a name of the library here would import it with the package.
+_Rows = Any
+
+# What `datasets.load_dataset` returns: rows by split.
+_Splits = Mapping[Any, _Rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class _Spec:
 
     n_classes: int
     inputs: str
-    read: "Callable[[_Source, datasets.Dataset, str], np.ndarray] | None"
+    read: "Callable[[_Source, _Rows, str], np.ndarray] | None"
     hub: str | None = None
     revision: str | None = None
     mode: str = ""
@@ -132,23 +136,31 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, sequence_
 # --- where the rows come from ---
 
 
+def _hugging_face() -> Any:
+    """The library `datasets` of Hugging Face."""
+    import datasets  # takes about as long to import as JAX
+
+    return datasets
+
+
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Keep `datasets` from drawing a bar for each file that it opens."""
-    if datasets.are_progress_bars_disabled():
+    library = _hugging_face()
+    if library.are_progress_bars_disabled():
         yield
         return
-    datasets.disable_progress_bars()
+    library.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        library.enable_progress_bars()
 
 
 def _load_local(path: str, **options: Any) -> _Splits:
     """`datasets.load_dataset` for local files, into memory: its copy of the files in a cache is deleted at once."""
     with _no_progress_bars(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        return datasets.load_dataset(path, cache_dir=cache, keep_in_memory=True, **options)  # pyright: ignore[reportReturnType]
+        return _hugging_face().load_dataset(path, cache_dir=cache, keep_in_memory=True, **options)
 
 
 def _load_digits(spec: _Spec, data_dir: str | os.PathLike[str] | None) -> Dataset:
@@ -191,7 +203,7 @@ def _load_hub(name: str, spec: _Spec) -> _Splits:
     if spec.hub is None:
         raise ValueError(f"`data_dir`: got None; wanted a folder, since {name!r} is not on the hub.")
     try:
-        return datasets.load_dataset(spec.hub, revision=spec.revision)  # pyright: ignore[reportReturnType]
+        return _hugging_face().load_dataset(spec.hub, revision=spec.revision)
     except Exception as error:  # a missing network shows in many types, which depend on the version of `datasets`
         raise OSError(
             f"{name!r} could not be loaded from the hub as {spec.hub!r} ({type(error).__name__}: {error}). Without a "
@@ -202,7 +214,7 @@ def _load_hub(name: str, spec: _Spec) -> _Splits:
 # --- from rows to arrays ---
 
 
-def _check_column(source: _Source, rows: datasets.Dataset, split: str, name: str) -> None:
+def _check_column(source: _Source, rows: _Rows, split: str, name: str) -> None:
     """Raise a `ValueError` unless the split has a column `name` and at least one row."""
     if name not in rows.column_names:
         raise source.error(split, f"the columns {rows.column_names}", f"a column {name!r}")
@@ -211,7 +223,7 @@ def _check_column(source: _Source, rows: datasets.Dataset, split: str, name: str
 
 
 def _read_split(
-    source: _Source, rows: datasets.Dataset, split: str
+    source: _Source, rows: _Rows, split: str
 ) -> tuple[Float32[np.ndarray, "rows ..."], Int32[np.ndarray, " rows"]]:
     """Inputs and labels of one split."""
     assert source.spec.read is not None
@@ -227,7 +239,7 @@ def _read_split(
     return source.spec.read(source, rows.select_columns([source.spec.inputs]), split), labels.astype(np.int32)
 
 
-def _read_lists(source: _Source, rows: datasets.Dataset, split: str) -> Float32[np.ndarray, "rows features"]:
+def _read_lists(source: _Source, rows: _Rows, split: str) -> Float32[np.ndarray, "rows features"]:
     """A column of equally long lists of numbers."""
     (column,) = rows.column_names
     cells = rows.with_format("arrow")[:][column].to_numpy(zero_copy_only=False)
@@ -239,13 +251,11 @@ def _read_lists(source: _Source, rows: datasets.Dataset, split: str) -> Float32[
     return x / np.float32(source.spec.scale)
 
 
-def _read_images(
-    source: _Source, rows: datasets.Dataset, split: str
-) -> Float32[np.ndarray, "rows channels height width"]:
+def _read_images(source: _Source, rows: _Rows, split: str) -> Float32[np.ndarray, "rows channels height width"]:
     """A column of encoded images, decoded in one pass from their bytes."""
     (column,) = rows.column_names
     feature = rows.features[column]
-    if not isinstance(feature, datasets.Image) and not (isinstance(feature, dict) and "bytes" in feature):
+    if not isinstance(feature, _hugging_face().Image) and not (isinstance(feature, dict) and "bytes" in feature):
         raise source.error(split, f"{column!r} of type {feature}", "encoded images")
     pixels, first = None, 0
     for batch in rows.with_format("arrow").iter(batch_size=1000):
@@ -268,6 +278,8 @@ def _read_images(
 
 def _decode(source: _Source, cell: dict[str, Any] | None, where: str) -> np.ndarray:
     """One image, from its bytes or, where a folder holds image files, from its path."""
+    from PIL import Image
+
     try:
         if cell is None:
             raise ValueError("the cell is empty")

@@ -1,19 +1,19 @@
-"""Flax models, of linen and of nnx, as callable Equinox modules: what [`train`][] and the rest of the library take.
+"""Flax models, of linen and of nnx, as callable Equinox modules that train like any other model.
 
 `from_linen(module, variables)` and `from_nnx(module)` transform a Flax model into a pytree whose only inexact arrays
 are its parameters: the collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the
 module. `LinenModel.variables`, `NNXModel.to_nnx` and `NNXModel.update` lead back.
 
 All other arrays (running statistics, caches, PRNG states) are held as the bits of their numbers, in arrays of unsigned
-integers of the same shape. So they are no parameter for anything that asks `equinox.is_inexact_array`: not for the
-trace, not for an optimizer with weight decay, not for `equinox.filter_grad`; and unlike numpy arrays or static fields
-they remain so when they pass through `jit` and `vmap`, and may change without a new compilation.
+integers of the same shape. So nothing that asks `equinox.is_inexact_array` takes them for parameters: the trace does
+not, an optimizer with weight decay does not, `equinox.filter_grad` does not. Numpy arrays and static fields would not
+do: `jit` and `vmap` turn numpy arrays into JAX arrays, and a static field that changes needs a new compilation.
 
-Limits: the operations of the layers need projection rules or derivatives, as those of Equinox layers do. Flax layers
-take whole batches, so that a loss calls the model without `jax.vmap`. `train` drops the auxiliary output of a loss and
-with it new running statistics; see `LinenModel` for how to carry them.
+Limits: every operation of the layers needs a projection rule or a derivative. Flax layers take whole batches, so a loss
+calls the model without `jax.vmap`. `train` drops the auxiliary output of a loss, and new running statistics with it;
+see `LinenModel` for how to carry them.
 
-This module imports Flax and is therefore not imported by `import eqxproj`: write `import eqxproj.flax`.
+Flax is imported with this module, when `eqxproj.flax` is first used, and not by `import eqxproj`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _thaw(tree: Any) -> Any:
 
 
 def _trainable(tree: Any) -> Any:
-    """The same pytree with its numbers as JAX arrays: those that were restored from a file are often numpy's."""
+    """The same pytree with its numbers as JAX arrays, since parameters restored from a file are often numpy's."""
     return jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic, float)) else x, tree)
 
 
@@ -97,7 +97,7 @@ def _check_updates(updates: Any, wanted: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Program:
-    """What a linen model computes. Compared by value, where the fields of the module allow it, and always hashable."""
+    """The computation of a linen model. Always hashable; compared by value where the module's fields allow it."""
 
     module: Any
     method: Any
@@ -110,7 +110,7 @@ class _Program:
         pairs = [(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__]
         try:
             return all(a is b or bool(a == b) for a, b in pairs)
-        except (TypeError, ValueError):  # the comparison of arrays among the module's fields
+        except (TypeError, ValueError):  # arrays among the module's fields do not compare to a Boolean
             return False
 
     def __hash__(self) -> int:
@@ -146,13 +146,13 @@ class LinenModel(eqx.Module):
 
         **Arguments:**
 
-        - `args`, `kwargs`: of the module's method.
+        - `args`, `kwargs`: arguments of the module's method.
         - `rngs`: as in `Module.apply`, for instance `{"dropout": key}`.
-        - `mutable`, `method`: as in `Module.apply`; those of `from_linen` by default.
+        - `mutable`, `method`: as in `Module.apply`; by default as given to `from_linen`.
 
         **Returns:**
 
-        What `Module.apply` returns: the output, or `(output, updates)` with `mutable`.
+        As `Module.apply`: the output, or `(output, updates)` with `mutable`.
         """
         program = self._program
         mutable = program.mutable if mutable is None else _checked_mutable(mutable)
@@ -196,7 +196,7 @@ def from_linen(module: Any, variables: Any, *, method: Any = None, mutable: Any 
     - `module`: a `flax.linen.Module`.
     - `variables`: what `module.init` returns, a dictionary or `FrozenDict`. The collection `"params"` is trained; the
         others are held fixed. Numpy arrays are taken as JAX arrays.
-    - `method`: what a call applies, as in `Module.apply`; `__call__` by default.
+    - `method`: the method that a call applies, as in `Module.apply`; `__call__` by default.
     - `mutable`: the collections that a call may change and returns beside its output, as in `Module.apply`. Each call
         may choose otherwise, with its own `mutable`.
 
@@ -204,7 +204,8 @@ def from_linen(module: Any, variables: Any, *, method: Any = None, mutable: Any 
 
     A [`LinenModel`][]: `model(x, rngs=..., **kwargs)` is `module.apply(variables, x, rngs=..., **kwargs)`.
 
-    **Raises:** `TypeError` and `ValueError` for arguments that are not as above.
+    **Raises:** `TypeError` where `module` is no linen module, `variables` no mapping, or `method` or `mutable` of a
+    type that `Module.apply` does not take; `ValueError` where `variables` lacks the collection `"params"`.
     """
     if not isinstance(module, linen.Module):
         raise TypeError(f"`module` must be a `flax.linen.Module`, got {_described(module)}.")
@@ -237,7 +238,7 @@ def _checked_mutable(mutable: Any) -> Any:
 
 
 def _described(module: Any) -> str:
-    """What was given in the place of a module, and what to do about it."""
+    """The object that was given in place of a module, and the remedy."""
     if isinstance(module, type):
         return f"the class {module.__name__}: make an instance of it"
     if isinstance(module, nnx.Module):
@@ -276,8 +277,8 @@ class NNXModel(eqx.Module):
 
         **Arguments:**
 
-        - `args`, `kwargs`: of the module.
-        - `mutable`: also return the variables that are no parameters as they are after the call: running statistics,
+        - `args`, `kwargs`: arguments of the module.
+        - `mutable`: also return all variables but the parameters, as they are after the call: running statistics,
             counts of random numbers.
 
         **Returns:**
@@ -292,7 +293,7 @@ class NNXModel(eqx.Module):
         return (out, _parts(module)[2]) if mutable else out
 
     def to_nnx(self) -> nnx.Module:
-        """The module, built anew at each call from the present parameters, with the modes that `from_nnx` has found.
+        """The module, built anew at each call from the present parameters, in the modes that it had in `from_nnx`.
 
         **Returns:**
 
@@ -301,13 +302,13 @@ class NNXModel(eqx.Module):
         return nnx.merge(self._graphdef, self.params, _thaw(self._rest))
 
     def update(self, module: Any) -> None:
-        """Writes the parameters, and all other variables except those of random numbers, into an nnx module, in place.
+        """Writes the parameters, and all other variables but the random numbers' state, into an nnx module, in place.
 
         **Arguments:**
 
         - `module`: the module that `from_nnx` was given, or one with the same variables.
 
-        **Raises:** `TypeError` where it is no `nnx.Module`, `ValueError` where its variables are others.
+        **Raises:** `TypeError` where it is no `nnx.Module`, `ValueError` where it has other variables.
         """
         _check_nnx(module)
         own = self.to_nnx()
@@ -319,17 +320,17 @@ class NNXModel(eqx.Module):
         nnx.update(module, nnx.state(own, nnx.Not(nnx.RngState)))
 
     def with_updates(self, updates: Any) -> NNXModel:
-        """The model with new values of the variables that are no parameters.
+        """The model with new values of all variables but the parameters.
 
         **Arguments:**
 
-        - `updates`: what a call with `mutable=True` returns beside the output.
+        - `updates`: as a call with `mutable=True` returns them beside the output.
 
         **Returns:**
 
         A new `NNXModel`.
 
-        **Raises:** `TypeError` where `updates` is no mapping, `ValueError` where it is one of other variables.
+        **Raises:** `TypeError` where `updates` is no mapping, `ValueError` where it holds other variables.
         """
         _check_updates(updates, "a nested dictionary of variables")
         difference = _difference(updates, _thaw(self._rest))
@@ -374,7 +375,7 @@ def _parts(module: nnx.Module) -> tuple[Any, Any, Any]:
 
 
 def _difference(got: Any, wanted: Any) -> str:
-    """In what the arrays of two pytrees differ, values aside; empty where they agree."""
+    """The first difference in structure, shape or dtype between two pytrees of arrays; empty where there is none."""
     found, sought = (
         {jtu.keystr(path): _signature(leaf) for path, leaf in jtu.tree_leaves_with_path(tree)} for tree in (got, wanted)
     )

@@ -1,7 +1,17 @@
-"""Losses whose projection or prox is known in closed form: `(logits, labels)`, one value a sample, as in optax.
+r"""Losses that bring their own projection or proximal map: `(predictions, targets)` to one value a sample.
 
-They are ordinary functions under `jit`, `vmap` and `grad`, so that the same loss trains by gradients. Training by
-projections asks them for their prox instead. Any other loss works too, through a local solver.
+They are ordinary functions under `jit`, `vmap` and `grad`, unreduced as in Optax, so the same loss trains by gradients.
+In the gradient regime, training by projections takes their gradient too. In the projection regime it moves the
+predictions $z$ to the proximal point
+
+$$\mathrm{prox}_{\tau \ell}(z) = \arg\min_u \tfrac12 |u - z|^2 + \tau \ell(u),$$
+
+where $\tau > 0$ is the step times any factor of the loss, such as the $1/n$ of a mean. For small $\tau$ this is a
+gradient step, $z - \tau \nabla \ell(z)$. Every prox here is exact up to rounding. Any other loss works too, by Newton
+steps on this minimum; `eqxproj.custom_loss` makes a loss with a prox of your own.
+
+Limits: integer labels must be in range, which is not checked here (`eqxproj.train` checks them). Half precision is
+computed in float32, and the answer has the dtype of the predictions.
 """
 
 from __future__ import annotations
@@ -27,17 +37,25 @@ _hinge = custom_loss(hinge_value, hinge_displacement)
 
 
 def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
-    r"""The constraint that the logit of the right class is at least one and all others are at most zero.
+    r"""The constraint that the right class has a logit of at least one, and every other class at most zero.
+
+    The value is half the squared distance to the logits that satisfy it:
+
+    $$\ell(z) = \tfrac12 |z - P(z)|^2, \qquad P(z)_y = \max(z_y, 1), \quad P(z)_j = \min(z_j, 0) \text{ for } j \ne y.$$
+
+    The projection regime does not take the prox of this value, but the projection $P$ itself: the constraint is hard,
+    whatever $\tau$ is. The gradient regime takes the gradient, $z - P(z)$. Source: arXiv 2506.05878, section 3.
 
     **Arguments:**
 
     - `logits`: `Float[Array, "*batch classes"]`.
-    - `labels`: integers, `Int[Array, "*batch"]`.
+    - `labels`: the right class, `Int[Array, "*batch"]`.
 
     **Returns:**
 
-    Half the squared distance of each sample's logits to that set, `Float[Array, "*batch"]`: zero exactly on it.
-    Its projection is that of section 3 of arXiv 2506.05878.
+    $\ell$ for each sample, `Float[Array, "*batch"]`; zero exactly where the constraint holds.
+
+    **Raises:** `ValueError` for other shapes and dtypes.
     """
     return _margin(logits, labels)
 
@@ -45,24 +63,46 @@ def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
 def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
     r"""Softmax cross-entropy.
 
+    $$\ell(z) = -\sum_k y_k \log \mathrm{softmax}(z)_k,$$
+
+    in nats, with $y$ one for the right class and zero for the others, or any probabilities. The prox $u$ is the
+    solution of $u - z + \tau (m\, \mathrm{softmax}(u) - y) = 0$ with $m = \sum_k y_k$. It has no closed form:
+    eliminating $u$ leaves one increasing equation in the one unknown $\log \sum_k e^{u_k}$, for which Newton's method
+    with a bracket takes a few steps.
+
     **Arguments:**
 
-    - `logits`: `Float[Array, "*batch classes"]`.
-    - `labels`: integers, `Int[Array, "*batch"]`, or probabilities of the shape of `logits`.
+    - `logits`: `Float[Array, "*batch classes"]`. A class with the logit $-\infty$ is masked.
+    - `labels`: the right class, `Int[Array, "*batch"]`; or probabilities, `Float[Array, "*batch classes"]`, which need
+        not sum to one.
 
     **Returns:**
 
-    $-\sum_k y_k \log \mathrm{softmax}(z)_k$ in nats, `Float[Array, "*batch"]`.
+    $\ell$ for each sample, `Float[Array, "*batch"]`.
+
+    **Raises:** `ValueError` for other shapes and dtypes.
     """
     return _cross_entropy(logits, labels)
 
 
 def squared_error(predictions: ArrayLike, targets: ArrayLike) -> Array:
-    r"""$(p - t)^2$, elementwise, of the shape of `predictions` (no factor of one half, as in optax).
+    r"""The squared error of each element.
+
+    $$\ell(p) = (p - t)^2,$$
+
+    without a factor of one half, as in Optax. The prox is $p + \frac{2 \tau}{1 + 2 \tau} (t - p)$, the minimum of a
+    parabola.
 
     **Arguments:**
 
-    - `predictions`, `targets`: of equal shape.
+    - `predictions`: `Float[Array, "*shape"]`.
+    - `targets`: real numbers, `Num[Array, "*shape"]`.
+
+    **Returns:**
+
+    $\ell$ for each element, `Float[Array, "*shape"]`.
+
+    **Raises:** `ValueError` where the shapes differ, and for other dtypes.
     """
     return _squared_error(predictions, targets)
 
@@ -70,14 +110,27 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike) -> Array:
 def hinge(scores: ArrayLike, labels: ArrayLike) -> Array:
     r"""The hinge loss, multiclass or binary.
 
+    For several classes it is the loss of Crammer and Singer, *On the algorithmic implementation of multiclass
+    kernel-based vector machines*, JMLR 2001, section 3:
+
+    $$\ell(s) = \max_j (s_j + [j \ne y]) - s_y.$$
+
+    With $v = s + [j \ne y] + \tau e_y$ the prox moves $s$ by $\tau (e_y - p)$, where $p$ is the point of the
+    probability simplex nearest to $v / \tau$ (Moreau's identity; the projection is that of Duchi et al., *Efficient
+    projections onto the $\ell_1$-ball for learning in high dimensions*, ICML 2008, section 3).
+
+    With labels $y = \pm 1$ it is $\ell(s) = \max(0, 1 - s y)$ for each score, and its prox moves $s$ by
+    $y \cdot \min(\max(1 - s y, 0), \tau)$.
+
     **Arguments:**
 
-    - `scores`: `Float[Array, "*batch classes"]` with integer labels `Int[Array, "*batch"]`:
-        $\max_j (s_j + [j \ne y]) - s_y$ (Crammer and Singer); or `Float[Array, "*batch"]` with labels -1 or 1 of the
-        same shape: $\max(0, 1 - s y)$.
+    - `scores`: `Float[Array, "*batch classes"]`, or for the binary loss `Float[Array, "*batch"]`.
+    - `labels`: the right class, `Int[Array, "*batch"]`; or for the binary loss -1 and 1, of the shape of `scores`.
 
     **Returns:**
 
-    `Float[Array, "*batch"]`.
+    $\ell$ for each sample, `Float[Array, "*batch"]`.
+
+    **Raises:** `ValueError` for other shapes and dtypes.
     """
     return _hinge(scores, labels)

@@ -5,6 +5,7 @@
 
 Convolutions and pooling have projection rules, so that nothing about the model is special: the loss is what
 `equinox.filter_value_and_grad` would be given. Prints the accuracy on held-out images, and draws it over the steps.
+One seed each: small differences mean nothing.
 """
 
 from collections.abc import Sequence

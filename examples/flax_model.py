@@ -3,8 +3,9 @@
     python examples/flax_model.py                            # on the digits of the package
     python examples/flax_model.py --data-dir path/to/mnist   # on MNIST, from a folder in the layout of the hub
 
-`from_linen` makes of a module and its variables a model that `eqxproj.train` takes, and the trained variables go back
-into Flax. Prints the accuracy on held-out images, and draws it over the steps. Needs `pip install 'eqxproj[flax]'`.
+`from_linen` makes a model that `eqxproj.train` takes from a module and its variables, and the trained variables go back
+into Flax. Prints the accuracy on held-out images, and draws it over the steps. One seed each: small differences mean
+nothing. Needs `pip install 'eqxproj[flax]'`.
 """
 
 from collections.abc import Sequence

@@ -4,10 +4,10 @@
     python examples/hard_gate.py --data-dir path/to/mnist   # on MNIST, from a folder in the layout of the hub
 
 Each image comes from one of eight cameras. Each camera shuffles the pixels in its own way, and writes its number beside
-them. A linear expert reads one camera well and several badly, so that it matters which samples the gate sends to whom.
-It picks by `argmax`, through which no gradient passes: trained by gradients, the gate stays as it was drawn.
-Projections ask what each of the experts would have been worth, and move the gate, though not to one camera an expert.
-Prints the accuracy on held-out images, and draws it over the steps.
+them. A linear expert reads one camera well and several badly, so that it matters which samples the gate sends to which
+expert. The gate picks by `argmax`, through which no gradient passes: trained by gradients, it stays as it was drawn.
+Projections ask how much each expert would have helped, and move the gate, though not to one camera an expert.
+Prints the accuracy on held-out images, and draws it over the steps. One seed each: small differences mean nothing.
 """
 
 from collections.abc import Sequence

@@ -3,9 +3,10 @@
     python examples/sign_network.py                            # on the digits of the package
     python examples/sign_network.py --data-dir path/to/mnist   # on MNIST, from a folder in the layout of the hub
 
-The derivative of `jnp.sign` is zero, so that gradients reach the last layer alone. The usual remedy is to replace it,
-by hand, by that of another function (a straight-through estimator). `eqxproj` has a rule for functions with jumps and
-trains the model that is written. Prints the accuracy on held-out images, and draws it over the steps.
+The derivative of `jnp.sign` is zero, so that gradients reach the last layer alone. The usual remedy is a
+straight-through estimator, which puts the derivative of another function in its place by hand. `eqxproj` has a rule for
+functions with jumps and trains the model as it is written. Prints the accuracy on held-out images, and draws it over
+the steps. One seed each: small differences mean nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class SignNetwork(eqx.Module):
 
 @jax.custom_vjp
 def straight_through(x):
-    """The sign; its derivative is said to be that of `x` clipped to [-1, 1]."""
+    """The sign, with the derivative of `x` clipped to [-1, 1]."""
     return jnp.sign(x)
 
 

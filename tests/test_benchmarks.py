@@ -2,10 +2,14 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
+import datasets as hf
+import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +35,38 @@ def test_accuracy_is_resumed(tmp_path):
     assert (tmp_path / "accuracy.png").exists()
     for row in json.loads((tmp_path / "results.json").read_text()):
         assert 0.5 < row["test"] <= 1 and row["seconds"] > 0 and row["peak_mb"] > 0
+
+
+def test_optimizers_of_gradients_are_run_at_three_peak_rates(tmp_path):
+    words = ("--quick", "--method", "adam-cosine", "muon", "--out", str(tmp_path))
+    out = run("accuracy.py", *words)
+    assert "| digits (accuracy) | adam-cosine | adam, cosine, peak" in out
+    assert "| digits (accuracy) | muon | muon, cosine, peak" in out
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("digits-*.json")}
+    assert found.keys() == {f"digits-{method}-{i}-0-100" for method in ("adam-cosine", "muon") for i in range(3)}
+    for row in json.loads((tmp_path / "results.json").read_text()):
+        tried = [each for each in found.values() if each["method"] == row["method"]]
+        best = max(tried, key=lambda each: each["valid"])  # not by the test set
+        assert (row["setting"], row["test"]) == (best["setting"], best["test"]) and row["test"] > 0.5
+
+
+def write_noise_as_mnist(folder):
+    """A folder in the layout of the hub, with images of noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    features = hf.Features({"image": hf.Image(), "label": hf.Value("int64")})
+    for split, count in (("train", 300), ("test", 20)):
+        images = [Image.fromarray(pixels) for pixels in rng.integers(256, size=(count, 28, 28), dtype=np.uint8)]
+        rows = {"image": images, "label": rng.integers(10, size=count)}
+        hf.Dataset.from_dict(rows, features).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+
+
+@pytest.mark.parametrize("task", ["mnist-cnn", "mnist-transformer"])
+def test_a_small_network_on_images_is_a_task(task, tmp_path):
+    write_noise_as_mnist(tmp_path / "mnist")
+    words = ("--data-dir", str(tmp_path), "--task", task, "--method", "muon", "default", "--steps", "1", "--seeds", "1")
+    out = run("accuracy.py", *words, "--out", str(tmp_path / "out"))
+    assert f"| {task} (accuracy) | muon |" in out and f"| {task} (accuracy) | default |" in out
 
 
 def test_a_run_over_the_limit_is_stopped_and_said(tmp_path):
@@ -61,6 +97,14 @@ def test_settings_are_chosen_by_their_sweeps(tmp_path):
 def test_a_benchmark_prints_its_table(name, arguments, words):
     out = run(name, "--quick", *arguments)
     assert all(word in out for word in words)
+
+
+def test_single_nodes_are_fewer_than_chains():
+    out = run("composites.py", "--steps", "2", "--seeds", "1", "--model", "softmax gate", "--metric", "default")
+    header, row = out.splitlines()
+    assert header.split() == ["model", "metric", "single", "chains", "ratio", "nodes", "time"]
+    single, chains = re.search(r"(\d+)/ +(\d+)", row).groups()
+    assert int(single) < int(chains)
 
 
 @pytest.mark.parametrize(

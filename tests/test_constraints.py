@@ -10,7 +10,7 @@ from set_members import WIDER, error_of
 
 import eqxproj
 from eqxproj import sets
-from eqxproj.sets import apply_constraints
+from eqxproj._training._constraints import apply_constraints, check_constraints
 
 
 def test_attach_errors_come_before_training():
@@ -18,9 +18,9 @@ def test_attach_errors_come_before_training():
     with pytest.raises(ValueError, match=r"`constraints\[0\]` does not fit"):
         eqxproj.train(
             model, (np.ones((4, 3), np.float32), np.zeros(4, np.int32)), lambda m, x, y: jax.vmap(m)(x).mean(), steps=1,
-            constraints=[(lambda m: m.bias, sets.orthogonal())],
+            constraints=[(lambda m: m.bias, sets.Orthogonal())],
         )  # fmt: skip
-    sets.check_constraints(model, [(lambda m: m.weight, sets.sparse(k=100))])
+    check_constraints(model, [(lambda m: m.weight, sets.Sparse(k=100))])
 
 
 def test_a_set_of_your_own_must_keep_the_shape():
@@ -29,15 +29,15 @@ def test_a_set_of_your_own_must_keep_the_shape():
             return x[:1]
 
     with pytest.raises(ValueError, match="must return arrays of the shape and dtype"):
-        sets.check_constraints({"a": jnp.zeros(3)}, [(lambda m: m["a"], First())])
+        check_constraints({"a": jnp.zeros(3)}, [(lambda m: m["a"], First())])
 
 
 def test_constraints_apply_in_order_and_leave_the_rest():
     model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     constraints = [
-        (lambda m: m.layers[0].weight, sets.sparse(0.5)),
-        (lambda m: m.layers[0].weight, sets.non_negative()),
-        (lambda m: (m.layers[1].weight, m.layers[1].bias), sets.quantized([-0.5, 0.5])),
+        (lambda m: m.layers[0].weight, sets.Sparse(0.5)),
+        (lambda m: m.layers[0].weight, sets.NonNegative()),
+        (lambda m: (m.layers[1].weight, m.layers[1].bias), sets.Quantized([-0.5, 0.5])),
     ]
     new = apply_constraints(model, constraints)
     assert (new.layers[0].weight >= 0).all() and int((new.layers[0].weight != 0).sum()) <= 6
@@ -47,7 +47,7 @@ def test_constraints_apply_in_order_and_leave_the_rest():
 
 def test_all_weights_by_one_constraint():
     model = {"a": jnp.array([-1.0, 2.0]), "b": [jnp.array(-3.0)]}
-    new = apply_constraints(model, [(lambda m: m, sets.non_negative())])
+    new = apply_constraints(model, [(lambda m: m, sets.NonNegative())])
     assert eqx.tree_equal(new, {"a": jnp.array([0.0, 2.0]), "b": [jnp.array(0.0)]})
 
 
@@ -66,10 +66,10 @@ def classifier(width):
 def test_trained_model_satisfies_constraints_exactly(method):
     model, (x, y), loss = classifier(16)
     constraints = [
-        (lambda m: m.layers[0].weight, sets.sparse(0.25)),
-        (lambda m: m.layers[1].weight, sets.quantized([-0.3, 0.0, 0.3])),
-        (lambda m: m.layers[2].weight, sets.non_negative()),
-        (lambda m: [layer.bias for layer in m.layers], sets.box(-0.1, 0.1)),
+        (lambda m: m.layers[0].weight, sets.Sparse(0.25)),
+        (lambda m: m.layers[1].weight, sets.Quantized([-0.3, 0.0, 0.3])),
+        (lambda m: m.layers[2].weight, sets.NonNegative()),
+        (lambda m: [layer.bias for layer in m.layers], sets.Box(-0.1, 0.1)),
     ]
     result = eqxproj.train(
         model,
@@ -98,7 +98,7 @@ def test_first_evaluation_is_of_the_constrained_model():
         return eqxproj.losses.cross_entropy(x @ p["w"], y).mean()
 
     result = eqxproj.train(
-        model, (x, y), loss, steps=1, eval_data=(x, y), constraints=[(lambda p: p["w"], sets.non_negative())],
+        model, (x, y), loss, steps=1, eval_data=(x, y), constraints=[(lambda p: p["w"], sets.NonNegative())],
         evaluate={"least": lambda p, x, y: p["w"].min()},
     )  # fmt: skip
     assert result.history["eval_least"][0] == 0.0
@@ -139,7 +139,7 @@ def test_small_steps_add_up_to_the_next_level(method):
     def loss(model, x, y):
         return jnp.mean(eqxproj.losses.squared_error(x @ model["w"][:, None], y))
 
-    constraints = [(lambda m: m["w"], sets.quantized([-1.0, 0.0, 1.0, 2.0]))]
+    constraints = [(lambda m: m["w"], sets.Quantized([-1.0, 0.0, 1.0, 2.0]))]
     options = {"steps": 300, "optimizer": optax.sgd(0.02), "method": method}
     result = eqxproj.train(model, (x, y), loss, constraints=constraints, **options)
     np.testing.assert_array_equal(result.model["w"], y[:, 0])
@@ -159,7 +159,7 @@ def test_what_is_seen_during_training_is_projected():
         data,
         lambda model, x, y: jnp.mean((x @ model["w"][:, None] - y - 0.4) ** 2),
         steps=6,
-        constraints=[(lambda m: m["w"], sets.quantized([0.0, 1.0]))],
+        constraints=[(lambda m: m["w"], sets.Quantized([0.0, 1.0]))],
         eval_data=data,
         eval_every=1,
         evaluate={"sum": watch},

@@ -175,7 +175,7 @@ def test_the_sweeps_of_a_solver_are_canonicalised(solver):
     def loss(model, x, y):
         return eqxproj.losses.cross_entropy(jax.vmap(model)(x), y).mean()
 
-    copies = "none" if solver.memory else "neuron"
+    copies = "none" if solver.store_copies else "neuron"
     options = {"solver": solver, "metric": eqxproj.Metric(), "tau": 1.0, "copies": copies}
     dynamic, static = eqx.partition(model, eqx.is_inexact_array)
 

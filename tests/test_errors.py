@@ -12,6 +12,7 @@ from jax.scipy.ndimage import map_coordinates
 import eqxproj
 from eqxproj import NonFiniteError, TrainingInterrupted, UnsupportedPrimitiveError
 from eqxproj._errors import Unsupported
+from eqxproj._training._loop import Evaluation
 from eqxproj.losses import cross_entropy, squared_error
 
 RNG = np.random.default_rng(0)
@@ -39,7 +40,7 @@ def no_training(monkeypatch):
     def compiled(*args, **kwargs):
         raise AssertionError("training has begun")
 
-    monkeypatch.setattr("eqxproj._training._train._compiled", compiled)
+    monkeypatch.setattr("eqxproj._training._loop.compiled", compiled)
 
 
 @pytest.fixture
@@ -246,10 +247,6 @@ def test_bad_metric_values(name, value, untyped):
     raises(ValueError, f"`{name}`", repr(value), "positive finite", call=eqxproj.Metric, **{name: value})
 
 
-def test_bad_fan_out(untyped):
-    raises(ValueError, "`fan_out`", '"sum" or "mean"', "'max'", call=eqxproj.Metric, fan_out="max")
-
-
 @pytest.mark.parametrize(
     "solver, name, value",
     [
@@ -258,8 +255,6 @@ def test_bad_fan_out(untyped):
         (eqxproj.DifferenceMap, "beta", 0),
         (eqxproj.DifferenceMap, "beta", "1"),
         (eqxproj.RelaxedReflectReflect, "beta", np.nan),
-        (eqxproj.CyclicProjections, "order", "random"),
-        (eqxproj.CyclicDouglasRachford, "order", 1),
     ],
 )
 def test_bad_solver_options(solver, name, value, untyped):
@@ -283,10 +278,10 @@ def test_bad_solver_of_solve(untyped):
 @pytest.mark.parametrize(
     "error, constraint, part",
     [
-        (TypeError, eqxproj.sets.sparse(0.1), "pair `(where, set)`"),
+        (TypeError, eqxproj.sets.Sparse(0.1), "pair `(where, set)`"),
         (TypeError, (lambda p: p["a"], 0.1), "set of `eqxproj.sets`"),
-        (TypeError, ("a", eqxproj.sets.sparse(0.1)), "pair `(where, set)`"),
-        (ValueError, (lambda p: 3, eqxproj.sets.sparse(0.1)), "floating-point array"),
+        (TypeError, ("a", eqxproj.sets.Sparse(0.1)), "pair `(where, set)`"),
+        (ValueError, (lambda p: 3, eqxproj.sets.Sparse(0.1)), "floating-point array"),
     ],
 )
 def test_bad_constraints(error, constraint, part, untyped, no_training):
@@ -448,9 +443,9 @@ def test_interrupt_returns_model_and_history(stop):
             raise KeyboardInterrupt
         return record(self, step, value, seconds, model)
 
-    record = eqxproj._training._train._Watch.record
+    record = Evaluation.record
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eqxproj._training._train._Watch, "record", interrupt)
+        patch.setattr(Evaluation, "record", interrupt)
         with pytest.raises(TrainingInterrupted) as caught:
             train(steps=6, eval_every=2, eval_data=(X, Y), evaluate={"loss": loss})
     error = caught.value

@@ -148,7 +148,7 @@ def test_linen_statistics_are_carried_and_not_trained():
 
 def test_linen_constraints_reach_the_parameters():
     model = from_linen(NET, VARIABLES)
-    constraints = [(lambda m: m.params["Dense_0"]["kernel"], eqxproj.sets.non_negative())]
+    constraints = [(lambda m: m.params["Dense_0"]["kernel"], eqxproj.sets.NonNegative())]
     result = eqxproj.train(model, (X, Y), squared, steps=3, constraints=constraints)
     assert result.model.variables["params"]["Dense_0"]["kernel"].min() >= 0
 

@@ -116,7 +116,7 @@ def test_branches(name, in_order):
     assert {names[layer.weight] for layer in found} >= set(branch) | {"a"}
     assert {names[layer.weight] for layer in found if layer.in_branch} == set(branch)
     assert {names[layer.weight] for layer in found if layer.stream} == set(written)
-    assert [layer.share for layer in found if layer.stream] == [
+    assert [layer.stream_factor for layer in found if layer.stream] == [
         pytest.approx(1 / 3 if name == "writes a third" else 1.0)
     ] * len(written)
 

@@ -12,7 +12,7 @@ import pytest
 from golden_models import MODELS, SOLVERS, loss_of
 
 import eqxproj
-from eqxproj._problem._state import conformed, settled
+from eqxproj._problem._state import iterate, prepared
 
 RELATIVE, ABSOLUTE = 1e-4, 2e-5
 # One column of the output layer is decided by rounding: the ten Newton steps of its products do not converge in either
@@ -39,8 +39,8 @@ def test_iterates_agree(model, name):
         data="pinned",
     )
     solver = SOLVERS[name]
-    state = settled(lambda s: solver.step(problem, s), solver.init(problem))
-    step = eqx.filter_jit(lambda s: conformed(solver.step(problem, s), s))
+    state = prepared(lambda s: solver.step(problem, s), solver.init(problem))
+    step = eqx.filter_jit(lambda s: iterate(lambda s: solver.step(problem, s), s, 1))
     counts = [n for n in (1, 2, 5, 20) if f"{name}/{n}/{next(iter(start))}" in golden]
     assert len(counts) >= 3
     for n in range(1, counts[-1] + 1):
@@ -63,8 +63,8 @@ def test_without_materialized_copies_alternating_projections_are_the_same(model)
     x, y = jnp.asarray(golden["x"]), jnp.asarray(golden["y"])
     problem = eqxproj.feasibility_problem(loss_of(model), start, x, y, copies="neuron")
     solver = eqxproj.AlternatingProjections()
-    step = eqx.filter_jit(lambda s: conformed(solver.step(problem, s), s))
-    lean, full = (settled(lambda s: solver.step(problem, s), problem.start(memory)) for memory in (False, True))
+    step = eqx.filter_jit(lambda s: iterate(lambda s: solver.step(problem, s), s, 1))
+    lean, full = (prepared(lambda s: solver.step(problem, s), problem.start(copies)) for copies in (False, True))
     for _ in range(5):
         lean, full = step(lean), step(full)
     for a, b in zip(solver.postprocess(problem, lean), solver.postprocess(problem, full), strict=True):

@@ -15,7 +15,10 @@ import pytest
 
 import eqxproj
 from eqxproj._problem._make import make_problem
+from eqxproj._program._normal_form import normal_form
+from eqxproj._program._recurrence import Recurrence
 from eqxproj._program._trace import trace
+from eqxproj._training._constraints import constrained
 from eqxproj._training._displacement import DEFAULT_METRIC
 from eqxproj._training._preconditioner import Preconditioner, preconditioner
 
@@ -215,8 +218,8 @@ def test_what_has_no_coordinates_of_its_own():
 def test_constrained_parameters_keep_their_coordinates():
     model = eqx.nn.MLP(6, 4, 5, 1, key=KEYS[0])
     loss = loss_of(linear)
-    constraints = [(lambda m: m.layers[0].weight, eqxproj.sets.non_negative())]
-    positions = eqxproj.sets.constrained(model, constraints)
+    constraints = [(lambda m: m.layers[0].weight, eqxproj.sets.NonNegative())]
+    positions = constrained(model, constraints)
     assert positions == {0}
     assert [layer.weight for layer in of(loss, model, X).layers] == [0, 2]
     assert [layer.weight for layer in of(loss, model, X, excluded=positions).layers] == [2]
@@ -443,3 +446,29 @@ def test_a_scan_without_steps_has_no_inputs():
         return jax.lax.scan(cell, jnp.ones((5, 4)), x[:0])[0] + m.cell.bias
 
     assert of(loss_of(outputs), RECURRENT, SERIES).layers == ()
+
+
+def test_unknown_operands_of_a_body_are_numbered_by_kind():
+    """The second carry is known at the start, and unknown from the second step on."""
+
+    def f(first, second, known, unknown, xs):
+        def body(carry, x):
+            a, b = carry
+            return (jnp.tanh(a + unknown * x), b + known + a), b
+
+        return jax.lax.scan(body, (first, second), xs)
+
+    program = normal_form(jax.make_jaxpr(f)(1.0, 2.0, 3.0, 4.0, jnp.ones(5)))
+    (equation,) = (e for e in program.equations if e.name == "scan")
+    first, _, _, unknown, xs = program.inputs
+    recurrence = Recurrence.of(equation)
+    assert (recurrence.constants, recurrence.carries) == (2, 2)
+    flags = [v in (first, unknown, xs) for v in equation.inputs]
+    found = recurrence.unknowns(flags)
+    assert sum(flags) == 3 and sum(found.constants) == 1
+    assert (list(found.carries), list(found.slices)) == ([True, True], [True])
+    constant = flags.index(True)
+    assert [found.place(i) for i in (constant, 2, 3, 4)] == [0, 1, 2, 3]
+    assert found.split("cabs") == (["c"], ["a", "b"], ["s"])
+    by_kind = recurrence.split(["no"] * constant + ["c"] + ["no"] * (1 - constant) + ["a", "b", "s"])
+    assert found.chosen(*by_kind) == ["c", "a", "b", "s"]

@@ -192,7 +192,7 @@ def test_many_steps_in_a_steep_metric_give_the_gradient(solver, metric):
     model = Gated(eqx.nn.GRUCell(3, 6, key=k[0]), eqx.nn.Linear(6, 2, key=k[1]))
     x = jr.normal(k[2], (4, 8, 3))
     y = jnp.roll(x, 2, 1)[..., :2]
-    copies = "none" if solver.memory else "neuron"
+    copies = "none" if solver.store_copies else "neuron"
     displacement = eqxproj.filter_displacement(loss, solver=solver, steps=90, metric=metric, copies=copies)
     gradient = arrays(eqx.filter_grad(loss)(model, x, y))
     ratios = []

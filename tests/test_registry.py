@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from custom_models import STEEP, X, classification, cosine, random
@@ -12,7 +13,7 @@ from jax.interpreters import batching, mlir
 
 import eqxproj
 from eqxproj.losses import cross_entropy, squared_error
-from eqxproj.rules._registry import RULES
+from eqxproj.rules._registry import RULES, registry_version
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +183,89 @@ def test_what_a_registered_rule_returns_is_checked(returned, part):
 
 def test_registry_is_restored():
     assert "tanh" not in RULES and "signed_root_points_True" not in RULES
+
+
+def scaled(scale):
+    """Registers a rule of tanh: a multiple of the dual."""
+
+    @eqxproj.register_projection("tanh", form="duals")
+    def rule(ctx, inputs, dual):
+        return (scale * dual,)
+
+
+def scanned_loss(p, x, y):
+    """The product before tanh stands in the body of a recurrence."""
+
+    def body(h, _):
+        return jnp.tanh(h @ p["c"]), None
+
+    h, _ = jax.lax.scan(body, x @ p["a"] + p["b"], None, length=2)
+    return cross_entropy(h @ p["d"] + p["e"], y).mean()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "in a recurrence"])
+def test_registration_reaches_a_compiled_displacement(inside):
+    model, x, y = classification()
+    model = {**model, "c": jnp.eye(len(model["b"]))}
+    displacement = eqxproj.filter_displacement(scanned_loss if inside else tanh_loss, metric=STEEP)
+    own = displacement(model, x, y)
+    found = []
+    for scale in (0.0, 1.0, 3.0):
+        scaled(scale)
+        found.append(displacement(model, x, y)["a"])
+    assert float(jnp.abs(found[0]).max()) == 0.0 < float(jnp.abs(found[1]).max())
+    np.testing.assert_allclose(found[2], 3.0 ** (2 if inside else 1) * found[1], rtol=1e-4, atol=1e-7)
+    eqxproj.unregister_projection("tanh")
+    assert eqx.tree_equal(displacement(model, x, y), own)
+
+
+def test_registration_reaches_a_compiled_projection():
+    x = jnp.linspace(-1.0, 1.0, 5)
+    _, project = eqxproj.projection(jnp.tanh, x, steps=5)
+    (own,) = project(0.1 * x)
+    assert float(jnp.abs(own - x).max()) > 0.1
+    scaled(0.0)
+    np.testing.assert_array_equal(project(0.1 * x)[0], x)
+    eqxproj.unregister_projection("tanh")
+    np.testing.assert_array_equal(project(0.1 * x)[0], own)
+
+
+def test_registration_reaches_the_branches_of_a_problem():
+    """The rule of a branch looks its operations' rules up when a step is traced."""
+
+    def loss(p, x, y):
+        h = jax.lax.cond(jnp.all(x < jnp.inf), jnp.tanh, jnp.sin, x @ p["a"] + p["b"])
+        return cross_entropy(h @ p["d"] + p["e"], y).mean()
+
+    model, x, y = classification()
+    problem = eqxproj.feasibility_problem(loss, model, x, y)
+
+    def moved():
+        new = eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=3).model
+        return float(jnp.abs(new["b"] - model["b"]).max())
+
+    own = moved()
+    scaled(0.0)
+    assert moved() == 0.0 < own
+    eqxproj.unregister_projection("tanh")
+    assert moved() == own
+
+
+def test_unregistering_brings_back_what_stood_there():
+    own = RULES["max"]
+    version = registry_version()
+    for _ in range(2):
+        eqxproj.register_projection("max")(lambda ctx, inputs, target: inputs)
+    eqxproj.unregister_projection("max")
+    assert RULES["max"] is own
+    eqxproj.register_projection("tanh")(lambda ctx, inputs, target: inputs)
+    eqxproj.unregister_projection("tanh")
+    assert "tanh" not in RULES
+    assert registry_version() == version + 5
+
+
+@pytest.mark.parametrize("primitive", ["max", "tanh", "no_such_primitive"])
+def test_unregistering_what_was_not_registered(primitive):
+    eqxproj.register_projection("cumsum")(lambda ctx, inputs, target: inputs)
+    with pytest.raises(ValueError, match=f"'{primitive}'.*rules for: cumsum"):
+        eqxproj.unregister_projection(primitive)

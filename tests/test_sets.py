@@ -12,19 +12,20 @@ import scipy.optimize
 from set_members import PATTERN, TWO_BITS, WIDER, error_of
 
 from eqxproj import sets
+from eqxproj._training._constraints import check_constraints
 
 LEVELS = (-1.0, 0.0, 0.25, 2.0)
 
 SETS = {
-    "box": (sets.box(-0.5, 0.75), lambda x: (x >= -0.5).all() and (x <= 0.75).all()),
-    "point": (sets.box(0.3, 0.3), lambda x: (x == np.float32(0.3)).all()),
-    "half": (sets.box(-np.inf, 0.0), lambda x: (x <= 0).all()),
-    "non_negative": (sets.non_negative(), lambda x: (x >= 0).all()),
-    "sparse": (sets.sparse(0.3), lambda x: (x != 0).sum() <= max(1, int(0.3 * x.size + 1e-9))),
-    "one": (sets.sparse(1e-6), lambda x: (x != 0).sum() <= 1),
-    "dense": (sets.sparse(1.0), lambda x: True),
-    "quantized": (sets.quantized(LEVELS), lambda x: np.isin(x, np.float32(LEVELS)).all()),
-    "sign": (sets.quantized([-1.0, 1.0]), lambda x: np.isin(x, [-1, 1]).all()),
+    "box": (sets.Box(-0.5, 0.75), lambda x: (x >= -0.5).all() and (x <= 0.75).all()),
+    "point": (sets.Box(0.3, 0.3), lambda x: (x == np.float32(0.3)).all()),
+    "half": (sets.Box(-np.inf, 0.0), lambda x: (x <= 0).all()),
+    "non_negative": (sets.NonNegative(), lambda x: (x >= 0).all()),
+    "sparse": (sets.Sparse(0.3), lambda x: (x != 0).sum() <= max(1, int(0.3 * x.size + 1e-9))),
+    "one": (sets.Sparse(1e-6), lambda x: (x != 0).sum() <= 1),
+    "dense": (sets.Sparse(1.0), lambda x: True),
+    "quantized": (sets.Quantized(LEVELS), lambda x: np.isin(x, np.float32(LEVELS)).all()),
+    "sign": (sets.Quantized([-1.0, 1.0]), lambda x: np.isin(x, [-1, 1]).all()),
 }
 
 arrays = st.integers(0, 2**16).map(lambda seed: np.random.default_rng(seed))
@@ -67,20 +68,20 @@ def test_projection_is_feasible_idempotent_and_nearest(name, rng):
 )
 def test_how_many_are_kept(fraction, size, kept):
     x = jnp.arange(1.0, size + 1)
-    assert int((sets.sparse(fraction)(x) != 0).sum()) == kept
+    assert int((sets.Sparse(fraction)(x) != 0).sum()) == kept
 
 
 def test_sparse_keeps_exactly_as_many_among_equals():
-    assert int((sets.sparse(0.5)(jnp.ones((4, 4))) != 0).sum()) == 8
+    assert int((sets.Sparse(0.5)(jnp.ones((4, 4))) != 0).sum()) == 8
 
 
 def test_sparse_over_all_axes():
     x = jnp.asarray([[1.0, -5.0, 0.1], [4.0, 0.2, -3.0]])
-    np.testing.assert_array_equal(sets.sparse(0.5)(x), [[0, -5.0, 0], [4.0, 0, -3.0]])
+    np.testing.assert_array_equal(sets.Sparse(0.5)(x), [[0, -5.0, 0], [4.0, 0, -3.0]])
 
 
 def test_ties_between_levels():
-    y = sets.quantized([0.0, 1.0])(jnp.array([0.5, -3.0, 7.0]))
+    y = sets.Quantized([0.0, 1.0])(jnp.array([0.5, -3.0, 7.0]))
     assert y[0] in (0.0, 1.0)
     np.testing.assert_array_equal(y[1:], [0.0, 1.0])
 
@@ -193,7 +194,7 @@ def test_against_independent_projections(name):
 
 @pytest.mark.parametrize("levels", [TWO_BITS, PATTERN, (1.0, 3.0), (-1.0, 0.0, 1.0)])
 def test_learned_scale_against_all_assignments(levels):
-    jitted, rng = jax.jit(sets.quantized(levels, scale="learned")), np.random.default_rng(2)
+    jitted, rng = jax.jit(sets.Quantized(levels, scale="learned")), np.random.default_rng(2)
     choices, ratios = np.array(list(itertools.product(levels, repeat=5))), []
     square = np.where((choices**2).sum(1) > 0, (choices**2).sum(1), 1)
     for _ in range(100):
@@ -209,13 +210,13 @@ def test_learned_scale_against_all_assignments(levels):
 def test_learned_scale_is_the_optimal_uniform_quantizer_of_a_normal_sample(bits, wanted):
     """The mean squared errors are those of Max, Quantizing for minimum distortion, 1960, table II."""
     x = np.random.default_rng(0).normal(size=20000).astype(np.float32)
-    y = jax.jit(sets.quantized(bits, scale="learned"))(x)
+    y = jax.jit(sets.Quantized(bits, scale="learned"))(x)
     np.testing.assert_allclose(np.mean((y - x) ** 2), wanted, rtol=0.05)
     assert len(np.unique(y)) <= 2**bits
 
 
 def test_learned_scale_of_members_zeros_and_one_sign():
-    chosen = jax.jit(sets.quantized([0.0, 1.0, 10.0, 100.0], scale="learned"))
+    chosen = jax.jit(sets.Quantized([0.0, 1.0, 10.0, 100.0], scale="learned"))
     rare = np.ones(1000, np.float32)
     rare[0] = 100
     np.testing.assert_array_equal(chosen(jnp.asarray(rare * 0.37)), np.float32(rare * np.float32(0.37)))
@@ -248,7 +249,7 @@ def test_wider_sets_under_vmap(name):
         assert contains(np.asarray(got, np.float64), error_of(jnp.float32))
 
 
-@pytest.mark.parametrize("chosen", [sets.orthogonal(), sets.low_rank(2)])
+@pytest.mark.parametrize("chosen", [sets.Orthogonal(), sets.LowRank(2)])
 def test_a_decomposition_that_does_not_converge_is_taken_of_the_transposed_matrix(monkeypatch, chosen):
     x, svd = jax.random.normal(jax.random.key(0), (4, 7)), jnp.linalg.svd
     want = chosen(x)
@@ -266,21 +267,21 @@ def test_large_arrays_keep_their_sets():
 
 
 def test_zero_is_projected_to_a_constant_on_the_sphere():
-    np.testing.assert_allclose(sets.sphere(2.0)(jnp.zeros((2, 2))), np.ones((2, 2)), rtol=1e-6)
-    np.testing.assert_allclose(sets.orthogonal()(jnp.zeros((3, 2))).T @ sets.orthogonal()(jnp.zeros((3, 2))), np.eye(2))
+    np.testing.assert_allclose(sets.Sphere(2.0)(jnp.zeros((2, 2))), np.ones((2, 2)), rtol=1e-6)
+    np.testing.assert_allclose(sets.Orthogonal()(jnp.zeros((3, 2))).T @ sets.Orthogonal()(jnp.zeros((3, 2))), np.eye(2))
 
 
 def test_scalars_and_empty_arrays():
     two = jnp.array(2.0)
-    assert [float(s(two)) for s in (sets.l1_ball(), sets.sparse(k=1), sets.quantized(2, scale="learned"))] == [
+    assert [float(s(two)) for s in (sets.L1Ball(), sets.Sparse(k=1), sets.Quantized(2, scale="learned"))] == [
         pytest.approx(1, abs=2e-6), 2, 2,
     ]  # fmt: skip
-    np.testing.assert_allclose([sets.simplex(None)(two), sets.sphere(3.0)(-two), sets.l2_ball(0.5)(two)], [1, -3, 0.5],
+    np.testing.assert_allclose([sets.Simplex(None)(two), sets.Sphere(3.0)(-two), sets.L2Ball(0.5)(two)], [1, -3, 0.5],
                                rtol=2e-6)  # fmt: skip
-    for chosen in (sets.l1_ball(), sets.l2_ball(axis=-1), sets.monotone(), sets.low_rank(2), sets.sparse(k=2, axis=0),
-                   sets.quantized(2, scale="learned")):  # fmt: skip
+    for chosen in (sets.L1Ball(), sets.L2Ball(axis=-1), sets.Monotone(), sets.LowRank(2), sets.Sparse(k=2, axis=0),
+                   sets.Quantized(2, scale="learned")):  # fmt: skip
         assert chosen(jnp.zeros((0, 3))).shape == (0, 3)
-    assert sets.simplex()(jnp.zeros((0, 3))).shape == (0, 3)
+    assert sets.Simplex()(jnp.zeros((0, 3))).shape == (0, 3)
 
 
 @pytest.mark.parametrize("name", [*SETS, *WIDER])
@@ -293,60 +294,75 @@ def test_nan_is_not_hidden(name):
 @pytest.mark.parametrize(
     "make, part, kind",
     [
-        (lambda: sets.box(1.0, -1.0), "`low` must be at most `high`", ValueError),
-        (lambda: sets.box(float("nan"), 1.0), "`low` must be at most `high`", ValueError),
-        (lambda: sets.box(float("inf"), float("inf")), "`low` must be at most `high`", ValueError),
-        (lambda: sets.sparse(0.0), "`kept_fraction`", ValueError),
-        (lambda: sets.sparse(1.5), "`kept_fraction`", ValueError),
-        (lambda: sets.sparse(float("nan")), "`kept_fraction`", ValueError),
-        (lambda: sets.sparse(), "exactly one of `kept_fraction` and `k`", ValueError),
-        (lambda: sets.sparse(0.1, k=1), "exactly one of `kept_fraction` and `k`", ValueError),
-        (lambda: sets.sparse(k=0), "`k` must be at least 1", ValueError),
-        (lambda: sets.sparse(k=True), "`k` must be an integer", TypeError),
-        (lambda: sets.sparse(k=1, axis=()), "`axis` must be", TypeError),
-        (lambda: sets.l2_ball(axis=True), "`axis` must be", TypeError),
-        (lambda: sets.quantized([]), "`levels`", ValueError),
-        (lambda: sets.quantized([0.0, float("inf")]), "`levels`", ValueError),
-        (lambda: sets.quantized([0.0], scale="learned"), "`levels` must hold one that is not zero", ValueError),
-        (lambda: sets.quantized(2), "must come with a `scale`", ValueError),
-        (lambda: sets.quantized(0, scale="learned"), "`levels` as a number of bits", ValueError),
-        (lambda: sets.quantized(9, scale=1.0), "`levels` as a number of bits", ValueError),
-        (lambda: sets.quantized(True, scale=1.0), "`levels` must be a sequence", TypeError),
-        (lambda: sets.quantized([1.0], scale=-1.0), "`scale` must be", ValueError),
-        (lambda: sets.quantized([1.0], scale=float("nan")), "`scale` must be", ValueError),
-        (lambda: sets.simplex(total=0.0), "`total` must be a positive number", ValueError),
-        (lambda: sets.l1_ball(-1.0), "`radius` must be a positive number", ValueError),
-        (lambda: sets.l2_ball(float("inf")), "`radius` must be a positive number", ValueError),
-        (lambda: sets.sphere(float("nan")), "`radius` must be a positive number", ValueError),
-        (lambda: sets.low_rank(0), "`rank` must be at least 1", ValueError),
-        (lambda: sets.low_rank(True), "`rank` must be an integer", TypeError),
-        (lambda: sets.monotone(True), "`axis` must be an integer", TypeError),
+        (lambda: sets.Box(1.0, -1.0), "`low` must be at most `high`", ValueError),
+        (lambda: sets.Box(float("nan"), 1.0), "`low` must be at most `high`", ValueError),
+        (lambda: sets.Box(float("inf"), float("inf")), "`low` must be at most `high`", ValueError),
+        (lambda: sets.Sparse(0.0), "`kept_fraction`", ValueError),
+        (lambda: sets.Sparse(1.5), "`kept_fraction`", ValueError),
+        (lambda: sets.Sparse(float("nan")), "`kept_fraction`", ValueError),
+        (lambda: sets.Sparse(), "exactly one of `kept_fraction` and `k`", ValueError),
+        (lambda: sets.Sparse(0.1, k=1), "exactly one of `kept_fraction` and `k`", ValueError),
+        (lambda: sets.Sparse(k=0), "`k` must be at least 1", ValueError),
+        (lambda: sets.Sparse(k=True), "`k` must be an integer", TypeError),
+        (lambda: sets.Sparse(k=1, axis=()), "`axis` must be", TypeError),
+        (lambda: sets.L2Ball(axis=True), "`axis` must be", TypeError),
+        (lambda: sets.Quantized([]), "`levels`", ValueError),
+        (lambda: sets.Quantized([0.0, float("inf")]), "`levels`", ValueError),
+        (lambda: sets.Quantized([0.0], scale="learned"), "`levels` must hold one that is not zero", ValueError),
+        (lambda: sets.Quantized(2), "must come with a `scale`", ValueError),
+        (lambda: sets.Quantized(0, scale="learned"), "`levels` as a number of bits", ValueError),
+        (lambda: sets.Quantized(9, scale=1.0), "`levels` as a number of bits", ValueError),
+        (lambda: sets.Quantized(True, scale=1.0), "`levels` must be a sequence", TypeError),
+        (lambda: sets.Quantized([1.0], scale=-1.0), "`scale` must be", ValueError),
+        (lambda: sets.Quantized([1.0], scale=float("nan")), "`scale` must be", ValueError),
+        (lambda: sets.Simplex(total=0.0), "`total` must be a positive number", ValueError),
+        (lambda: sets.L1Ball(-1.0), "`radius` must be a positive number", ValueError),
+        (lambda: sets.L2Ball(float("inf")), "`radius` must be a positive number", ValueError),
+        (lambda: sets.Sphere(float("nan")), "`radius` must be a positive number", ValueError),
+        (lambda: sets.LowRank(0), "`rank` must be at least 1", ValueError),
+        (lambda: sets.LowRank(True), "`rank` must be an integer", TypeError),
+        (lambda: sets.Monotone(True), "`axis` must be an integer", TypeError),
     ],
 )
 def test_bad_sets(make, part, kind):
-    with pytest.raises(kind, match=part):
+    with pytest.raises(kind, match=part) as error:
         make()
+    named = str(error.value).split("`")[1]
+    assert issubclass(getattr(sets, named), sets.AbstractSet)
+
+
+def test_which_sets_are_discrete():
+    every = [chosen for chosen, _ in [*SETS.values(), *WIDER.values()]]
+    assert {type(chosen) for chosen in every if chosen.is_discrete} == {sets.Sparse, sets.Quantized}
+    public = {c for c in vars(sets).values() if isinstance(c, type) and issubclass(c, sets.AbstractSet)}
+    assert {type(chosen) for chosen in every} == public - {sets.AbstractSet}
+
+
+def test_sets_show_their_arguments():
+    assert repr(sets.Box(-1.0, 2.5)) == "Box(low=-1.0, high=2.5)"
+    assert repr(sets.Quantized([1.0, -1.0], scale="learned")) == "Quantized(levels=(-1.0, 1.0), scale='learned')"
+    assert sets.Simplex(axis=0) == sets.Simplex(0, 1.0) != sets.Simplex(1)
 
 
 @pytest.mark.parametrize(
     "chosen, shape, part",
     [
-        (sets.simplex(2), (3, 4), "`axis` 2 is out of range"),
-        (sets.simplex(), (), "`axis` -1 is out of range"),
-        (sets.sparse(k=2, axis=(0, -2)), (3, 4), "names an axis twice"),
-        (sets.monotone(-3), (3, 4), "`axis` -3 is out of range"),
-        (sets.l1_ball(axis=1), (3,), "`axis` 1 is out of range"),
-        (sets.orthogonal(), (3,), "two axes or more, got shape"),
-        (sets.orthogonal(), (0, 3), "an array with entries"),
-        (sets.low_rank(1), (), "two axes or more, got shape"),
-        (sets.simplex(), (3, 0), "no entries that could be on a simplex"),
-        (sets.sphere(), (0,), "no entries that could be on a sphere"),
+        (sets.Simplex(2), (3, 4), "`axis` 2 is out of range"),
+        (sets.Simplex(), (), "`axis` -1 is out of range"),
+        (sets.Sparse(k=2, axis=(0, -2)), (3, 4), "names an axis twice"),
+        (sets.Monotone(-3), (3, 4), "`axis` -3 is out of range"),
+        (sets.L1Ball(axis=1), (3,), "`axis` 1 is out of range"),
+        (sets.Orthogonal(), (3,), "two axes or more, got shape"),
+        (sets.Orthogonal(), (0, 3), "an array with entries"),
+        (sets.LowRank(1), (), "two axes or more, got shape"),
+        (sets.Simplex(), (3, 0), "no entries that could be on a simplex"),
+        (sets.Sphere(), (0,), "no entries that could be on a sphere"),
     ],
 )
 def test_sets_that_do_not_fit(chosen, shape, part):
     array = jnp.zeros(shape)
     with pytest.raises(ValueError, match=part):
         chosen(array)
-    constraints = [(lambda m: m["a"], sets.non_negative()), (lambda m: m["b"], chosen)]
+    constraints = [(lambda m: m["a"], sets.NonNegative()), (lambda m: m["b"], chosen)]
     with pytest.raises(ValueError, match=r"`constraints\[1\]` does not fit an array of shape .*" + part):
-        sets.check_constraints({"a": jnp.zeros(2), "b": array}, constraints)
+        check_constraints({"a": jnp.zeros(2), "b": array}, constraints)

@@ -13,7 +13,8 @@ import pytest
 
 import eqxproj
 from eqxproj._training._data import batches, check_data, take
-from eqxproj._training._train import default_optimizer, takes_key
+from eqxproj._training._direction import takes_key
+from eqxproj._training._optimizer import default_optimizer
 from eqxproj.losses import cross_entropy, squared_error
 
 RNG = np.random.default_rng(0)

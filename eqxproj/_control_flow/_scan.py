@@ -11,11 +11,11 @@ This is what cyclic projections use. The two-color solvers project all time step
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._errors import Unsupported
 from .._problem._problem import FeasibilityProblem
@@ -74,9 +74,7 @@ class Scan(AbstractRule):
         of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(given)), given, strict=True) if u]
         return [*(nu.astype(c.dtype) for nu, c in zip(of_constants, held, strict=True)), *of_init, *of_slices]
 
-    def over_time(
-        self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], list[Array | None]]
-    ) -> list[Any]:
+    def over_time(self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], PyTree]) -> PyTree:
         """The arrays that `look` finds in the body's problem at each time step, stacked along the first axis.
 
         The problem's parameters are the unknown constants, carries and slices.
@@ -109,8 +107,7 @@ class _Walk:
 
     def __init__(self, recurrence: Recurrence, unknown: Sequence[bool]):
         self.recurrence = recurrence
-        constants, _, slices = recurrence.split(list(unknown))
-        self.unknown = (constants, recurrence.unknown_carries(unknown), slices)
+        self.unknown = recurrence.unknowns(unknown)
 
     def fill(self, kind: int, values: Sequence, known: Sequence) -> list:
         """All operands of one kind: the unknown ones from `values`, the others from `known`."""
@@ -123,11 +120,10 @@ class _Walk:
         Its outputs are the unknown carries, then the stacked outputs that are floats.
         """
         known = (constants, carry, x)
-        start = [v for kind in range(3) for v, u in zip(known[kind], self.unknown[kind], strict=True) if u]
-        counts = [sum(flags) for flags in self.unknown]
+        start = self.unknown.chosen(*known)
 
         def function(*values):
-            parts = [values[: counts[0]], values[counts[0] : counts[0] + counts[1]], values[counts[0] + counts[1] :]]
+            parts = self.unknown.split(values)
             full = [v for kind in range(3) for v in self.fill(kind, parts[kind], known[kind])]
             new, ys = self.recurrence.body(*full)
             carried = [c for c, u in zip(new, self.unknown[1], strict=True) if u]
@@ -144,6 +140,4 @@ class _Walk:
         function, start, stiff = self.function(constants, carry, x, ctx)
         duals = [mu for mu, u in zip(of_carries, self.unknown[1], strict=True) if u]
         duals += [mu for mu in of_ys if jnp.issubdtype(mu.dtype, jnp.inexact)]
-        nus = sweep(function, start, duals, stiff, ctx, products)
-        first, second, _ = map(sum, self.unknown)
-        return nus[:first], nus[first : first + second], nus[first + second :]
+        return self.unknown.split(sweep(function, start, duals, stiff, ctx, products))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._graph._weights import reader_logs
-from .._metric import clamped, clamped_output, ratio
+from .._metric import clamped
 from ..rules._base import Context, Scale, step
 from ._problem import FeasibilityProblem
 from ._state import State
@@ -28,26 +28,21 @@ def _positive(count: Scale) -> Scale:
 
 
 def context(problem: FeasibilityProblem, node: int, store_copies: bool) -> Context:
-    """What the rule of a node may know."""
+    """What the rule of a node may know.
+
+    **Arguments:**
+
+    - `problem`, `node`: the problem and the number of one of its nodes.
+    - `store_copies`: whether operands hold one entry a copy.
+    """
     graph, spec = problem.graph, problem.graph.nodes[node]
-    logs = tuple(problem.log_weights[e] for e in spec.edges)
-    output_weights, ratios = [], []
-    for value in spec.outputs:
-        scale, count = output_weight(problem, value)
-        count = _positive(count)
-        output_weights.append(count * clamped_output(scale))
-        ratios.append(tuple(count * ratio(scale, x) for x in logs))
-    function = spec.function
+    function, outputs = spec.function, [output_weight(problem, v) for v in spec.outputs]
     assert function is not None
-    return Context(
+    plain = Context(
         function=lambda *inputs: function(problem.known, inputs),
         known=problem.known,
         equation=spec.equation,
         unknown=spec.unknown,
-        weights=tuple(clamped(x) for x in logs),
-        log_weights=logs,
-        output_weights=tuple(output_weights),
-        ratios=tuple(ratios),
         copies=problem.copies,
         store_copies=store_copies,
         is_parameter=tuple(graph.edges[e].is_parameter for e in spec.edges),
@@ -55,6 +50,8 @@ def context(problem: FeasibilityProblem, node: int, store_copies: bool) -> Conte
         metric=problem.metric,
         unit=problem.unit,
     )
+    logs = [problem.log_weights[e] for e in spec.edges]
+    return plain.reweighted(logs, [log for log, _ in outputs], [_positive(count) for _, count in outputs])
 
 
 def value_of(problem: FeasibilityProblem, state: State, value: int) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial, update_wrapper
+from functools import update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
@@ -243,26 +243,65 @@ def custom_projection(function: Callable[_P, _T]) -> CustomProjection[_P, _T]:
 def custom_loss(
     value: Callable[..., Array], displacement: Callable[..., Array], *, hard: bool = False
 ) -> Callable[..., Array]:
-    """A loss with a prox of its own.
+    r"""Makes a loss that brings its own proximal map.
+
+    In the projection regime, training moves the predictions $z$ to
+    $\mathrm{prox}_{\tau \ell}(z) = \arg\min_u \tfrac12 |u - z|^2 + \tau \ell(u, t)$, with $\ell$ the sum of the loss
+    over the samples and $t$ the targets; `displacement` says how far that is from $z$. In the gradient regime, training
+    takes the gradient of `value`, as `jax.grad` does.
 
     **Arguments:**
 
-    - `value`: the loss of each sample, from predictions and targets.
-    - `displacement`: how the prox moves the predictions, from predictions, targets and tau.
-    - `hard`: whether the loss stands for the constraint that it be zero. Then tau is not used.
+    - `value`: `value(predictions, targets)`, the loss, not reduced: `Float[Array, "*samples"]`. It must be
+        differentiable by JAX. It is all that counts where the targets depend on parameters too, and where the loss is
+        not the objective.
+    - `displacement`: `displacement(predictions, targets, tau)`, which is $\mathrm{prox}_{\tau \ell}(z) - z$, of the
+        shape of the predictions. `tau` is positive, `Float[Array, "*samples"]`; what multiplies the loss later, such as
+        the $1/n$ of a mean, is in it. For small `tau` the displacement approaches $-\tau \nabla \ell$. Compute it
+        directly, not as the difference of two nearly equal arrays, since `tau` may be small.
+    - `hard`: whether the loss stands for the constraint that it is zero. The displacement then is that to the nearest
+        predictions without loss, whatever `tau` is.
 
     **Returns:**
 
-    A function of predictions and targets, like `value`.
+    The loss `(predictions, targets) -> Float[Array, "*samples"]`, of two arrays. It runs under `jit`, `vmap` and
+    `grad`; average it, sum it, or weigh it as any other loss.
+
+    **Raises:** `TypeError` where `value` or `displacement` is not callable, or `hard` no Boolean; later, in
+    the projection regime, `ValueError` where a displacement has not the shape of the predictions.
+
+    !!! example
+
+        ```python
+        def distance(predictions, targets):
+            return jnp.abs(predictions - targets)
+
+
+        def toward_targets(predictions, targets, tau):
+            return jnp.clip(targets - predictions, -tau, tau)
+
+
+        absolute_error = eqxproj.custom_loss(distance, toward_targets)
+
+
+        def loss(model, x, y):
+            return jnp.mean(absolute_error(jax.vmap(model)(x), y))
+        ```
     """
+    for argument, function in (("value", value), ("displacement", displacement)):
+        if not callable(function):
+            raise TypeError(f"`{argument}` must be a function, got {function!r}. See the example of `custom_loss`.")
+    if not isinstance(hard, bool):
+        raise TypeError(f"`hard` must be `True` or `False`, got {hard!r}.")
+    name = getattr(value, "__name__", type(value).__name__)
 
-    def call(predictions: Any, targets: Any) -> Array:
-        predictions, targets = jnp.asarray(predictions), jnp.asarray(targets)
+    def rule(inputs: Sequence[Array], tau: Array) -> Array:
+        moved = jnp.asarray(displacement(inputs[0], inputs[1], tau))
+        check_shapes([moved], inputs[:1], f"The displacement of the loss {name!r}")
+        return moved
 
-        def rule(inputs, tau):
-            return displacement(inputs[0], inputs[1], tau)
+    def loss(predictions: Any, targets: Any) -> Array:
+        call = Call(name, lambda *args: [value(*args)], rule, hard)
+        return loss_p.bind(jnp.asarray(predictions), jnp.asarray(targets), call=call)[0]
 
-        call = Call(value.__name__, lambda *args: [value(*args)], rule, hard)
-        return loss_p.bind(predictions, targets, call=call)[0]
-
-    return partial(call)
+    return update_wrapper(loss, value, updated=())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,34 @@ from jaxtyping import Array
 from ._equations import Equation, Program, dependents
 from ._fragment import forward, residuals_of
 from ._normal_form import normal_form, scan_counts
+
+_T = TypeVar("_T")
+
+
+class Unknowns(NamedTuple):
+    """Which operands of a recurrence's body depend on unknowns, one flag each, by kind.
+
+    Carries may be known at the start and become unknown on the way.
+    """
+
+    constants: Sequence[bool]
+    carries: Sequence[bool]
+    slices: Sequence[bool]
+
+    def place(self, operand: int) -> int:
+        """The place, among the unknown operands of the body, of an operand given by its place among all of them."""
+        return sum([*self.constants, *self.carries, *self.slices][:operand])
+
+    def split(self, values: Sequence[_T]) -> tuple[list[_T], list[_T], list[_T]]:
+        """Values, one an unknown operand, by kind: constants, carries, slices."""
+        first = sum(self.constants)
+        second = first + sum(self.carries)
+        return list(values[:first]), list(values[first:second]), list(values[second:])
+
+    def chosen(self, constants: Sequence[_T], carries: Sequence[_T], slices: Sequence[_T]) -> list[_T]:
+        """Of values, one an operand, those of the unknown operands in order."""
+        flags, values = [*self.constants, *self.carries, *self.slices], [*constants, *carries, *slices]
+        return [value for value, is_unknown in zip(values, flags, strict=True) if is_unknown]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +90,11 @@ class Recurrence:
             if more == carries:
                 return [*more, *reached[self.carries :]]
             carries = more
+
+    def unknowns(self, unknown: Sequence[bool]) -> Unknowns:
+        """Which operands of the body depend on unknowns, given which operands of the `scan` are unknown."""
+        constants, _, slices = self.split(unknown)
+        return Unknowns(constants, self.unknown_carries(unknown), slices)
 
     def unknown_carries(self, unknown: Sequence[bool]) -> list[bool]:
         """Which carries depend on unknown operands."""

@@ -1,4 +1,7 @@
-"""Minibatches: the checks of the user's arrays, and a stream of shuffled batches."""
+"""Minibatches: the user's arrays, checked and brought to the host, and an endless stream of shuffled batches of them.
+
+Limits: all samples are in memory, and every array has one entry a sample along its first axis.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,10 @@ from jaxtyping import Array, PyTree
 
 def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
     """The data as a tuple of pytrees of arrays of one length, and that length.
+
+    **Arguments:**
+
+    - `data`: as the user gave it. `what`: the name of this argument, for messages.
 
     **Raises:** `TypeError` where it is no tuple, `ValueError` where it is empty, of unequal lengths, or not finite.
     """
@@ -63,7 +70,7 @@ def _as_host(x: Any) -> Any:
     if _is_key(x) or not (eqx.is_array_like(x) or isinstance(x, list)):
         return x
     array = np.asarray(x)
-    with np.errstate(over="ignore"):  # what overflows is found and named as infinite
+    with np.errstate(over="ignore"):  # overflows become infinite, which `check_data` finds
         return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
 
@@ -81,7 +88,7 @@ def check_model(model: PyTree) -> None:
 
 
 def batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray]:
-    """An endless stream of index arrays: every epoch in a new order, batches crossing from one to the next."""
+    """An endless stream of index arrays. Each epoch has a new order; a batch may cross from one epoch to the next."""
     generator = np.random.default_rng(np.asarray(jax.random.key_data(_typed(key))).ravel().tolist())
     pool = np.empty(0, np.int64)
     while True:

@@ -1,19 +1,20 @@
-r"""Displacements: what a projection step wants of the parameters, in the place of a gradient.
+r"""Displacements: how far a projection step moves the parameters, in the shape and size of a gradient.
 
 `filter_displacement(loss)(model, x, y)` runs a solver from the forward pass and returns, for every parameter, the
 dual of $x - P(x)$, divided by tau: shaped, signed and sized like the answer of `equinox.filter_grad`, so that any
-optax transformation takes it at its usual settings. As the metric becomes steep it *is* the gradient; with a finite
-one it is an implicit, preconditioned step; and it goes on through operations that have no gradient.
+optax transformation takes it at its usual settings. In the gradient regime (a steep metric) it *is* the gradient
+wherever there is one. With a flatter metric it is an implicit, preconditioned step. Either way it goes on through
+operations that have no gradient.
 """
 
 from __future__ import annotations
 
 import functools as ft
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -21,51 +22,91 @@ from .._metric import Metric, check_metric
 from .._problem._make import RAW_TAU, check_copies, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
-from .._problem._state import State, conformed, settled
+from .._problem._state import State, iterate
 from .._program._canonical import canonicalised
 from .._program._equations import Program
-from .._program._trace import trace
+from .._program._trace import Trace, trace
+from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
-"""So steep that it is a gradient where there is one, at any depth: a node with a gain of $a$ damps what comes back
-through it by $1 + a^2/g$. On MNIST it learns as flatter ones do, or better. With a grade of 1e3, wide layers damp
-enough to hold up a deep autoencoder; with 1e5, a gain of a hundred inside of the network, or data of that size, does;
-with 1e12, the matrix exponential, inside of which there are gains of 1e7. At this grade, products, maxima and local
-solvers leave the damping out, which float32 would hardly show."""
+"""The metric of the gradient regime: so steep that a displacement is the gradient where there is one, at any depth.
+
+A node whose derivative has size $a$, its gain, divides the dual that comes back through it by $1 + a^2/g$, with $g$ the
+grade. Training stalls where this damping adds up. With a grade of 1e3 it does in the wide layers of a deep autoencoder;
+with 1e5 for a gain of a hundred inside the network, or for data of that size; with 1e12 for the matrix exponential,
+inside of which there are gains of 1e7. At 1e18 the damping is mostly below the precision of float32, so that products,
+maxima and local solvers leave it out. On MNIST this metric learns as well as flatter ones, or better.
+"""
 DEFAULT_TAU = 1e-6
-"""So small that a loss without a prox of its own answers by its slope, whatever its curvature: that of a cosine of
-small vectors is high, and so is that of a Gaussian likelihood with learned variances, whose prox at 0.01 narrows them
-until training diverges."""
+"""The factor of one sample's loss in the gradient regime: so small that the objective answers by its slope alone.
+
+It matters for a loss without a prox of its own. With a larger factor, the curvature of the loss damps or bends the
+answer. That of a cosine of small vectors is high, and so is that of a Gaussian likelihood with learned variances: its
+prox at 0.01 narrows the variances until training diverges.
+"""
 LARGE_TAU = 0.01
-"""In a metric that is not steep, where a step wants states to move, and may want them to cross a jump; and for a loss
-with float16 in it, where the duals of a smaller one, which are proportional to it, would be lost."""
+"""The factor where a smaller one would do harm.
+
+Outside of the gradient regime, steps should move states far enough to cross a jump. And in a loss that computes in
+float16, small duals are rounded to zero: duals are proportional to the factor.
+"""
 
 
 def default_tau(program: Program, metric: Metric) -> float:
-    """The default tau of a program of the loss."""
+    """The tau of a loss by default: small in the gradient regime, unless the loss computes in float16."""
     variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
     small = metric.is_steep and not any(v.dtype == jnp.float16 for v in variables)
     return DEFAULT_TAU if small else LARGE_TAU
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a displacement is computed: the solver, its number of steps, and the problem that it runs on.
+
+    A `tau` that is `None` is [`default_tau`][] of the loss.
+    """
+
+    solver: AbstractSolver
+    steps: int
+    metric: Metric
+    copies: Copies
+    tau: float | None
+
+    def problem(self, traced: Trace) -> FeasibilityProblem:
+        """The problem of a traced loss."""
+        tau = default_tau(traced.program, self.metric) if self.tau is None else self.tau
+        return make_problem(traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors)
+
+
+def checked_options(
+    solver: AbstractSolver | None,
+    steps: int,
+    metric: Metric | None,
+    copies: Copies | None,
+    tau: float | None,
+    steps_name: str = "steps",
+) -> Options:
+    """Options from those of a user, where `None` means the default.
+
+    **Raises:** `ValueError` and `TypeError` for unusable ones; `steps_name` is how the user calls `steps`.
+    """
+    solver = CyclicProjections() if solver is None else solver
+    metric = DEFAULT_METRIC if metric is None else metric
+    copies = "neuron" if copies is None else copies
+    check_solver(solver)
+    check_positive(steps_name, steps)
+    check_metric(metric)
+    check_copies(copies)
+    if tau is not None:
+        check_tau(tau)
+    return Options(solver, steps, metric, copies, tau)
+
+
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
-    state = solver.init(problem)
-    if steps == 1 and not solver.store_copies:
-        return solver.step(problem, state)
-    start = settled(ft.partial(solver.step, problem), state)
-    if steps <= _UNROLLED:
-        state = start
-        for _ in range(steps):
-            state = conformed(solver.step(problem, state), start)
-        return state
-    return jax.lax.fori_loop(0, steps, lambda _, s: conformed(solver.step(problem, s), start), start)
-
-
-_UNROLLED = 4
-"""So few steps are unrolled, which takes as many times as long to compile and is a tenth faster with convolutions."""
+    return iterate(ft.partial(solver.step, problem), solver.init(problem), steps)
 
 
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:
@@ -93,55 +134,52 @@ def filter_value_and_displacement(
     raw: bool = False,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """In the place of `equinox.filter_value_and_grad`: the value of a loss, and a displacement instead of a gradient.
+    """As `equinox.filter_value_and_grad`: the value of a loss, and a displacement instead of a gradient.
 
     **Arguments:**
 
     - `loss`: `loss(model, *args, **kwargs)`, a scalar, or `(scalar, auxiliary)` with `has_aux`.
-    - `solver`: one cyclic sweep by default. `steps` of it are taken from the forward pass.
-    - `metric`: a [`Metric`][]; by default a steep one, or with `raw` the unit metric.
+    - `solver`, `steps`: the solver, and how many steps it takes from the forward pass; one cyclic sweep by default.
+    - `metric`: a [`Metric`][]; by default a steep one, in which the displacement is the gradient wherever there is one;
+        with `raw` the unit metric.
     - `copies`: `"neuron"` or `"none"`, see [`feasibility_problem`][].
-    - `tau`: factor of one sample's loss in the prox of the objective; by default 1e-6 (0.01 in a metric
-        with a grade below 100, and where the loss computes in float16), or with `raw` 0.1.
+    - `tau`: factor of one sample's loss in the prox of the objective. By default 1e-6 in the gradient regime (a metric
+        with a grade of 100 or more), where the slope of the loss is all that counts, and 0.01 outside of it, where
+        states should move farther, and for a loss that computes in float16; with `raw` 0.1.
     - `raw`: return $x - P(x)$ itself, unscaled: `optax.sgd(1.0)` then replaces x by P(x).
     - `has_aux`: as in `equinox.filter_value_and_grad`.
 
     **Returns:**
 
     A function of the same arguments as `loss` that returns `(value, displacement)`, or
-    `((value, auxiliary), displacement)`. The displacement is a pytree like the model, with `None` in the place of all
-    that is no inexact array.
+    `((value, auxiliary), displacement)`. The displacement is a pytree like the model, with `None` for whatever is no
+    inexact array.
 
     **Raises:** `ValueError` and `TypeError` for unusable options; on the call, `UnsupportedPrimitiveError` and
     `ValueError` as [`feasibility_problem`][].
     """
-    solver = CyclicProjections() if solver is None else solver
-    check_solver(solver)
-    check_positive("steps", steps)
-    check_copies(copies)
-    if tau is not None:
-        check_tau(tau)
-    chosen = metric if metric is not None else (Metric() if raw else DEFAULT_METRIC)
-    check_metric(chosen)
+    if raw:
+        metric, tau = Metric() if metric is None else metric, RAW_TAU if tau is None else tau
+    chosen = checked_options(solver, steps, metric, copies, tau)
 
     @eqx.filter_jit
-    def compute(model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def compute(version: int, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        del version  # a static argument: other rules, another program
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-        factor = tau if tau is not None else RAW_TAU if raw else default_tau(traced.program, chosen)
-        problem = make_problem(traced, chosen, copies, factor, "constant", solver.needs_two_colors)
-        state = canonicalised(lambda: run(problem, solver, steps), traced.program)
+        problem = chosen.problem(traced)
+        state = canonicalised(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
         moved = displacement_of(problem, state, raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
 
     @ft.wraps(loss)
     def value_and_displacement(model: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        return compute(model, args, kwargs)
+        return compute(registry_version(), model, args, kwargs)
 
     return value_and_displacement
 
 
 def filter_displacement(loss: Callable[..., Any], **options: Any) -> Callable[..., PyTree]:
-    """In the place of `equinox.filter_grad`: as [`filter_value_and_displacement`][], without the value.
+    """As `equinox.filter_grad`: the displacement of [`filter_value_and_displacement`][], without the value.
 
     **Returns:**
 

@@ -1,10 +1,9 @@
 """Layers of a graph: weights with what they are multiplied with, and their biases.
 
-A layer is a product or a convolution of an input with a parameter that stands in no other operation; its bias is a
-parameter that is added to that product, maybe among others, and to nothing else. Each of them may be converted to
-another type on the way (mixed precision). Penalties of parameters, such as weight decay, do not count. Grouped and
-transposed convolutions are no layers. Of a layer is also found out whether it stands in a branch beside a residual
-connection.
+A layer is a product or a convolution of an input with a weight, a parameter that no other operation reads. Its bias is
+a parameter that is added to the product, maybe among others, and to nothing else. Both may be converted to another type
+on the way (mixed precision), and both may stand in penalties, such as weight decay. Limits: grouped and transposed
+convolutions are no layers. It is also looked up whether a layer stands in a branch beside a residual connection.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Layer:
     - `stacked`: whether the parameters are those of many layers along a first axis, which the other axes do not count.
     - `in_branch`: whether the layer stands between a value and what is added to it: beside a residual connection.
     - `stream`: the sum that ends this branch, with its axis that is that of the outputs, where these are added as they
-        stand, times `share`; `None` otherwise.
+        stand, times `stream_factor`; `None` otherwise.
     """
 
     weight: int
@@ -45,23 +44,28 @@ class Layer:
     stacked: bool = False
     in_branch: bool = False
     stream: tuple[int, int] | None = None
-    share: float = 1.0
+    stream_factor: float = 1.0
 
 
-def layers(graph: Graph, owner: Mapping[int, int], late: Collection[int] = ()) -> tuple[Layer, ...]:
-    """The layers of a graph, of those of its values that are parameters: `owner` maps them to their positions.
+def layers(graph: Graph, owner: Mapping[int, int], states: Collection[int] = ()) -> tuple[Layer, ...]:
+    """The layers of a graph.
 
-    Values among `late` are states of a recurrence over time: what is added to them is no branch.
+    **Arguments:**
+
+    - `owner`: which of the graph's values are parameters, and their positions among the parameters.
+    - `states`: values that are states of a recurrence over time. A sum with one of them ends no branch.
     """
-    found, branches = [], _branches(graph, {*owner, *late})
+    found, branches = [], _branches(graph, {*owner, *states})
     for value, position in owner.items():
         edge = only_reader(graph, value, owner)
         layer = None if edge is None else _layer(graph, edge, position)
         if edge is not None and layer is not None:
             bias, factor = _bias(graph, edge, owner, layer)
             beside = bool(branches >> layer.node & 1)
-            stream, share = _stream(graph, owner, layer) if beside else (None, 1.0)
-            found.append(replace(layer, bias=bias, factor=factor, in_branch=beside, stream=stream, share=share))
+            stream, stream_factor = _stream(graph, owner, layer) if beside else (None, 1.0)
+            found.append(
+                replace(layer, bias=bias, factor=factor, in_branch=beside, stream=stream, stream_factor=stream_factor)
+            )
     return tuple(found)
 
 
@@ -105,7 +109,7 @@ def _original(graph: Graph, value: int) -> int:
 
 
 def _repeats(graph: Graph, node: Node) -> bool:
-    """Whether a node puts out what it reads: an identity, or a conversion to another type, as of mixed precision."""
+    """Whether a node's output is its operand: an identity, or a conversion to another type (mixed precision)."""
     if node.kind == "identity":
         return True
     if not isinstance(node.rule, Scalar) or not node.rule.repeats:
@@ -121,7 +125,7 @@ def _product_of(node: Node) -> Equation | None:
 
 
 def _layer(graph: Graph, edge: Edge, position: int) -> Layer | None:
-    """The layer, as yet without its bias, whose weight an edge shows; `None` for another node."""
+    """The layer whose weight an edge shows, without its bias; `None` where the node is no layer."""
     node = graph.nodes[edge.consumer]
     equation = _product_of(node)
     if equation is None or not edge.view.is_identity:
@@ -173,7 +177,10 @@ def _bias(graph: Graph, weight: Edge, owner: Mapping[int, int], layer: Layer) ->
 
 
 def _branches(graph: Graph, without: Collection[int]) -> int:
-    """The nodes that stand between a value, not among `without`, and what is added to it, as the bits of a number."""
+    """The nodes in branches: between a value and a sum of it with what is computed from it; as the bits of a number.
+
+    Sums with values among `without` do not count.
+    """
     found = 0
     for node in graph.nodes:
         if isinstance(node.rule, Scalar) and len(node.edges) > 1:
@@ -186,11 +193,16 @@ def _branches(graph: Graph, without: Collection[int]) -> int:
 
 
 def _stream(graph: Graph, owner: Mapping[int, int], layer: Layer) -> tuple[tuple[int, int] | None, float]:
-    """The sum of a value and the outputs of a layer that are computed from it, with their axis; and their factor.
+    """The sum of a layer's outputs with a value that they are computed from.
 
     Sums with parameters are passed through.
+
+    **Returns:**
+
+    The sum and its axis that belongs to the layer's outputs (`None` where there is no such sum), and the factor of
+    these outputs in it.
     """
-    node, share = graph.nodes[layer.node], 1.0
+    node, stream_factor = graph.nodes[layer.node], 1.0
     assert node.equation is not None
     axis = None if layer.out is None else _output_axis(node.equation, 1 - layer.operand)
     edge = only_reader(graph, node.outputs[0], owner)
@@ -198,10 +210,10 @@ def _stream(graph: Graph, owner: Mapping[int, int], layer: Layer) -> tuple[tuple
         node, axis = graph.nodes[edge.consumer], _followed(edge.view, axis)
         if not isinstance(node.rule, Scalar) or not node.rule.is_sum or axis is None:
             break
-        share *= abs(sum(t.scale for t in node.rule.terms if t.variable == edge.variable))
+        stream_factor *= abs(sum(t.scale for t in node.rule.terms if t.variable == edge.variable))
         others = (_original(graph, v) for e in node.edges for v in graph.edges[e].sources)
         if any(graph.behind[layer.node] >> graph.producers[v] & 1 for v in others if v not in owner):
-            return (node.outputs[0], axis), share
+            return (node.outputs[0], axis), stream_factor
         edge = only_reader(graph, node.outputs[0], owner)
     return None, 1.0
 
@@ -215,7 +227,7 @@ def _output_axis(equation: Equation, place: int) -> int:
 
 
 def _followed(view: View, axis: int) -> int | None:
-    """Where a view takes an axis of its one operand; `None` where that cannot be told."""
+    """The axis to which a view takes an axis of its one operand; `None` where it is not known."""
     variable: Variable = view.operands[0]
     for equation in view.equations:
         if len(equation.inputs) != 1 or equation.inputs[0] != variable:

@@ -1,4 +1,4 @@
-r"""Steps of weights that are measured by what they change: the parameter metric of layers, from their inputs.
+r"""The parameter metric of layers: steps of weights are measured by how much they change the layers' outputs.
 
 A step $\Delta W, \Delta b$ of a layer $z = W x + b$ changes its outputs by $\Delta W(x - \bar x) + (\Delta b + \Delta W
 \bar x)$. Over a batch with mean $\bar x$ the two parts are orthogonal, so that with $\sigma^2$ the mean variance of the
@@ -6,25 +6,25 @@ inputs, and their covariance taken for $\sigma^2 I$, the mean square of the chan
 
 $$\sigma^2 |\Delta W|^2 + |\Delta c|^2, \qquad c = b + W \bar x .$$
 
-[`Preconditioner`][] goes over to these coordinates: the displacement of $c$ is that of $b$, the displacement of $W$
-loses $\delta_b \bar x^T$, the optimizer acts, and its update of $W$ is divided by $\sigma$ and taken out of $b$ again,
-$\Delta b = \Delta c - \Delta W \bar x$. So a step no longer depends on the origin and unit of a layer's inputs. The
-price is the mean and the variance of each input; no matrix is kept or factored.
+[`Preconditioner`][] changes to these coordinates. The displacement of $c$ is that of $b$; the displacement of $W$
+loses $\delta_b \bar x^T$. Then the optimizer acts. Its update of $W$ is divided by $\sigma$, and the update of $b$ is
+$\Delta b = \Delta c - \Delta W \bar x$. So a step does not depend on the origin and unit of a layer's inputs. The
+price is the mean and the variance of each input; no matrix is stored or factored.
 
 An optimizer like Adam gives all entries of an update about the same size. A row of n such entries changes an output
-$\sqrt n$ times as much as one, so that the update of W is divided by $\sqrt{n / 128}$ too where n is above 128: one
-rate then suits layers of any width. (Of narrower layers the steps are not made larger: nothing was gained by that.)
+$\sqrt n$ times as much as one. The update of W is therefore divided by $\sqrt{n / 128}$ too where n is above 128, and
+one rate suits layers of any width. (Larger steps of narrower layers gained nothing.)
 
-Layers in branches beside residual connections change one sum together. Their steps are made smaller as those of others,
-but never larger. Where the outputs of a layer are added, as they stand, to what they are computed from, a change of
-them is large or small beside what the sum varies by: where this deviation is less than one, the update of W is
-multiplied by it. (In a transformer, steps were too large without: `benchmarks/accuracy.py --task digits-transformer`.)
+Layers in branches beside residual connections change one sum together. Their steps are made smaller like those of
+other layers, but never larger. Where a layer's outputs are added, as they are, to a value that they are computed from,
+a change of them counts relative to the deviation of this sum: where the deviation is below one, the update of W is
+multiplied by it. (Without, steps were too large in a transformer: `benchmarks/accuracy.py --task digits-transformer`.)
 
 (Centered units: Schraudolph, Centering neural network gradient factors, 1998; Raiko, Valpola and LeCun, AISTATS 2012.)
 
-Its limits: what [`layers`][] finds, also inside of a `scan`, where the inputs are those of all time steps. A weight
-without a bias is only scaled, by the deviation from zero. Weights that constraints act on, and those inside of `cond`,
-are left as they are.
+Limits: it acts on the layers that [`layers`][] finds, also inside of a `scan`, where the inputs of all time steps
+count. A weight without a bias is only scaled, by the deviation from zero. Weights with constraints, and weights inside
+of a `cond`, keep their coordinates.
 """
 
 from __future__ import annotations
@@ -49,18 +49,19 @@ from .._program._recurrence import Recurrence
 from ._layers import Layer, layers, only_reader
 
 _LEAST = 0.1
-"""The least number that a step is divided by: what hardly varies is noise."""
+"""The least number that a step is divided by: an input that hardly varies is noise."""
 _ROWS = 2048
-"""How many rows of inputs the mean and the deviation are taken of, where there are more."""
+"""From how many rows of inputs, at most, the mean and the deviation are computed."""
 _WIDTH = 128
-"""The number of inputs from which on steps are smaller: that of the layers that the default rate was chosen with."""
+"""Layers with more inputs take smaller steps. The default rate was chosen with layers of this width."""
 
 
 class Preconditioner(eqx.Module):
     """Displacements and updates in the coordinates of the layers' inputs.
 
     - `means`: for each layer the mean of its inputs, shaped to multiply the weight.
-    - `scales`: what its updates are multiplied with, one over the deviation of its inputs and the root of their number.
+    - `scales`: for each layer the factor of its updates: one over the deviation of its inputs, and over the root of
+        their number.
     """
 
     means: tuple[Array, ...]
@@ -87,7 +88,7 @@ class Preconditioner(eqx.Module):
 
 
 def _each(function: Callable[..., Any], layer: Layer) -> Callable[..., Any]:
-    """A function of a layer and arrays, of the arrays alone; with the first axis mapped where layers are stacked."""
+    """A function of a layer and arrays as one of the arrays alone, mapped over their first axis for stacked layers."""
     bound = ft.partial(function, layer)
     return jax.vmap(bound) if layer.stacked else bound
 
@@ -112,7 +113,8 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
     """
     owner = {value: i for i, value in enumerate(problem.graph.parameters) if value is not None}
     found, means, scales = [], [], []
-    for layer, inputs, total in _with_inputs(problem, owner):
+    for one in _with_inputs(problem, owner):
+        layer, inputs, total = one.layer, one.inputs, one.total
         if inputs.size and layer.weight not in excluded and layer.bias not in excluded:
             shape = problem.trace.parameters[layer.weight].shape[int(layer.stacked) :]
             mean, scale = _each(lambda layer, x, shape=shape: _statistics(x, layer, shape), layer)(inputs)
@@ -122,15 +124,24 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
     return Preconditioner(tuple(means), tuple(scales), tuple(found))
 
 
-Seen = tuple[Layer, Array, Array | None]
-"""A layer, all of its inputs, and the sum that its outputs are a part of, with their axis at the end, if they are."""
+class LayerInputs(eqx.Module):
+    """A layer, all of its inputs, and the sum that its outputs are a part of, if they are.
+
+    The axis of the sum that belongs to the layer's outputs is its last one.
+    """
+
+    layer: Layer = eqx.field(static=True)
+    inputs: Array
+    total: Array | None
 
 
-def _with_inputs(problem: FeasibilityProblem, owner: Mapping[int, int], late: Collection[int] = ()) -> list[Seen]:
-    """The layers of a problem, also those inside of its recurrences, with what is seen of them."""
+def _with_inputs(
+    problem: FeasibilityProblem, owner: Mapping[int, int], states: Collection[int] = ()
+) -> list[LayerInputs]:
+    """The layers of a problem, also those inside of its recurrences, on the forward pass."""
     graph, start = problem.graph, problem.start(False)
-    found: list[Seen] = []
-    for layer in layers(graph, owner, late):
+    found: list[LayerInputs] = []
+    for layer in layers(graph, owner, states):
         node = graph.nodes[layer.node]
         assert node.equation is not None
         if node.unknown[layer.operand]:
@@ -140,48 +151,54 @@ def _with_inputs(problem: FeasibilityProblem, owner: Mapping[int, int], late: Co
         total = None
         if layer.stream is not None:
             total = jnp.moveaxis(value_of(problem, start, layer.stream[0]), layer.stream[1], -1)
-        found.append((layer, inputs, total))
+        found.append(LayerInputs(layer, inputs, total))
     for number, node in enumerate(graph.nodes):
         if isinstance(node.rule, Scan):
             found += _inside(problem, number, owner)
     return found
 
 
-def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) -> list[Seen]:
-    """The layers inside of a recurrence, with what is seen of them in all time steps along a new first axis.
+def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) -> list[LayerInputs]:
+    """The layers inside of a recurrence, with their inputs at all steps along a new axis.
 
-    Parameters that it goes through, one a step, are those of stacked layers; without any, it goes through time.
+    A recurrence that takes slices of parameters, one a step, goes through stacked layers. Any other goes through time.
     """
     node = problem.graph.nodes[number]
-    held, slices, carries = _held(problem.graph, node, owner)
-    found: list[Layer] = []
+    read, sliced, carries = _read_alone(problem.graph, node, owner)
+    if not read:
+        return []
 
-    def look(body: FeasibilityProblem) -> list[Array | None]:
+    def inputs_of(body: FeasibilityProblem) -> list[LayerInputs]:
         unknown = [(i, value) for i, value in enumerate(body.graph.parameters) if value is not None]
-        states = [value for i, value in unknown if i in carries and not slices]
-        seen = _with_inputs(body, {value: held[i] for i, value in unknown if i in held}, states)
-        found[:] = [layer for layer, *_ in seen]
-        return [x for _, *arrays in seen for x in arrays]
+        states = [value for i, value in unknown if i in carries and not sliced]
+        return _with_inputs(body, {value: read[i] for i, value in unknown if i in read}, states)
 
     operands = [shown(problem, problem.start(False), e) for e in node.edges]
-    ctx = replace(context(problem, number, False), unmoved=True)  # as on the forward pass
+    ctx = replace(context(problem, number, False), residuals_hold=True)  # as on the forward pass
     assert isinstance(node.rule, Scan)
-    seen = node.rule.over_time(ctx, operands, look) if held else []
-    kept: list[Seen] = []
-    for layer, x, total in zip(found, seen[::2], seen[1::2], strict=True):
-        sliced = {position in slices for position in (layer.weight, layer.bias) if position is not None}
-        if sliced == {False}:
-            later = replace(layer, axes=tuple(a + 1 for a in layer.axes))
-            if layer.stacked:
-                x, total = jnp.moveaxis(x, 0, 1), None if total is None else jnp.moveaxis(total, 0, 1)
-            kept.append((later, x, total))
-        elif sliced == {True} and not layer.stacked:
-            kept.append((replace(layer, stacked=True), x, total))
-    return kept
+    stacked = [_stacked(one, sliced) for one in node.rule.over_time(ctx, operands, inputs_of)]
+    return [one for one in stacked if one is not None]
 
 
-def _held(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int, int], set[int], range]:
-    """The parameters that a recurrence reads as they stand, and nothing else does.
+def _stacked(one: LayerInputs, sliced: Collection[int]) -> LayerInputs | None:
+    """A layer of a recurrence, whose inputs have the steps along their first axis.
+
+    Its parameters are the same at all steps, or all of them among the `sliced` ones, which are others at each step. For
+    other layers, and slices of layers that are stacked already, the answer is `None`.
+    """
+    layer, inputs, total = one.layer, one.inputs, one.total
+    varies = {position in sliced for position in (layer.weight, layer.bias) if position is not None}
+    if varies == {False}:
+        if layer.stacked:
+            inputs, total = jnp.moveaxis(inputs, 0, 1), None if total is None else jnp.moveaxis(total, 0, 1)
+        return LayerInputs(replace(layer, axes=tuple(a + 1 for a in layer.axes)), inputs, total)
+    if varies == {True} and not layer.stacked:
+        return LayerInputs(replace(layer, stacked=True), inputs, total)
+    return None
+
+
+def _read_alone(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int, int], set[int], list[int]]:
+    """The parameters that a recurrence reads as they are, and nothing else reads.
 
     **Returns:**
 
@@ -190,26 +207,26 @@ def _held(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int,
     """
     assert node.equation is not None
     recurrence = Recurrence.of(node.equation)
-    constants, carries, _ = map(sum, recurrence.split(node.unknown))
-    late = sum(recurrence.unknown_carries(node.unknown)) - carries  # carries that become unknown on the way
+    unknowns = recurrence.unknowns(node.unknown)
+    operands = [i for i, is_unknown in enumerate(node.unknown) if is_unknown]
+    _, carries, slices = recurrence.split(range(len(node.unknown)))
     reads = {only_reader(graph, value, owner): position for value, position in owner.items()}
-    held, slices = {}, set()
-    for place, edge in enumerate(graph.edges[e] for e in node.edges):
-        if edge not in reads or not edge.view.is_identity:
-            continue
-        if place < constants:
-            held[place] = reads[edge]
-        elif place >= constants + carries:
-            held[place + late] = reads[edge]
-            slices.add(reads[edge])
-    return held, slices, range(constants, constants + carries + late)
+    found = {
+        operand: reads[edge]
+        for operand, edge in zip(operands, (graph.edges[e] for e in node.edges), strict=True)
+        if operand not in carries and edge in reads and edge.view.is_identity
+    }
+    places = {unknowns.place(operand): position for operand, position in found.items()}
+    along = {position for operand, position in found.items() if operand in slices}
+    carried = [unknowns.place(i) for i, is_unknown in zip(carries, unknowns.carries, strict=True) if is_unknown]
+    return places, along, carried
 
 
 def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """The mean of a layer's inputs, shaped to multiply a weight of that shape, and the factor of its updates.
+    """The mean of a layer's inputs, shaped to multiply a weight of shape `shape`, and the factor of its updates.
 
-    Of n rows the mean is taken times 1 - 1/n, so that the weights still move along the inputs where there is one. For a
-    weight without a bias the deviation is that from zero.
+    The mean of n rows is multiplied by 1 - 1/n: with one row, weights would not move along the inputs otherwise. For a
+    weight without a bias the deviation is taken from zero.
     """
     rows = tuple(a for a in range(inputs.ndim) if a not in layer.axes)
     inputs = _thinned(inputs, rows)
@@ -229,11 +246,11 @@ def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Ar
 
 
 def _unit(layer: Layer, total: Array) -> Array:
-    """The unit of steps of outputs that are a part of a sum: the deviation of the sum, one at most."""
+    """The unit of steps of outputs that are added to a sum: the deviation of the sum, one at most."""
     rows = range(total.ndim - 1)
     total = _thinned(total, rows).astype(jnp.promote_types(total.dtype, jnp.float32))
     variance = jnp.mean(jnp.var(total, tuple(rows)))
-    return jnp.clip(jnp.sqrt(variance) / layer.share, _LEAST, 1.0)
+    return jnp.clip(jnp.sqrt(variance) / layer.stream_factor, _LEAST, 1.0)
 
 
 def _thinned(inputs: Array, rows: Sequence[int]) -> Array:

@@ -1,4 +1,8 @@
-"""`projection(f, *primals)`: like `jax.vjp`, the value and a function back; but back go targets, not cotangents."""
+"""`projection(f, *primals)`: as `jax.vjp`, but the way back takes a wanted output, and returns inputs that give it.
+
+The inputs are found by a solver on the feasibility problem of `f` whose outputs equal the target. Limits: targets that
+`f` cannot reach are approached only; the way back is compiled once for each shape of target.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,14 @@ from .._problem._problem import Copies
 from .._program._canonical import canonicalised
 from .._program._custom import custom_loss
 from .._program._trace import trace
+from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, AlternatingProjections
 from ..solvers._solve import check_positive, check_solver
 from ._displacement import run
 
 
 def _distance(outputs: Array, target: Array) -> Array:
+    """The value of the loss below, which solvers do not use: its prox is a projection."""
     return 0.5 * jnp.square(outputs - target)
 
 
@@ -47,9 +53,9 @@ def projection(
 
     **Returns:**
 
-    `(out, project)`. `project(target)` takes a pytree like `out` and returns a tuple like `primals`. The output of
-    those inputs approaches the target as `steps` grow, where it can be reached at all; they are near `primals`, and the
-    nearest where `f` is one operation and linear.
+    `(out, project)`. `project(target)` takes a pytree like `out` and returns a tuple like `primals`: inputs near
+    `primals`, the nearest ones where `f` is one linear operation. The output at these inputs approaches the target as
+    `steps` grow, where it can be reached at all.
 
     **Raises:** `ValueError` where the target is not shaped like the output.
     """
@@ -67,7 +73,8 @@ def projection(
         return sum(parts[1:], start=parts[0])
 
     @eqx.filter_jit
-    def solved(primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
+    def solved(version: int, primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
+        del version  # a static argument: other rules, another program
         traced = trace(loss, primals, (target,))
         problem = make_problem(traced, chosen, copies, 1.0, "constant", two_colored=True)
         state = canonicalised(lambda: run(problem, solver, steps), traced.program)
@@ -78,6 +85,8 @@ def projection(
         shapes = [jtu.tree_map(jnp.shape, t) for t in (wanted, got)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"`target` must be shaped like the output of `f`: wanted {shapes[0]}, got {shapes[1]}.")
-        return solved(tuple(primals), jtu.tree_map(lambda t, o: jnp.asarray(t, o.dtype), got, wanted))
+        return solved(
+            registry_version(), tuple(primals), jtu.tree_map(lambda t, o: jnp.asarray(t, o.dtype), got, wanted)
+        )
 
     return out, project

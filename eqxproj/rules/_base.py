@@ -18,7 +18,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._errors import Unsupported
-from .._metric import Metric
+from .._metric import Metric, clamped, clamped_output, ratio
 from .._program._equations import Equation
 
 Scale = float | Array | np.ndarray
@@ -57,10 +57,10 @@ class Context:
     known: Mapping[int, Any]
     equation: Equation | None
     unknown: tuple[bool, ...]
-    weights: tuple[float, ...]
-    log_weights: tuple[float, ...]
-    output_weights: tuple[Scale, ...]
-    ratios: tuple[tuple[Scale, ...], ...]
+    weights: tuple[float, ...] = ()
+    log_weights: tuple[float, ...] = ()
+    output_weights: tuple[Scale, ...] = ()
+    ratios: tuple[tuple[Scale, ...], ...] = ()
     copies: str = "neuron"
     store_copies: bool = False
     is_parameter: tuple[bool, ...] = ()
@@ -72,7 +72,28 @@ class Context:
     @classmethod
     def plain(cls, unknown: Sequence[bool] = ()) -> Context:
         """A context that says nothing, to find out what a rule needs without projecting anything."""
-        return cls(lambda *values: list(values), {}, None, tuple(unknown), (), (), (), ())
+        return cls(lambda *values: list(values), {}, None, tuple(unknown))
+
+    def reweighted(
+        self, log_weights: Sequence[float], log_output_weights: Sequence[float], copy_counts: Sequence[Scale] = ()
+    ) -> Context:
+        """The context with other weights.
+
+        **Arguments:**
+
+        - `log_weights`, `log_output_weights`: logarithms of the weights of the unknown operands and of the outputs.
+        - `copy_counts`: for each output how many copies of its elements its consumers own, one by default. They
+            multiply its weight.
+        """
+        counts = tuple(copy_counts) or (1.0,) * len(log_output_weights)
+        outputs = tuple(zip(counts, log_output_weights, strict=True))
+        return replace(
+            self,
+            weights=tuple(clamped(w) for w in log_weights),
+            log_weights=tuple(log_weights),
+            output_weights=tuple(n * clamped_output(k) for n, k in outputs),
+            ratios=tuple(tuple(n * ratio(k, w) for w in log_weights) for n, k in outputs),
+        )
 
     @property
     def kappa(self) -> tuple[Scale, ...]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ._base import Scale
+
 _VISIBLE = 0.01
 """The change that is asked for, in units of the largest output."""
 
@@ -23,7 +25,7 @@ def of_whole_step(
     outputs: Sequence[Array],
     duals: Sequence[Array],
     weights: Sequence[float],
-    output_weights: Sequence[float | Array],
+    output_weights: Sequence[Scale],
 ) -> list[Array]:
     """The duals of the inputs, from a rule `targets -> new inputs` that is asked for the wanted target."""
     targets = [y + mu / jnp.asarray(k, y.dtype) for y, mu, k in zip(outputs, duals, output_weights, strict=True)]

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 from .._errors import NonFiniteError
 from .._problem._problem import FeasibilityProblem
 from .._problem._readers import context, operand, value_of
-from .._problem._state import State, conformed, settled
+from .._problem._state import State, iterate, prepared
 from .._program._canonical import canonicalised
+from ..rules._registry import registry_version
 from . import AbstractSolver
 
 
@@ -89,8 +90,10 @@ def first_bad(problem: FeasibilityProblem, finite: Any) -> int | None:
 
 
 @eqx.filter_jit
-def _begin(problem: FeasibilityProblem, solver: AbstractSolver) -> tuple[State, Bool[Array, " nodes"]]:
-    start = settled(ft.partial(solver.step, problem), solver.init(problem))
+def _begin(problem: FeasibilityProblem, solver: AbstractSolver, version: int) -> tuple[State, Bool[Array, " nodes"]]:
+    """The state to start from. `version` is that of the registry: rules inside of recurrences are looked up here."""
+    del version
+    start = prepared(ft.partial(solver.step, problem), solver.init(problem))
     return start, finite_nodes(problem, start)
 
 
@@ -104,9 +107,13 @@ class _Report(eqx.Module):
 
 
 @eqx.filter_jit
-def _advance(problem: FeasibilityProblem, solver: AbstractSolver, tol: float, state: State) -> tuple[State, _Report]:
-    """One step; a step to a state that is not finite is not taken."""
-    new = conformed(canonicalised(lambda: solver.step(problem, state), problem.trace.program), state)
+def _advance(
+    problem: FeasibilityProblem, solver: AbstractSolver, version: int, tol: float, state: State
+) -> tuple[State, _Report]:
+    """One step; a step to a state that is not finite is not taken. `version` is as for `_begin`."""
+    del version
+    step = ft.partial(solver.step, problem)
+    new = canonicalised(lambda: iterate(step, state, 1), problem.trace.program)
     finite = finite_nodes(problem, new)
     moved, broken = change(problem, state, new), violation(problem, new)
     ok = jnp.all(finite)
@@ -152,11 +159,11 @@ def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, to
     check_positive("steps", steps)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
         raise ValueError(f"`tol` must be a number of at least zero, got {tol!r}.")
-    state, finite = _begin(problem, solver)
+    state, finite = _begin(problem, solver, registry_version())
     bad, count, result = first_bad(problem, jax.device_get(finite)), 0, "step limit"
     stats: dict[str, list[float]] = {"change": [], "violation": []}
     while bad is None and count < steps and result != "converged":
-        state, report = _advance(problem, solver, float(tol), state)
+        state, report = _advance(problem, solver, registry_version(), float(tol), state)
         count += 1
         bad = first_bad(problem, jax.device_get(report.finite))
         stats["change"].append(float(report.change))

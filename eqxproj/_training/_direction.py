@@ -1,0 +1,148 @@
+"""Directions: from a model and a minibatch to the value of the loss, and to the array tree that the optimizer follows.
+
+A direction is a displacement or, for comparison, a gradient. Each kind also checks a loss before training, and names
+the node at which a step went wrong. Limits: everything here is traced inside the jitted step, except for the checks.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .._graph._build import check_dependence
+from .._problem._make import check_labels, feasibility_problem
+from .._problem._problem import FeasibilityProblem
+from .._program._trace import trace
+from ..solvers._solve import finite_nodes, first_bad
+from ._displacement import DEFAULT_TAU, Options, displacement_of, run
+from ._preconditioner import Preconditioner, preconditioner
+
+
+class Direction(NamedTuple):
+    """What a minibatch says: the loss, where it points, and the coordinates of the step (`None` for the plain ones)."""
+
+    value: Float[Array, ""]
+    moved: PyTree
+    coordinates: Preconditioner | None
+
+
+class AbstractDirection(eqx.Module):
+    """How a step of training gets its direction."""
+
+    name: eqx.AbstractClassVar[str]
+    loss: eqx.AbstractVar[Callable[..., Any]]
+    has_aux: eqx.AbstractVar[bool]
+
+    @abc.abstractmethod
+    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
+        """The direction on a minibatch; `key` goes to a loss that takes one."""
+
+    @abc.abstractmethod
+    def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
+        """The loss on some samples of the data, for a check before training.
+
+        **Raises:** `ValueError` for a loss that cannot be trained; `UnsupportedPrimitiveError` for operations without a
+        rule.
+        """
+
+    @abc.abstractmethod
+    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
+        """Where a step that gives NaN or infinity goes wrong, found by taking it again."""
+
+
+class Gradient(AbstractDirection):
+    """The gradient of the loss."""
+
+    name: ClassVar[str] = "gradient"
+    loss: Callable[..., Any]
+    has_aux: bool
+
+    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
+        function = eqx.filter_value_and_grad(self.loss, has_aux=self.has_aux)
+        value, moved = function(model, *batch, **key_argument(self.loss, key))
+        return Direction(value[0] if self.has_aux else value, moved, None)
+
+    def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
+        traced = trace(self.loss, model, batch, key_argument(self.loss, jax.random.key(0)), has_aux=self.has_aux)
+        check_dependence(traced)
+        return jnp.asarray(value_alone(self.loss, self.has_aux)(traced.rebuild(traced.parameters), *batch))
+
+    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
+        return "the gradient"
+
+
+class Displacement(AbstractDirection):
+    """The displacement of the loss by a solver, with the coordinates of the layers' inputs where they are asked for.
+
+    - `options`: of the displacement.
+    - `excluded`: positions of the parameters whose layers keep their coordinates; `None` for all of them.
+    """
+
+    name: ClassVar[str] = "projection"
+    loss: Callable[..., Any]
+    has_aux: bool
+    options: Options
+    excluded: frozenset[int] | None
+
+    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
+        problem = self._problem(model, batch, key)
+        state = run(problem, self.options.solver, self.options.steps)
+        coordinates = None if self.excluded is None else preconditioner(problem, self.excluded)
+        return Direction(problem.value, displacement_of(problem, state, False), coordinates)
+
+    def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
+        problem = feasibility_problem(
+            self.loss,
+            model,
+            *batch,
+            copies=self.options.copies,
+            metric=self.options.metric,
+            tau=DEFAULT_TAU if self.options.tau is None else self.options.tau,
+            has_aux=self.has_aux,
+            kwargs=key_argument(self.loss, jax.random.key(0)),
+        )
+        check_labels(problem, data)
+        return problem.value
+
+    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
+        problem = self._problem(model, batch, key)
+        started = jax.device_get(finite_nodes(problem, problem.start(False)))
+        on_the_way = [i for i in problem.graph.forward_order if not started[i]]
+        if on_the_way or not bool(jnp.isfinite(problem.value)):
+            return problem.describe([*on_the_way, problem.graph.objectives[0]][0])
+        state = run(problem, self.options.solver, self.options.steps)
+        bad = first_bad(problem, jax.device_get(finite_nodes(problem, state)))
+        return "the optimizer's update" if bad is None else problem.describe(bad)
+
+    def _problem(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> FeasibilityProblem:
+        return self.options.problem(trace(self.loss, model, batch, key_argument(self.loss, key), has_aux=self.has_aux))
+
+
+def takes_key(loss: Callable[..., Any]) -> bool:
+    """Whether a loss has an argument named `key`."""
+    try:
+        return "key" in inspect.signature(loss).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def key_argument(loss: Callable[..., Any], key: Array) -> dict[str, Array]:
+    """The keyword arguments that give a loss its key, if it takes one."""
+    return {"key": key} if takes_key(loss) else {}
+
+
+def value_alone(loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The loss as a function to evaluate, without its auxiliary output, and with always the same key."""
+
+    def value(model: PyTree, *args: Any) -> Any:
+        out = loss(model, *args, **key_argument(loss, jax.random.key(0)))
+        return out[0] if has_aux else out
+
+    return value
