@@ -1,4 +1,4 @@
-"""Convolutions inside of loops and branches are laid out, and compute what they did."""
+"""Convolutions inside of loops and branches are canonicalised, and compute what they did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import eqxproj
-from eqxproj._program._convolutions import laid_out, lowered
+from eqxproj._program._canonical import canonicalised, lowered
 from eqxproj._program._trace import trace
 
 _NORMAL = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
@@ -84,7 +84,7 @@ def test_any_layout_computes_the_same_in_a_loop(layout, name, transpose):
     program = program_of(conv, x, w)
 
     def changed(x, w):
-        return laid_out(lambda: looped(x, w), program)
+        return canonicalised(lambda: looped(x, w), program)
 
     found = convolutions(jax.make_jaxpr(changed)(x, w).jaxpr)
     if name != "small groups" or transpose == "to the kernel":
@@ -116,7 +116,7 @@ def test_groups_of_the_batch_become_groups_of_channels_anywhere(groups):
 
     program = program_of(back, x, w)
     assert groups in batch_groups(jax.make_jaxpr(back)(x, w))
-    assert batch_groups(jax.make_jaxpr(lambda x, w: laid_out(lambda: back(x, w), program))(x, w)) == {1}
+    assert batch_groups(jax.make_jaxpr(lambda x, w: canonicalised(lambda: back(x, w), program))(x, w)) == {1}
     np.testing.assert_allclose(lowered(back, x, w).compile()(x, w), back(x, w), rtol=1e-4, atol=1e-4)
 
 
@@ -127,9 +127,9 @@ def operands():
 
 def test_only_what_stands_in_loops_and_branches_is_changed(operands):
     program = program_of(nested, *operands)
-    found = convolutions(jax.make_jaxpr(lambda *a: laid_out(lambda: nested(*a), program))(*operands).jaxpr)
+    found = convolutions(jax.make_jaxpr(lambda *a: canonicalised(lambda: nested(*a), program))(*operands).jaxpr)
     assert sorted(found) == [(False, ((0, 1, 2, 3),) * 3), (True, _NORMAL)]
-    out = jax.jit(lambda *a: laid_out(lambda: nested(*a), program))(*operands)
+    out = jax.jit(lambda *a: canonicalised(lambda: nested(*a), program))(*operands)
     np.testing.assert_allclose(out, nested(*operands), rtol=1e-5, atol=1e-5)
 
 
@@ -148,13 +148,13 @@ def test_without_convolutions_nothing_is_traced_twice(operands):
         return operands[0] * 2
 
     program = program_of(lambda x, w: x * w[0, 0, 0, 0], *operands)
-    np.testing.assert_array_equal(laid_out(function, program), operands[0] * 2)
+    np.testing.assert_array_equal(canonicalised(function, program), operands[0] * 2)
     assert calls == [1]
 
 
 def test_what_is_no_array_is_passed_through(operands):
     program = program_of(nested, *operands)
-    out = laid_out(lambda: ("name", nested(*operands), None), program)
+    out = canonicalised(lambda: ("name", nested(*operands), None), program)
     assert out[0] == "name" and out[2] is None
 
 
@@ -167,7 +167,7 @@ class Network(eqx.Module):
 
 
 @pytest.mark.parametrize("solver", [eqxproj.AlternatingProjections(), eqxproj.DouglasRachford()])
-def test_the_sweeps_of_a_solver_are_laid_out(solver):
+def test_the_sweeps_of_a_solver_are_canonicalised(solver):
     k1, k2, k3 = jax.random.split(jax.random.key(0), 3)
     model = Network(eqx.nn.Conv2d(1, 2, 3, padding=1, key=k1), eqx.nn.Linear(32, 3, key=k2))
     x, y = jax.random.normal(k3, (5, 1, 4, 4)), jnp.array([0, 1, 2, 0, 1])

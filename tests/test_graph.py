@@ -1,14 +1,17 @@
 """The factor graph: its order, its two colors on random graphs, and what `explain` prints."""
 
+from dataclasses import fields
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqxproj._graph._graph._build import build
-from eqxproj._graph._graph._graph import conflicts, table, with_identities
 
 import eqxproj
+from eqxproj._graph._build import build
+from eqxproj._graph._graph import Graph, conflicts, table, with_identities
+from eqxproj._problem._published import PublishedGraph
 from eqxproj._program._trace import trace
 from eqxproj.losses import cross_entropy, squared_error
 from eqxproj.rules._scalar import identity
@@ -67,6 +70,11 @@ def assert_ordered(graph):
             assert place[producer] < place[edge.consumer]
 
 
+def published(graph):
+    """The same graph, with frontiers as its layers."""
+    return PublishedGraph(**{field.name: getattr(graph, field.name) for field in fields(Graph)})
+
+
 def assert_consistent(graph):
     """Positions refer to one another as they must, and all of the graph leads to the objective."""
     for i, node in enumerate(graph.nodes):
@@ -78,7 +86,7 @@ def assert_consistent(graph):
         assert all(value in graph.edges[e].sources for e in graph.readers[value])
     assert sorted(e for n in graph.nodes for e in n.edges) == list(range(len(graph.edges)))
     for order in ("topological", "breadth_first"):
-        layers = graph.layers(order)
+        layers = published(graph).layers if order == "breadth_first" else graph.layers
         listed = [n for layer in layers for n in layer]
         # A breadth-first walk meets a node once for each length of way to it.
         assert sorted(set(listed) if order == "breadth_first" else listed) == list(range(len(graph.nodes)))

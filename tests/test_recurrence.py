@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from eqxproj._graph._graph._graph import conflicts
 
 import eqxproj
+from eqxproj._graph._graph import conflicts
 
 
 class Elman(eqx.Module):
@@ -47,7 +47,7 @@ def arrays(tree):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_all_steps_at_once_move_as_the_unrolled_graph(reverse):
-    """Two-color steps on the laid-out graph and on that of the Python loop, which differ in their identity nodes."""
+    """Two-color steps on the graph of a `scan` and on the graph of a Python loop, which has other identity nodes."""
     moved = []
     for unrolled in (False, True):
         model, x, y = case(5, reverse=reverse, unrolled=unrolled)

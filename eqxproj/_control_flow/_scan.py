@@ -94,11 +94,11 @@ def _walked(ctx: Context, inputs: Sequence[Array]) -> tuple[_Walk, list[Array], 
     assert ctx.equation is not None
     recurrence = Recurrence.of(ctx.equation)
     constants, carries, slices = recurrence.split(ctx.operands(inputs))
-    if ctx.residuals_hold and ctx.equation.kept:
-        kept = [ctx.known[v.index] for v in ctx.equation.kept]
+    if ctx.residuals_hold and ctx.equation.residuals:
+        kept = [ctx.known[v.index] for v in ctx.equation.residuals]
         entering, seen = kept[: recurrence.carries], kept[recurrence.carries :]
     else:
-        entering, seen = recurrence.walk(constants, carries, slices, with_products=True)[2:]
+        entering, seen = recurrence.walk(constants, carries, slices, with_residuals=True)[2:]
     return _Walk(recurrence, ctx.unknown), constants, (entering, slices, seen)
 
 

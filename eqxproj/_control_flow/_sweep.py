@@ -80,7 +80,7 @@ def problem_of(
         outputs = function(*values)
         return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
 
-    traced = trace(loss, list(inputs), (list(duals),), stiff=stiff)
+    traced = trace(loss, list(inputs), (list(duals),), is_parameter=stiff)
     own = Metric(ctx.metric.grade, ctx.metric.parameter)
     problem = make_problem(traced, own, ctx.copies, 1.0, "constant", False, _offset(ctx), recalled=recalled)  # pyright: ignore[reportArgumentType]
     return replace(problem, outer_unit=ctx.unit)

@@ -1,9 +1,10 @@
 """The factor graph of a loss: values, edges that show them to nodes, and nodes that constrain them.
 
+Transforms a graph into a two-colored one: the colors alternate breadth-first from the objective, and where an edge
+would join equal colors an identity node is put on it. Limits: every node must lead to the objective.
+
 A *value* is a parameter, a pinned datum, or the output of a node. An *edge* shows one or several values to one operand
-of a node, through a view. A *node* constrains its operands and its outputs. Any such graph gets two colors: the
-colors are laid breadth-first from the objective, and where an edge would join equal colors an identity node is put
-on it.
+of a node, through a view. A *node* constrains its operands and its outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Kind = Literal["parameter", "data", "operation", "objective", "identity"]
 
 @dataclass(frozen=True, eq=False)
 class Edge:
-    """One operand of one node. `sources` are the values it shows; `view` is the map from them to the operand."""
+    """One operand of one node. `sources` are the values that it shows; `view` is the map from them to the operand."""
 
     variable: Variable
     view: View
@@ -31,14 +32,16 @@ class Edge:
     consumer: int
     is_parameter: bool
     delayed: frozenset[int] = frozenset()
-    """The sources that are shown one time step late: they close the cycles of a recurrence."""
+    """The sources that are shown one time step late. They close the cycles of a recurrence."""
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
     """One constraint. A parameter or pinned datum is a node without operands.
 
-    `unknown` says which operands of `equation` (the one primitive of the node, if it is one) are edges.
+    - `function`: the operation, from what the edges show to the outputs.
+    - `equation`: the primitive of a node that is one primitive. `unknown`: which of its operands are edges.
+    - `scale`: for an objective, its coefficient in units of the largest one.
     """
 
     kind: Kind
@@ -53,6 +56,7 @@ class Node:
     scale: float = 1.0
 
     def describe_rule(self) -> str:
+        """How the node is projected, in a few words."""
         if self.rule is not None:
             return self.rule.describe(self.equation)
         return "all copies equal" if self.kind == "parameter" else "held in place"
@@ -71,7 +75,7 @@ class Graph:
     largest: float = 1.0
     """The largest coefficient of a term of the loss: one over the batch size, where the loss is a mean."""
     hard: bool = False
-    """Whether the objective is nothing but sets, so that tau is of no account."""
+    """Whether the objective is nothing but sets, which do not use tau."""
 
     @cached_property
     def producers(self) -> tuple[int, ...]:
@@ -97,22 +101,18 @@ class Graph:
         )
 
     @cached_property
-    def _prompt(self) -> tuple[tuple[int, ...], ...]:
+    def prompt_predecessors(self) -> tuple[tuple[int, ...], ...]:
         """For each node, the nodes whose values it reads without delay. These relations have no cycle."""
-        return tuple(
-            tuple(
-                dict.fromkeys(
-                    self.producers[v]
-                    for e in node.edges
-                    for v in self.edges[e].sources
-                    if v not in self.edges[e].delayed
-                )
-            )
-            for node in self.nodes
-        )
+
+        def read(node: Node) -> tuple[int, ...]:
+            edges = [self.edges[e] for e in node.edges]
+            return tuple(dict.fromkeys(self.producers[v] for e in edges for v in e.sources if v not in e.delayed))
+
+        return tuple(map(read, self.nodes))
 
     @cached_property
     def objectives(self) -> tuple[int, ...]:
+        """The nodes of the objective."""
         return tuple(i for i, node in enumerate(self.nodes) if node.kind == "objective")
 
     @cached_property
@@ -126,39 +126,39 @@ class Graph:
                 done[node] = None
             elif node not in done:
                 stack.append((node, True))
-                stack.extend((p, False) for p in self._prompt[node] if p not in done)
+                stack.extend((p, False) for p in self.prompt_predecessors[node] if p not in done)
         return tuple(done)
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
-        """The longest way from the objective to each node; edges that are not delayed lead to a smaller one."""
+        """The longest way from the objective to each node. Along edges that are not delayed, it falls."""
         depth = [0] * len(self.nodes)
         for node in reversed(self.forward_order):
-            for p in self._prompt[node]:
+            for p in self.prompt_predecessors[node]:
                 depth[p] = max(depth[p], depth[node] + 1)
         return tuple(depth)
 
     @cached_property
     def behind(self) -> tuple[int, ...]:
-        """For each node those that it is computed from without delay, as the bits of a number."""
+        """For each node, the nodes that it is computed from without delay, as the bits of a number."""
         found = [0] * len(self.nodes)
         for node in self.forward_order:
-            for p in self._prompt[node]:
+            for p in self.prompt_predecessors[node]:
                 found[node] |= found[p] | 1 << p
         return tuple(found)
 
     @cached_property
     def ahead(self) -> tuple[int, ...]:
-        """For each node those that are computed from it without delay, as the bits of a number."""
+        """For each node, the nodes that are computed from it without delay, as the bits of a number."""
         found = [0] * len(self.nodes)
         for node in reversed(self.forward_order):
-            for p in self._prompt[node]:
+            for p in self.prompt_predecessors[node]:
                 found[p] |= found[node] | 1 << node
         return tuple(found)
 
     @cached_property
     def cyclic_depth(self) -> int | None:
-        """The least depth of a node whose value is read with a delay; `None` where none is, and there are no cycles."""
+        """The least depth of a node whose value is read with a delay; `None` in a graph without cycles."""
         late = {self.producers[v] for edge in self.edges for v in edge.delayed}
         return min((self.depth[node] for node in late), default=None)
 
@@ -182,7 +182,7 @@ class Graph:
 
     @cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
-        """The nodes from the objective back, by their longest way to it: every node follows all that read from it."""
+        """The nodes from the objective back, by depth: every node follows all its consumers."""
         layers: list[list[int]] = [[] for _ in range(max(self.depth) + 1)]
         for node, d in enumerate(self.depth):
             layers[d].append(node)
@@ -191,6 +191,7 @@ class Graph:
         return tuple(tuple(layer) for layer in layers if layer)
 
     def color(self, color: int) -> tuple[int, ...]:
+        """The nodes of one color."""
         return tuple(i for i, c in enumerate(self.colors) if c == color)
 
 
@@ -206,7 +207,14 @@ def conflicts(graph: Graph) -> tuple[int, ...]:
 def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
     """Puts an identity node on every edge that joins two nodes of one color, until there is none.
 
-    An edge that shows several values, of which only some conflict, gets an identity node on those alone.
+    **Arguments:**
+
+    - `graph`: any graph.
+    - `identity`: the rule of the identity nodes.
+
+    **Returns:**
+
+    The graph with two colors. Where only some of the values that an edge shows conflict, the others stay as they are.
     """
     for _ in range(len(graph.edges) + 1):
         bad = conflicts(graph)
@@ -217,22 +225,22 @@ def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
 
 
 def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
+    """Puts an identity node on each value of an edge that has the color of the edge's consumer."""
     edge = graph.edges[index]
-    color = graph.colors[edge.consumer]
+    color, source = graph.colors[edge.consumer], graph.nodes[edge.consumer].source
     values, edges, nodes = list(graph.values), list(graph.edges), list(graph.nodes)
-    sources = list(edge.sources)
-    for position, value in enumerate(edge.sources):
+    sources: list[int] = []
+    for value in edge.sources:
         if graph.colors[graph.producers[value]] != color:
+            sources.append(value)
             continue
         variable = graph.values[value]
-        fragment = Fragment((), (variable,), (variable,))
+        sources.append(len(values))
         values.append(variable)
-        late = edge.delayed & {value}
-        edges.append(Edge(variable, View((), (variable,), (variable,)), (value,), len(nodes), edge.is_parameter, late))
-        source = nodes[edge.consumer].source
-        outputs = (len(values) - 1,)
-        nodes.append(Node("identity", "identity", source, identity, fragment, (len(edges) - 1,), outputs))
-        sources[position] = len(values) - 1
+        plain = View((), (variable,), (variable,))
+        edges.append(Edge(variable, plain, (value,), len(nodes), edge.is_parameter, edge.delayed & {value}))
+        fragment, own = Fragment((), (variable,), (variable,)), (len(edges) - 1,)
+        nodes.append(Node("identity", "identity", source, identity, fragment, own, (sources[-1],)))
     edges[index] = replace(edge, sources=tuple(sources), delayed=edge.delayed & set(sources))
     return replace(graph, values=tuple(values), edges=tuple(edges), nodes=tuple(nodes))
 

@@ -1,6 +1,6 @@
-"""The weights of a graph's edges, as logarithms: the metric, laid out from the objective back.
+"""The weights of a graph's edges, as logarithms: the metric, applied from the objective back.
 
-Transforms a graph and a metric into one logarithm an edge. Limits: one weight for all elements of an operand.
+Transforms a graph and a metric into one logarithm for each edge. Limits: one weight for all elements of an operand.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ import math
 from collections.abc import Sequence
 
 from .._metric import Metric
-from ._graph import Graph
+from ._graph import Edge, Graph
 
-_LIFT = 80.0
-"""Added to what lies as deep as a cycle in a steep metric: beyond both clamps."""
+_CYCLE_OFFSET = 80.0
+"""Added to the logarithms of what lies as deep as a cycle in a steep metric: beyond both clamps."""
 
 
 def edge_logs(graph: Graph, metric: Metric, offset: float = 0.0) -> tuple[float, ...]:
-    """The logarithm of the weight of each edge.
+    """The logarithm of the weight of each edge; `offset` is the one of the objective's own edges.
 
-    Around the cycles of a recurrence that is laid out over time, weights would have to grow from each time step to the
-    one before it, and an edge has one weight for all. In a steep metric all that lies as deep as a cycle is therefore
-    taken to be so heavy that nothing there moves; what is exact are the ratios ([`reader_logs`][]).
+    Around the cycles of a recurrence that is unrolled over time, weights would have to grow from each time step to the
+    one before it, and an edge has one weight for all steps. In a steep metric all that lies as deep as a cycle
+    therefore gets a further offset, so large that nothing there moves. The ratios stay exact ([`reader_logs`][]).
     """
-    lifted = graph.cyclic_depth if metric.is_steep else None
+    cycle = graph.cyclic_depth if metric.is_steep else None
 
-    def log(edge) -> float:
+    def log(edge: Edge) -> float:
         depth = graph.depth[edge.consumer]
-        lift = 0.0 if lifted is None or depth < lifted else _LIFT
-        return offset + lift + metric.log_weight(depth, edge.is_parameter)
+        further = 0.0 if cycle is None or depth < cycle else _CYCLE_OFFSET
+        return offset + further + metric.log_weight(depth, edge.is_parameter)
 
     return tuple(map(log, graph.edges))
 
 
 def reader_logs(graph: Graph, metric: Metric, logs: Sequence[float], value: int) -> list[float]:
-    """The logarithms of the weights with which the readers of a value count in its own, in their order.
+    """The logarithms of the weights with which the readers of a value count in its output weight, in their order.
 
     One that reads it a time step later is nearer to the objective by that step: in a steep metric it counts for less
     than the operands that the value is computed from, whatever its depth within the time step.

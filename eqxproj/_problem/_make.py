@@ -113,7 +113,7 @@ def make_problem(
     needed = {i for n in graph.nodes if n.function is not None for i in n.function.known}
     needed |= {i for e in graph.edges for i in e.view.known}
     needed |= {i for n in graph.nodes if n.equation is not None for i in _known_inputs(n)}
-    needed |= {v.index for n in graph.nodes if n.equation is not None for v in n.equation.kept}
+    needed |= {v.index for n in graph.nodes if n.equation is not None for v in n.equation.residuals}
     needed |= {i for n in graph.nodes if n.rule is not None for i in n.rule.known_variables()}
     known = {i: jnp.asarray(env[i]) for i in sorted(needed)}
     kinds = [graph.nodes[p].kind for p in graph.producers]

@@ -1,12 +1,13 @@
 """Comparisons of two unknowns, rewritten as comparisons of their difference with zero.
 
-`x > y` as a number is a step of `x - y`: a scalar node with two terms, as `relu(x - y)` is one. Only comparisons that
-are read as numbers are rewritten; a predicate that chooses between values stays as it is.
+Transforms a program: `x > y` as a number is a step of `x - y`, a scalar node with two terms, as `relu(x - y)` is one.
+Limits: only comparisons that are read as numbers; a predicate that chooses between values stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jax.extend.core import primitives as jp
@@ -17,7 +18,17 @@ _COMPARISONS = ("gt", "ge", "lt", "le")
 
 
 def with_differences(program: Program, seeds: Sequence[Variable]) -> Program:
-    """The program with its comparisons of two unknowns rewritten; `seeds` are its unknown inputs."""
+    """The program with its comparisons of two unknowns rewritten.
+
+    **Arguments:**
+
+    - `program`: any program.
+    - `seeds`: its unknown inputs.
+
+    **Returns:**
+
+    A program that computes the same; the same one where it has no such comparison.
+    """
     unknown = dependents(program.equations, seeds)
     readers: dict[int, list[str]] = {v.index: ["output"] for v in program.outputs}
     for equation in program.equations:
@@ -32,18 +43,18 @@ def with_differences(program: Program, seeds: Sequence[Variable]) -> Program:
     if not any(map(compares, program.equations)):
         return program
     fresh = Fresh(program)
-    equations: list[Equation] = []
-    for equation in program.equations:
-        if not compares(equation):
-            equations.append(equation)
-            continue
-        difference = fresh.like(equation.inputs[0])
-        zero = fresh.constant(np.zeros((), difference.dtype))
-        equations.append(Equation(jp.sub_p, {}, equation.inputs, (difference,), equation.source))
-        full = fresh.like(difference)
-        params = dict(shape=full.shape, broadcast_dimensions=(), sharding=None)
-        equations.append(Equation(jp.broadcast_in_dim_p, params, (zero,), (full,), equation.source))
-        fresh.static[full.index] = 0.0
-        compared = (difference, full)
-        equations.append(Equation(equation.primitive, equation.params, compared, equation.outputs, equation.source))
+    equations = [x for e in program.equations for x in (_of_difference(e, fresh) if compares(e) else [e])]
     return Program(program.inputs, tuple(equations), program.outputs, fresh.constants, fresh.static)
+
+
+def _of_difference(equation: Equation, fresh: Fresh) -> list[Equation]:
+    """The equations of one comparison: the difference, a zero of its shape, and the comparison of the two."""
+    difference = fresh.like(equation.inputs[0])
+    zero = fresh.constant(np.zeros((), difference.dtype))
+    full = fresh.static_variable(difference.shape, difference.dtype, 0.0)
+    params = dict(shape=full.shape, broadcast_dimensions=(), sharding=None)
+    return [
+        Equation(jp.sub_p, {}, equation.inputs, (difference,), equation.source),
+        Equation(jp.broadcast_in_dim_p, params, (zero,), (full,), equation.source),
+        replace(equation, inputs=(difference, full)),
+    ]

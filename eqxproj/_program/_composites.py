@@ -1,17 +1,18 @@
 r"""Finds what is one operation though it is written as many: softmax, normalization, and the like.
 
+Transforms equations: those between a variable and a junction become one [`Composite`][]. Limits: only elementwise
+operations, views, reductions and cumulative ones are joined; products of two unknowns stay nodes, and parameters too.
+
 A *junction* is an equation that brings together several functions of one variable $d$, its dominator. Where one of
 them has passed through a reduction ($x - \bar x$, $e_i/\sum_j e_j$), all from $d$ to the junction is one function of
-one array. Left as a chain, it would be a constraint an equation, with copies of the same array on each, which pull
-apart what belongs together. As a [`Composite`][] it is one constraint, projected by the local solver.
-
-Only elementwise operations, views, reductions and cumulative ones are joined, never parameters: products of two
-unknowns and nonlinear functions with a rule of their own stay nodes. An exponential before a reduction belongs to it.
+one array. As a chain, it would be one constraint for each equation, and their copies of the same array would pull apart
+what belongs together. A composite is one constraint, which the local solver projects. An exponential before a reduction
+belongs to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +29,12 @@ _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp".split()
 )
 _PREPARES = ("exp", "exp2", "sub", "add", "mul", "div", "neg")
-"""What belongs to a composite if it stands right before it, and reads nothing else that is unknown."""
+"""Operations that belong to a composite right after them, if they read no other unknown and an exponential is there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Composite(Equation):
-    """An operation that is several equations."""
+    """One operation that is written as several equations, `inner`."""
 
     inner: tuple[Equation, ...] = field(kw_only=True)
 
@@ -45,38 +46,37 @@ class Composite(Equation):
         return "normalization" if names & {"rsqrt", "sqrt", "pow"} else "composite"
 
     def bind(self, *operands: Any) -> list[Any]:
-        env = {v.index: x for v, x in zip(self.inputs, operands, strict=True)}
-        evaluate(self.inner, env)
+        env = evaluate(self.inner, {v.index: x for v, x in zip(self.inputs, operands, strict=True)})
         return [env[v.index] for v in self.outputs]
 
 
-class _Dominators:
-    """The tree of dominators of unknown variables, as far as light equations reach."""
+def _dominators(equations: Sequence[Equation], unknown: frozenset[int]) -> dict[int, int]:
+    """For each unknown result its dominator, as far as light equations reach."""
+    parent: dict[int, int] = {}
+    depth: dict[int, int] = {}
+    for equation in equations:
+        inputs = list(dict.fromkeys(v.index for v in equation.inputs if v.index in unknown))
+        for index in inputs:
+            depth.setdefault(index, 0)
+        if equation.name not in (ELEMENTWISE | VIEWS | _REDUCTIONS) or not inputs:
+            continue
+        common: int | None = inputs[0]
+        for index in inputs[1:]:
+            common = _common(common, index, parent, depth)
+        if common is not None:
+            for v in equation.outputs:
+                parent[v.index], depth[v.index] = common, depth[common] + 1
+    return parent
 
-    def __init__(self, equations: Sequence[Equation], unknown: frozenset[int]):
-        self.parent: dict[int, int] = {}
-        self.depth: dict[int, int] = {}
-        for equation in equations:
-            inputs = list(dict.fromkeys(v.index for v in equation.inputs if v.index in unknown))
-            for index in inputs:
-                self.depth.setdefault(index, 0)
-            if equation.name not in (ELEMENTWISE | VIEWS | _REDUCTIONS) or not inputs:
-                continue
-            common: int | None = inputs[0]
-            for index in inputs[1:]:
-                common = self._common(common, index)
-            if common is not None:
-                for v in equation.outputs:
-                    self.parent[v.index], self.depth[v.index] = common, self.depth[common] + 1
 
-    def _common(self, a: int | None, b: int | None) -> int | None:
-        """The nearest variable through which all ways to both lead."""
-        while a is not None and b is not None and a != b:
-            if self.depth[a] >= self.depth[b]:
-                a = self.parent.get(a)
-            else:
-                b = self.parent.get(b)
-        return a if a == b else None
+def _common(a: int | None, b: int | None, parent: Mapping[int, int], depth: Mapping[int, int]) -> int | None:
+    """The nearest variable through which all ways to both lead; `None` where there is none."""
+    while a is not None and b is not None and a != b:
+        if depth[a] >= depth[b]:
+            a = parent.get(a)
+        else:
+            b = parent.get(b)
+    return a if a == b else None
 
 
 def with_composites(
@@ -86,16 +86,16 @@ def with_composites(
 
     **Arguments:**
 
-    - `equations`: a program's, in order.
-    - `unknown`: the variables that depend on parameters.
-    - `ends`: variables that stay.
+    - `equations`: the equations of a program, in order.
+    - `unknown`: the numbers of the variables that depend on parameters.
+    - `ends`: variables that must still be computed.
 
     **Returns:**
 
     Equations that compute the same `ends`.
     """
     makers = {v.index: e for e in equations for v in e.outputs}
-    tree = _Dominators(equations, unknown)
+    dominators = _dominators(equations, unknown)
     readers: dict[int, int] = {}
     for equation in equations:
         for index in {v.index for v in equation.inputs}:
@@ -105,15 +105,15 @@ def with_composites(
         inputs = {v.index for v in equation.inputs if v.index in unknown}
         out = equation.outputs[0]
         joined = None
-        if len(inputs) > 1 and equation.name in ELEMENTWISE and out.index in tree.parent and out.is_float:
-            start = _prepared(tree.parent[out.index], makers, readers, unknown)
+        if len(inputs) > 1 and equation.name in ELEMENTWISE and out.index in dominators and out.is_float:
+            start = _prepared(dominators[out.index], makers, readers, unknown)
             joined = _joined(equation, start, equations, makers, unknown)
         done.append(equation if joined is None else joined)
     return live(done, ends)
 
 
-def _prepared(start: int, makers: dict[int, Equation], readers: dict[int, int], unknown: frozenset[int]) -> int:
-    """Moves the start of a composite back through what prepares its reduction."""
+def _prepared(start: int, makers: Mapping[int, Equation], readers: Mapping[int, int], unknown: frozenset[int]) -> int:
+    """The start of a composite, moved back through what prepares its reduction."""
     exponential = False
     at = start
     while at in makers and makers[at].name in _PREPARES:
@@ -126,7 +126,11 @@ def _prepared(start: int, makers: dict[int, Equation], readers: dict[int, int], 
 
 
 def _joined(
-    junction: Equation, start: int, equations: Sequence[Equation], makers: dict[int, Equation], unknown: frozenset[int]
+    junction: Equation,
+    start: int,
+    equations: Sequence[Equation],
+    makers: Mapping[int, Equation],
+    unknown: frozenset[int],
 ) -> Composite | None:
     """The composite from a variable to a junction; `None` where no reduction lies between."""
     inside: dict[int, Equation] = {}

@@ -1,10 +1,8 @@
 """`custom_projection`: a function with a projection rule of its own, as `jax.custom_vjp` gives it a derivative.
 
-A call becomes one equation of the jaxpr, of a primitive that keeps the function whole. Everything else sees through
-it: it is evaluated, lowered, differentiated and batched as the function itself is, so that the same model trains with
-optax.
-
-Its limits are those of `jax.custom_vjp`: arrays that the function needs are its arguments, not closed over.
+Transforms a call into one equation of the jaxpr, of a primitive that keeps the function whole. It is evaluated,
+lowered, differentiated and batched as the function itself, so that the same model trains with optax. Limits: as with
+`jax.custom_vjp`, arrays that the function needs must be arguments, not closed over.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ class Call:
         return self.name
 
     def batched(self, dims: Sequence[Any], is_loss: bool) -> Call:
-        """The same call over a batch, of which `dims` says which inputs have it. Outputs have it in front."""
+        """The same call over a batch. `dims` are the batch dimensions of the inputs; outputs have it in front."""
         function = jax.vmap(self.function, in_axes=tuple(dims), out_axes=0)
         if is_loss:
 
@@ -64,7 +62,7 @@ class Call:
 
 
 def _front(x: Array, dim: int | None) -> Array:
-    """From a batch dimension in front to where the operand has it; copies of an operand without one are averaged."""
+    """Moves a batch dimension from the front to where the operand has it. Without one there, it takes the mean."""
     return x.mean(0).astype(x.dtype) if dim is None else jnp.moveaxis(x, 0, dim)
 
 
@@ -118,9 +116,9 @@ class CustomProjection(Generic[_P, _T]):
 
         - `rule`: `rule(ctx, inputs, target) -> new_inputs`. `inputs` is the tuple of the call's positional arguments;
             `target` has the structure of the output. It returns the new arguments as a tuple (or the one new argument
-            of a function of one): the inputs, near the given ones, whose output is, or is nearer to, the target. What
-            it returns for arguments that are known, or no floats, is ignored, and may be `None`. Python numbers among
-            the arguments are passed on as they are. `ctx.weights` and `ctx.kappa` weigh the
+            of a function of one): inputs near the given ones, at which the output is the target, or nearer to it. New
+            arguments in the place of known ones, or of arguments that are no floats, are ignored and may be `None`.
+            Python numbers among the arguments are passed on as they are. `ctx.weights` and `ctx.kappa` weigh the
             distances of the inputs and of the output.
 
         **Returns:**
@@ -234,8 +232,8 @@ def custom_projection(function: Callable[_P, _T]) -> CustomProjection[_P, _T]:
             return jnp.where(near, x + target - soft_step(x), x)
         ```
 
-    Training takes small steps, so that a rule should answer a small wish with a small move: one that answers nothing
-    until the target is nearer to another output than to the present one will never be asked for so much.
+    Training takes small steps, so that a rule should answer a target close by with a small move. A rule that moves
+    nothing until the target is nearer to another output than to the present one will never see such a target.
 
     **Raises:** `ValueError` when called without a projection.
     """

@@ -1,6 +1,7 @@
 """What a program is made of: variables, equations in order, and what depends on what.
 
-Transforms nothing itself; the normal form, the graph and the rules all speak in these terms.
+Transforms nothing itself; the normal form, the graph and the rules all speak in these terms. Limits: a program is flat,
+and inner programs (of a `scan`, say) are parameters of their equation.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ class Variable:
 
     @property
     def is_float(self) -> bool:
-        """Whether the value is a real number. All others, complex ones too, are read through and are no values."""
+        """Whether the value is real. Other variables, complex ones too, are read through and never become values."""
         return jnp.issubdtype(self.dtype, jnp.floating)
 
     def describe(self) -> str:
+        """The dtype and the shape, as `explain()` prints them."""
         return f"{np.dtype(self.dtype).name if self.dtype != jax.dtypes.float0 else 'float0'}{list(self.shape)}"
 
 
@@ -41,15 +43,12 @@ class Equation:
     inputs: tuple[Variable, ...]
     outputs: tuple[Variable, ...]
     source: str
+    residuals: tuple[Variable, ...] = field(default=(), kw_only=True)
+    """What `bind` returns after the outputs. Only the rule reads it, on the way back; no equation does."""
 
     @property
     def name(self) -> str:
         return self.primitive.name
-
-    @property
-    def kept(self) -> tuple[Variable, ...]:
-        """Variables of what `bind` returns after the outputs, for the rule alone: no equation reads them."""
-        return ()
 
     def bind(self, *operands: Any) -> list[Any]:
         """Applies the primitive to values; always returns a list."""
@@ -65,7 +64,7 @@ class Program:
     """A flat program: equations in order, with the constants lifted out.
 
     `static` holds the Python value of every variable that is one number known while tracing (a literal, or a
-    broadcast or conversion of one): what the recognition of functions such as `max(x, 0)` goes by.
+    broadcast or conversion of one). Functions such as `max(x, 0)` are recognized by these values.
     """
 
     inputs: tuple[Variable, ...]
@@ -96,7 +95,7 @@ def dependents(equations: Sequence[Equation], seeds: Sequence[Variable]) -> froz
 
 
 class Fresh:
-    """Numbers for variables that are new to a program, and the constants that come with them."""
+    """Makes variables that are new to a program, and collects the constants that come with them."""
 
     def __init__(self, program: Program):
         used = [v.index for e in program.equations for v in (*e.inputs, *e.outputs)]
@@ -109,6 +108,12 @@ class Fresh:
         self.count += 1
         return Variable(self.count - 1, tuple(shape), dtype)
 
+    def static_variable(self, shape: Sequence[int], dtype: Any, value: float) -> Variable:
+        """A variable all of whose elements are one known number."""
+        variable = self.variable(shape, dtype)
+        self.static[variable.index] = value
+        return variable
+
     def like(self, variable: Variable) -> Variable:
         return self.variable(variable.shape, variable.dtype)
 
@@ -120,7 +125,17 @@ class Fresh:
         return variable
 
     def splice(self, program: Program, inputs: Sequence[Variable]) -> tuple[list[Equation], list[Variable]]:
-        """The equations and outputs of a program with its inputs replaced and all else renumbered."""
+        """Takes over another program.
+
+        **Arguments:**
+
+        - `program`: a program in normal form.
+        - `inputs`: what takes the place of its inputs.
+
+        **Returns:**
+
+        Its equations and its outputs, with all other variables renumbered.
+        """
         new: dict[int, Variable] = {v.index: w for v, w in zip(program.inputs, inputs, strict=True)}
 
         def renamed(v: Variable) -> Variable:

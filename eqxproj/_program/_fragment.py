@@ -1,7 +1,7 @@
-"""Evaluates equations of a program, and the pieces that a graph is made of.
+"""Evaluates equations, programs, and the pieces of programs that a graph is made of.
 
-A [`Fragment`][] is a function given by equations: the operation of a node, or the view through which a node reads
-its operand. Its known operands are looked up in an environment that the forward pass has filled.
+A [`Fragment`][] is a function given by equations: the operation of a node, or the view through which a node reads its
+operand. Limits: all else that it reads must be known from the forward pass.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ from jaxtyping import Array
 from ._equations import Equation, Program, Variable
 
 
-def evaluate(equations: Iterable[Equation], env: dict[int, Any]) -> dict[int, Any]:
-    """Evaluates `equations` in order, adding their results to `env`."""
+def evaluate(equations: Iterable[Equation], env: Mapping[int, Any]) -> dict[int, Any]:
+    """`env` with the values of all results of `equations`, which are evaluated in order."""
+    found = dict(env)
     for equation in equations:
-        results = equation.bind(*(env[v.index] for v in equation.inputs))
-        env.update((v.index, r) for v, r in zip((*equation.outputs, *equation.kept), results, strict=True))
-    return env
+        found.update(_results(equation, found))
+    return found
 
 
-def products(program: Program) -> tuple[Variable, ...]:
-    """The results of a program's products, which cost the most, in order.
+def _results(equation: Equation, env: Mapping[int, Any]) -> dict[int, Any]:
+    results = equation.bind(*(env[v.index] for v in equation.inputs))
+    return {v.index: r for v, r in zip((*equation.outputs, *equation.residuals), results, strict=True)}
 
-    There are none where it holds a `scan`: when that is laid out over time, other products take their place.
+
+def residuals_of(program: Program) -> tuple[Variable, ...]:
+    """The results of the forward pass that the way back needs again: the results of products, which cost the most.
+
+    There are none where the program holds a `scan`: once that is unrolled over time, other products take their place.
     """
     if any(equation.name == "scan" for equation in program.equations):
         return ()
@@ -37,19 +42,26 @@ def products(program: Program) -> tuple[Variable, ...]:
     return tuple(v for equation in program.equations if equation.name in names for v in equation.outputs)
 
 
-def forward(program: Program, inputs: Sequence[Array], recalled: Sequence[Array] = ()) -> dict[int, Any]:
+def forward(program: Program, inputs: Sequence[Array], residuals: Sequence[Array] = ()) -> dict[int, Any]:
     """The value of every variable of the program at these inputs.
 
-    Its products are not computed again where they are `recalled` from another evaluation, in order. Those of a program
-    of which less is alive do not fit, and are not taken.
+    **Arguments:**
+
+    - `program`, `inputs`: the program, and one array for each of its inputs.
+    - `residuals`: the values of [`residuals_of`][] from another evaluation at the same inputs. They are not computed
+        again, unless their shapes do not fit: fewer of the products may be alive in this program than in that one.
+
+    **Returns:**
+
+    A dictionary from the number of each variable to its value.
     """
     env: dict[int, Any] = {
         i: jnp.asarray(x) if isinstance(x, np.ndarray) and x.ndim else x for i, x in program.constants.items()
     }
     env.update((v.index, x) for v, x in zip(program.inputs, inputs, strict=True))
-    found = products(program)
-    fits = [v.shape for v in found] == [x.shape for x in recalled]
-    ready = {v.index: x for v, x in zip(found, recalled, strict=True)} if fits else {}
+    wanted = residuals_of(program)
+    fits = [v.shape for v in wanted] == [x.shape for x in residuals]
+    ready = {v.index: x for v, x in zip(wanted, residuals, strict=True)} if fits else {}
     env.update(ready)
     return evaluate([e for e in program.equations if e.outputs[0].index not in ready], env)
 
@@ -75,8 +87,14 @@ class Fragment:
     def of_one(self, static: Mapping[int, float], shape: tuple[int, ...]) -> Callable[[Array], Array]:
         """An elementwise fragment as a function of its one operand, of any shape.
 
-        - `static`: the numbers that it reads from outside, all of them.
-        - `shape`: of the operand, which need not be that of the fragment's.
+        **Arguments:**
+
+        - `static`: all numbers that the fragment reads from outside, by the number of their variable.
+        - `shape`: the shape of the operand, which need not be the one in the program.
+
+        **Returns:**
+
+        A function of one array of that shape.
         """
         variables = {v.index: v for e in self.equations for v in e.inputs}
         known = {i: np.full(shape if variables[i].shape else (), static[i], variables[i].dtype) for i in self.known}
@@ -89,14 +107,14 @@ class Fragment:
             if equation.name == "max":
                 env[equation.outputs[0].index] = self._maximum(equation, env)
             else:
-                evaluate([equation], env)
+                env.update(_results(equation, env))
         return [env[v.index] for v in self.outputs]
 
     def _maximum(self, equation: Equation, env: Mapping[int, Any]) -> Array:
-        """A maximum; over something known as the choice that it is.
+        """A maximum. One over a known operand is written as a choice, which has the same value.
 
-        Its value is the same, but where the known one is chosen, a derivative of what follows that is not finite
-        (of the root of a relu) is left out and not multiplied by zero, as by the derivative of `jax.nn.relu`.
+        Its derivative is zero where the known operand is chosen, even if a derivative of what follows is not finite
+        there (as of the root of a relu). The derivative of `jax.nn.relu` is the same.
         """
         flags = [v.index in self.known for v in equation.inputs]
         x, y = (env[v.index] for v in equation.inputs)
@@ -108,13 +126,13 @@ class Fragment:
 
 @dataclass(frozen=True, eq=False)
 class View(Fragment):
-    """A 0/1 linear map from values to one operand, with parts that may be known constants."""
+    """A 0/1 linear map from values to one operand. Parts of the operand may be known constants."""
 
     def show(self, known: Mapping[int, Any], values: Sequence[Array]) -> Array:
         return values[0] if self.is_identity else self(known, values)[0]
 
     def transpose(self, known: Mapping[int, Any], cotangent: Array) -> tuple[Array, ...]:
-        r"""$S^T u$, one array a value. Exact: the map is linear up to constants, which a transpose does not see."""
+        r"""$S^T u$, one array a value. The constants of the view do not enter it."""
         if self.is_identity:
             return (cotangent,)
         shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.operands]

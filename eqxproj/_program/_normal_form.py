@@ -1,23 +1,23 @@
 """The normal form of a jaxpr: a flat list of primitive equations.
 
-`normal_form` transforms a closed jaxpr into a [`Program`][]:
+Transforms a closed jaxpr into a [`Program`][]. Limits: control flow other than a short polynomial (`scan`, `while`,
+`cond`) stays one equation, and effects are not kept.
+
+In the normal form,
 
 - calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, and the constants of inner jaxprs are lifted
   to the program's own; a `custom_jvp_call` of what has no other derivative, such as a loop, stays one equation;
 - every variable is numbered afresh, so that an inner jaxpr that is called twice gives two sets of variables;
 - implicit broadcasting of elementwise operations is made explicit: a vmapped `add f32[4,8] f32[1,8]` is a
   `broadcast_in_dim` and an addition of equal shapes;
-- a short `scan` of elementwise operations over constants is unrolled: that is how JAX writes polynomials, of which its
-  special functions are made, and what is elementwise throughout is seen as one function;
-- a product that is only read transposed, as `vmap` leaves those of a matrix and vectors, is computed that way;
+- a short `scan` of elementwise operations over constants is unrolled: JAX writes the polynomials in its special
+  functions in this way, and without the `scan` such a function is elementwise throughout;
+- a product that is only read transposed, as `vmap` of a matrix times a vector leaves it, is computed transposed;
 - dead code is dropped.
-
-Its limits: other control flow (`scan`, `while`, `cond`) stays one equation, and effects are not kept.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
@@ -33,44 +32,16 @@ from jax.extend.core import primitives as jp
 
 from ._equations import Equation, Program, Variable, live
 from ._primitives import ELEMENTWISE, OWN_DERIVATIVE, VIEWS
+from ._source import source_of
 
 _CALLS = ("jit", "pjit", "custom_jvp_call", "remat2", "checkpoint", "remat")
 _CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
 _ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-_LIBRARIES = tuple(
-    os.sep + name + os.sep for name in ("jax", "jaxlib", "equinox", "optax", "flax", "jaxtyping", "beartype")
-)
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-
-
-def source_of(source_info: Any, outer: str | None = None) -> str:
-    """The place in the user's own code: the innermost frame that belongs to no library of the stack.
-
-    An equation of an inlined function whose own frames are all a library's stands where the function is called,
-    `outer`.
-    """
-    traceback = getattr(source_info, "traceback", None)
-    for frame in getattr(traceback, "frames", ()) or ():
-        if "trace_to_jaxpr" in frame.function_name and outer is not None:
-            break  # what follows is the place of the function's first call, of which later ones reuse the trace
-        if _is_users(frame.file_name):
-            function = frame.function_name.rpartition("<locals>.")[2]
-            return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({function})"
-    return jex.source_info_util.summarize(source_info) if outer is None else outer
-
-
-def _is_users(file: str) -> bool:
-    """Whether a file belongs to none of the libraries of the stack, nor to the standard library."""
-    if file.startswith("<") or os.path.abspath(file).startswith(_HERE):
-        return False
-    if "site-packages" in file:
-        return not any(part in file for part in _LIBRARIES)
-    return f"{os.sep}lib{os.sep}python" not in file
 
 
 class _Builder:
-    """Collects the equations of a program while the nested jaxprs are walked."""
+    """Walks through nested jaxprs and collects the equations, constants and known numbers of a program."""
 
     def __init__(self) -> None:
         self.equations: list[Equation] = []
@@ -106,7 +77,7 @@ class _Builder:
         if not np.iscomplexobj(number):
             self.static[variable.index] = float(np.asarray(number).reshape(()))
 
-    def emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str):
+    def _emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str):
         outputs = tuple(self.variable(aval.shape, aval.dtype) for aval in avals)
         self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source))
         self._propagate_static(self.equations[-1])
@@ -121,12 +92,74 @@ class _Builder:
             kind = np.dtype(equation.outputs[0].dtype).kind if hasattr(equation.outputs[0].dtype, "kind") else "f"
             self.static[equation.outputs[0].index] = float(int(value)) if kind in "iu" else value
 
-    def broadcast(self, variable: Variable, shape: tuple[int, ...], source: str) -> Variable:
+    def _broadcast(self, variable: Variable, shape: tuple[int, ...], source: str) -> Variable:
         """An explicit broadcast of `variable` to `shape`, of the same rank or from a scalar."""
         dimensions = tuple(range(len(shape))) if len(variable.shape) == len(shape) else ()
         params = dict(shape=shape, broadcast_dimensions=dimensions, sharding=None)
         aval = jax.ShapeDtypeStruct(shape, variable.dtype)
-        return self.emit(jp.broadcast_in_dim_p, params, [variable], [aval], source)[0]
+        return self._emit(jp.broadcast_in_dim_p, params, [variable], [aval], source)[0]
+
+    def walk(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Variable], outer: str | None = None):
+        """Takes over the equations of a jaxpr; returns its outputs.
+
+        - `consts`, `inputs`: what its constants are, and what takes the place of its inputs.
+        - `outer`: where the call stands that is inlined.
+        """
+        env: dict[Any, Variable] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.constant(value)
+
+        def read(atom: Any) -> Variable:
+            return self.literal(atom) if isinstance(atom, Literal) else env[atom]
+
+        for equation in jaxpr.eqns:
+            operands = [read(atom) for atom in equation.invars]
+            results = self._results(equation, operands, source_of(equation.source_info, outer))
+            env.update(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _results(self, equation: Any, operands: list[Variable], source: str) -> Sequence[Variable]:
+        """The results of one equation of a jaxpr: of its inner jaxpr if it is inlined, else of a new equation."""
+        name, inner = equation.primitive.name, _inner_jaxpr(equation)
+        if name in _ALIASES:
+            return operands
+        if inner is not None:
+            return self.walk(inner[0], inner[1], operands, source)
+        if self._is_polynomial(equation, operands):
+            return self._polynomial(equation, operands, source)
+        if name in ELEMENTWISE:
+            shape = equation.outvars[0].aval.shape
+            operands = [
+                v if v.shape == shape or v.index in self.static else self._broadcast(v, shape, source) for v in operands
+            ]
+        avals = [v.aval for v in equation.outvars]
+        return self._emit(equation.primitive, equation.params, operands, avals, source)
+
+    def _is_polynomial(self, equation: Any, operands: Sequence[Variable]) -> bool:
+        """Whether an equation is a short `scan` of elementwise operations over constants that keeps its end alone."""
+        if equation.primitive.name != "scan":
+            return False
+        params = equation.params
+        held, carried = scan_counts(params)
+        scanned = [self.constants.get(v.index) for v in operands[held + carried :]]
+        known = all(x is not None and not isinstance(x, jax.core.Tracer) for x in scanned)
+        short = params["length"] <= _UNROLLED and len(equation.outvars) == carried
+        names = ELEMENTWISE | {"broadcast_in_dim"}
+        return known and short and bool(scanned) and _holds_only(params["jaxpr"].jaxpr, names)
+
+    def _polynomial(self, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable]:
+        """The last carries of a short `scan` over constants, step by step."""
+        params = equation.params
+        held, carried = scan_counts(params)
+        start = held + carried
+        carry = list(operands[held:start])
+        scanned = [np.asarray(self.constants[v.index]) for v in operands[start:]]
+        steps = range(params["length"])
+        for i in reversed(steps) if params["reverse"] else steps:
+            elements = [self.constant(x[i], x.dtype) for x in scanned]
+            inputs = [*operands[:held], *carry, *elements]
+            carry = self.walk(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs, source)
+        return carry
 
 
 def _inner_jaxpr(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
@@ -143,7 +176,7 @@ def _inner_jaxpr(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
 
 
 def _is_differentiable(jaxpr: Jaxpr, consts: Sequence[Any]) -> bool:
-    """Whether JAX can transpose the derivative of what a function does inside, of its own derivative apart."""
+    """Whether JAX can transpose the derivative of what a function does inside, whatever its own derivative."""
     if _holds_only(jaxpr, ELEMENTWISE | VIEWS):
         return True
 
@@ -163,7 +196,7 @@ def is_transposable(function: Callable[..., Any], operands: Sequence[Any], known
 
     try:
         jax.eval_shape(transposed, known, operands)
-    except Exception:  # what a primitive without a derivative raises is its own choice
+    except Exception:  # each primitive without a derivative raises an error of its own
         return False
     return True
 
@@ -180,20 +213,8 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(constants), len(carries)
 
 
-def _is_polynomial(builder: _Builder, equation: Any, operands: Sequence[Variable]) -> bool:
-    """Whether an equation is a short `scan` of elementwise operations over constants that keeps its end alone."""
-    if equation.primitive.name != "scan":
-        return False
-    params = equation.params
-    held, carried = scan_counts(params)
-    scanned = [builder.constants.get(v.index) for v in operands[held + carried :]]
-    known = all(x is not None and not isinstance(x, jax.core.Tracer) for x in scanned)
-    short = params["length"] <= _UNROLLED and len(equation.outvars) == carried
-    return known and short and bool(scanned) and _holds_only(params["jaxpr"].jaxpr, ELEMENTWISE | {"broadcast_in_dim"})
-
-
 def _holds_only(jaxpr: Jaxpr, names: frozenset[str]) -> bool:
-    """Whether all operations of a function, those of calls that are seen through included, have one of these names."""
+    """Whether all operations of a function, also inside of calls that are inlined, have one of these names."""
     for equation in jaxpr.eqns:
         inner = _inner_jaxpr(equation)
         if not (equation.primitive.name in names if inner is None else _holds_only(inner[0], names)):
@@ -201,53 +222,8 @@ def _holds_only(jaxpr: Jaxpr, names: frozenset[str]) -> bool:
     return True
 
 
-def _unroll(builder: _Builder, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable]:
-    params = equation.params
-    held, carried = scan_counts(params)
-    start = held + carried
-    carry = list(operands[held:start])
-    scanned = [np.asarray(builder.constants[v.index]) for v in operands[start:]]
-    steps = range(params["length"])
-    for i in reversed(steps) if params["reverse"] else steps:
-        elements = [builder.constant(x[i], x.dtype) for x in scanned]
-        inputs = [*operands[:held], *carry, *elements]
-        carry = _walk(builder, params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs, source)
-    return carry
-
-
-def _walk(builder: _Builder, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Variable], outer: str | None):
-    env: dict[Any, Variable] = dict(zip(jaxpr.invars, inputs, strict=True))
-    for var, value in zip(jaxpr.constvars, consts, strict=True):
-        env[var] = builder.constant(value)
-
-    def read(atom: Any) -> Variable:
-        return builder.literal(atom) if isinstance(atom, Literal) else env[atom]
-
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
-        source = source_of(equation.source_info, outer)
-        inner = _inner_jaxpr(equation)
-        if equation.primitive.name in _ALIASES:
-            results = operands
-        elif inner is not None:
-            results = _walk(builder, inner[0], inner[1], operands, source)
-        elif _is_polynomial(builder, equation, operands):
-            results = _unroll(builder, equation, operands, source)
-        else:
-            if equation.primitive.name in ELEMENTWISE:
-                shape = equation.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-                operands = [
-                    v if v.shape == shape or v.index in builder.static else builder.broadcast(v, shape, source)
-                    for v in operands
-                ]
-            avals = [v.aval for v in equation.outvars]
-            results = builder.emit(equation.primitive, equation.params, operands, avals, source)
-        env.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
 def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple[Equation, ...]:
-    """The equations, with products that are only read transposed exchanging their operands instead."""
+    """The equations, without transposes of products that are read nowhere else: the operands are exchanged instead."""
     reads = Counter(v.index for v in (*outputs, *(v for e in equations for v in e.inputs)))
     transposes = {e.inputs[0].index: e for e in equations if e.name == "transpose"}
     turned: dict[int, Equation] = {}
@@ -263,7 +239,7 @@ def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple
 
 
 def _exchanged(equation: Equation, after: Equation) -> Equation | None:
-    """A `dot_general` with its operands exchanged, where this is what the transpose `after` it does."""
+    """A `dot_general` with its operands exchanged, where that does the work of the transpose `after` it."""
     (contract, batch), params = equation.params["dimension_numbers"], dict(equation.params)
     a, b = equation.inputs
     shared, own = len(batch[0]), len(a.shape) - len(batch[0]) - len(contract[0])
@@ -290,6 +266,6 @@ def normal_form(jaxpr: ClosedJaxpr) -> Program:
     """
     builder = _Builder()
     inputs = [builder.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
-    outputs = _walk(builder, jaxpr.jaxpr, jaxpr.consts, inputs, None)
+    outputs = builder.walk(jaxpr.jaxpr, jaxpr.consts, inputs)
     equations = _turned(live(builder.equations, outputs), outputs)
     return Program(tuple(inputs), equations, tuple(outputs), builder.constants, builder.static)

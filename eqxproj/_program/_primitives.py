@@ -1,6 +1,6 @@
 """The primitives by kind: which act element by element, and which only move elements about.
 
-Primitives are known by name, since some are exported nowhere.
+Transforms nothing. Limits: primitives are known by name, since some are exported nowhere.
 """
 
 ELEMENTWISE: frozenset[str] = frozenset(

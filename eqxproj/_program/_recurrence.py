@@ -1,4 +1,7 @@
-"""Reads a `scan` equation: its parts, and which operands of its body depend on unknowns."""
+"""Reads a `scan` equation: its parts, which of its results depend on unknowns, and its run through time.
+
+Transforms nothing. Limits: the body is read in normal form, once for each question.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
 from ._equations import Equation, Program, dependents
-from ._fragment import forward, products
+from ._fragment import forward, residuals_of
 from ._normal_form import normal_form, scan_counts
 
 _T = TypeVar("_T")
@@ -66,15 +69,16 @@ class Recurrence:
         return list(out[: self.carries]), list(out[self.carries :])
 
     def split(self, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Items, one an operand, by kind: constants, carries, slices."""
+        """Items, one for each operand, by kind: constants, carries, slices."""
         first, second = self.constants, self.constants + self.carries
         return list(items[:first]), list(items[first:second]), list(items[second:])
 
     def program(self) -> Program:
+        """The body in normal form."""
         return normal_form(self.jaxpr)
 
     def unknown_outputs(self, unknown: Sequence[bool]) -> list[bool]:
-        """Which carries and stacked outputs depend on unknown operands; those that are no floats count as known."""
+        """Which carries and stacked outputs depend on unknown operands. What is no float counts as known."""
         program = self.program()
         constants, carries, slices = self.split(unknown)
         while True:
@@ -101,16 +105,26 @@ class Recurrence:
         return jax.lax.scan(body, init, xs, self.length, reverse=self.reverse != backward)
 
     def walk(
-        self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any], with_products: bool = False
+        self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any], with_residuals: bool = False
     ) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
-        """The last carries, what is stacked, the carries that enter each step, and the body's products there."""
+        """Runs the recurrence through time.
+
+        **Arguments:**
+
+        - `constants`, `carries`, `slices`: the operands of the `scan`, by kind.
+        - `with_residuals`: whether to stack what the way back needs again of each step.
+
+        **Returns:**
+
+        The last carries, the stacked outputs, the carries that enter each step, and the residuals of the body.
+        """
         program = self.program()
-        wanted = products(program) if with_products else ()
+        wanted = residuals_of(program) if with_residuals else ()
 
         def step(carry, x):
             env = forward(program, [*constants, *carry, *x])
             out = [jnp.asarray(env[v.index]) for v in program.outputs]
             return out[: self.carries], (out[self.carries :], carry, [env[v.index] for v in wanted])
 
-        last, (ys, entering, seen) = self.scan(step, [jnp.asarray(c) for c in carries], list(slices))
-        return list(last), list(ys), list(entering), list(seen)
+        last, (ys, entering, residuals) = self.scan(step, [jnp.asarray(c) for c in carries], list(slices))
+        return list(last), list(ys), list(entering), list(residuals)

@@ -1,24 +1,30 @@
-"""Splits the end of a loss into terms, each of which has a prox.
+r"""Splits the end of a loss into terms, each of which has a prox.
 
-A loss is usually a sum or mean over samples of something per sample, perhaps with further terms beside it. `terms`
-walks back from the scalar through additions, known factors and sums, to find $L = \\sum_k \\sum_i c_{ki} l_k(z)_i$,
-where each $l_k$ is either a loss with a projection or prox of its own, or anything else. What a mean divides by ends
-up in $c$, so that tau is the factor of the prox of *one sample's* loss, whatever the batch size.
+Transforms the scalar of a loss into $L = \sum_k \sum_i c_{ki} l_k(z)_i$. Limits: it walks back through additions, known
+factors, sums and changes of shape; what is none of these stays whole.
+
+A loss is usually a sum or mean over samples of something per sample, perhaps with further terms beside it. Each $l_k$
+is either a loss with a projection or prox of its own, or anything else. What a mean divides by ends up in $c$, so that
+tau is the factor of the prox of *one sample's* loss, whatever the batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ._affine import affine_terms
 from ._equations import Equation, Program, Variable
 
 
 @dataclass(frozen=True)
 class Term:
-    """`coefficient` times the product of the known `factors` times the sum over all elements of `variable`."""
+    """`coefficient` times the product of the known `factors` times the sum over all elements of `variable`.
+
+    `custom` is the equation of a loss with a prox of its own, if the term ends at one.
+    """
 
     variable: Variable
     coefficient: float = 1.0
@@ -26,51 +32,33 @@ class Term:
     custom: Equation | None = None
 
 
-_TRANSPARENT = ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "broadcast_in_dim")
+_SAME_SUM = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim")
+"""Operations whose output has the same sum over all elements as their operand, if it is of the same size."""
 
-
-def _scaled(term: Term, variable: Variable, other: Variable, power: int, static: Mapping[int, float]) -> Term | None:
-    """The term with a known factor moved into its coefficient; `None` where an array factor has another shape."""
-    if other.index in static:
-        if power < 0 and static[other.index] == 0:
-            return None
-        return Term(variable, term.coefficient * static[other.index] ** power, term.factors)
-    if other.shape not in ((), variable.shape):
-        return None
-    return Term(variable, term.coefficient, (*term.factors, (other, power)))
+_ELEMENT_BY_ELEMENT = ("add", "sub", "add_any", "neg", "mul")
+"""What a term with an array among its factors may step through."""
 
 
 def _step(
     term: Term, equation: Equation, program: Program, unknown: frozenset[int], of_data: frozenset[int]
 ) -> list[Term] | None:
     """One step back from a term through the equation that made its variable; `None` where it ends there."""
-    ins = equation.inputs
-    name = equation.name
-    has = [v.index in unknown for v in ins]
-    if any(factor.shape != () for factor, _ in term.factors) and name not in ("add", "sub", "add_any", "neg", "mul"):
+    name, inputs = equation.name, equation.inputs
+    if any(factor.shape != () for factor, _ in term.factors) and name not in _ELEMENT_BY_ELEMENT:
         return None
-    if name in ("add", "add_any", "sub"):
-        if term.variable.shape and any(u and v.index not in of_data for v, u in zip(ins, has, strict=True)):
+    if name == "reduce_sum" or (name in _SAME_SUM and _size(inputs[0]) == _size(equation.outputs[0])):
+        return [Term(inputs[0], term.coefficient, term.factors)]
+    if name in ("add", "add_any", "sub") and term.variable.shape:
+        if any(v.index in unknown and v.index not in of_data for v in inputs):
             return None  # a parameter that is added to the states is part of the model
-        signs = (1.0, -1.0 if name == "sub" else 1.0)
-        return [Term(v, term.coefficient * s, term.factors) for v, s, u in zip(ins, signs, has, strict=True) if u]
-    if name == "neg":
-        return [Term(ins[0], -term.coefficient, term.factors)]
-    if name == "mul" and sum(has) == 1:
-        scaled = _scaled(term, ins[has.index(True)], ins[has.index(False)], 1, program.static)
-        return None if scaled is None else [scaled]
-    if name == "div" and has[0] and not has[1]:
-        scaled = _scaled(term, ins[0], ins[1], -1, program.static)
-        return None if scaled is None else [scaled]
-    if name == "reduce_sum":
-        return [Term(ins[0], term.coefficient, term.factors)]
-    if (
-        name in _TRANSPARENT
-        and ins[0].is_float
-        and int(np.prod(ins[0].shape)) == int(np.prod(equation.outputs[0].shape))
-    ):
-        return [Term(ins[0], term.coefficient, term.factors)]
-    return None
+    found = affine_terms(equation, unknown, program.static)
+    if found is None:
+        return None
+    return [Term(t.variable, term.coefficient * t.scale, term.factors + t.factors) for t in found]
+
+
+def _size(variable: Variable) -> int:
+    return int(np.prod(variable.shape))
 
 
 def terms(
@@ -81,18 +69,15 @@ def terms(
     **Arguments:**
 
     - `program`, `loss`: the program and the variable of its scalar value.
-    - `unknown`: the variables that depend on a parameter. `of_data`: those that depend on data.
+    - `unknown`: the variables that depend on a parameter. `of_data`: the variables that depend on data.
     - `custom`: names of primitives that have a prox of their own.
 
     **Returns:**
 
-    One [`Term`][] a summand. A summand that ends at no such primitive is cut as near to the scalar as it was added.
+    One [`Term`][] for each summand. A summand that ends at no such primitive is cut as near to the scalar as it was
+    added.
     """
     makers = {v.index: e for e in program.equations for v in e.outputs}
-    uses: dict[int, int] = {}
-    for equation in program.equations:
-        for v in equation.inputs:
-            uses[v.index] = uses.get(v.index, 0) + 1
     done: list[Term] = []
     queue = [Term(loss)]
     while queue:

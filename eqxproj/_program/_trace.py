@@ -1,8 +1,8 @@
 """From a loss function and a model to a program, with the model's inexact arrays as the unknowns.
 
-`trace` calls `loss(model, *args, **kwargs)` once with abstract values. What is known while tracing (Python numbers,
-functions, frozen leaves given as `None`, integer arrays of the model) is part of the trace, as in
-`equinox.filter_value_and_grad`.
+Transforms `loss(model, *args, **kwargs)`, called once with abstract values, into a [`Trace`][]. Limits: what is known
+while tracing (Python numbers, functions, frozen leaves given as `None`, integer arrays of the model) is part of the
+trace, as in `equinox.filter_value_and_grad`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._normal_form import normal_form
 
 
 class Trace(eqx.Module):
-    """What tracing found: the program, its inputs' values, and how to rebuild the model and the auxiliary output."""
+    """A traced loss: its program, the values of its inputs, and how to rebuild the model and the auxiliary output."""
 
     parameters: tuple[Array, ...]
     arguments: tuple[Array, ...]
@@ -32,7 +32,7 @@ class Trace(eqx.Module):
     program: Program = eqx.field(static=True)
     aux_treedef: Any = eqx.field(static=True)
     aux_static: Any = eqx.field(static=True)
-    stiff: tuple[bool, ...] = eqx.field(static=True)
+    is_parameter: tuple[bool, ...] = eqx.field(static=True)
     """For each unknown whether it is a parameter; the operands of an inner program may be states."""
 
     def rebuild(self, parameters: Sequence[Array]) -> PyTree:
@@ -69,6 +69,20 @@ def _check_value(value: Any) -> None:
         )
 
 
+def _check_parameters(model: PyTree, names: Sequence[str], parameters: Sequence[Array]) -> None:
+    if not parameters:
+        raise ValueError(
+            f"`model` holds no floating-point array, but got {type(model).__name__}: there is nothing to train. Pass "
+            "a model whose parameters are floating-point arrays (Python numbers and integers are taken as fixed)."
+        )
+    for name, leaf in zip(names, parameters, strict=True):
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"`model` must hold real parameters, but {name} is {leaf.dtype}. Keep its real and imaginary parts as "
+                "two arrays."
+            )
+
+
 def trace(
     loss: Callable[..., Any],
     model: PyTree,
@@ -76,7 +90,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     has_aux: bool = False,
-    stiff: Sequence[bool] | None = None,
+    is_parameter: Sequence[bool] | None = None,
 ) -> Trace:
     """Traces `loss(model, *args, **kwargs)`.
 
@@ -86,7 +100,7 @@ def trace(
     - `model`: any pytree; its inexact arrays are the unknowns.
     - `args`, `kwargs`: the further arguments of the loss.
     - `has_aux`: as in `equinox.filter_value_and_grad`.
-    - `stiff`: for each unknown whether it is a parameter; all are, by default.
+    - `is_parameter`: for each unknown whether it is a parameter; all are, by default.
 
     **Returns:**
 
@@ -96,22 +110,12 @@ def trace(
     """
     unknown, static_model = eqx.partition(model, eqx.is_inexact_array)
     paths, treedef = jtu.tree_flatten_with_path(unknown)
-    if not paths:
-        raise ValueError(
-            f"`model` holds no floating-point array, but got {type(model).__name__}: there is nothing to train. Pass "
-            "a model whose parameters are floating-point arrays (Python numbers and integers are taken as fixed)."
-        )
     names = tuple(jtu.keystr(path).lstrip(".") or "parameter" for path, _ in paths)
     parameters = tuple(jnp.asarray(leaf) for _, leaf in paths)
-    for name, leaf in zip(names, parameters, strict=True):
-        if jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"`model` must hold real parameters, but {name} is {leaf.dtype}. Keep its real and imaginary parts as "
-                "two arrays."
-            )
+    _check_parameters(model, names, parameters)
     arrays, static_args = eqx.partition(_as_arrays((tuple(args), dict(kwargs or {}))), eqx.is_array)
     leaves, args_treedef = jtu.tree_flatten(arrays)
-    box: dict[str, Any] = {}
+    box: dict[str, Any] = {}  # the structure of the auxiliary output is found while tracing, which returns arrays alone
 
     def flat(parameters: Sequence[Array], leaves: Sequence[Array]) -> Any:
         full = eqx.combine(jtu.tree_unflatten(treedef, parameters), static_model)
@@ -129,5 +133,14 @@ def trace(
 
     jaxpr = jax.make_jaxpr(flat)(list(parameters), leaves)
     program = normal_form(jaxpr)
-    stiff = (True,) * len(parameters) if stiff is None else tuple(stiff)
-    return Trace(parameters, tuple(leaves), static_model, treedef, names, program, box["treedef"], box["static"], stiff)
+    return Trace(
+        parameters=parameters,
+        arguments=tuple(leaves),
+        static_model=static_model,
+        treedef=treedef,
+        names=names,
+        program=program,
+        aux_treedef=box["treedef"],
+        aux_static=box["static"],
+        is_parameter=(True,) * len(parameters) if is_parameter is None else tuple(is_parameter),
+    )

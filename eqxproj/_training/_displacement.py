@@ -23,7 +23,7 @@ from .._problem._make import RAW_TAU, check_copies, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
 from .._problem._state import State, iterate
-from .._program._convolutions import laid_out
+from .._program._canonical import canonicalised
 from .._program._equations import Program
 from .._program._trace import Trace, trace
 from ..rules._registry import registry_version
@@ -167,7 +167,7 @@ def filter_value_and_displacement(
         del version  # a static argument: other rules, another program
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
         problem = chosen.problem(traced)
-        state = laid_out(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
+        state = canonicalised(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
         moved = displacement_of(problem, state, raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 from .._metric import Metric, check_metric
 from .._problem._make import check_copies, make_problem
 from .._problem._problem import Copies
-from .._program._convolutions import laid_out
+from .._program._canonical import canonicalised
 from .._program._custom import custom_loss
 from .._program._trace import trace
 from ..rules._registry import registry_version
@@ -77,7 +77,7 @@ def projection(
         del version  # a static argument: other rules, another program
         traced = trace(loss, primals, (target,))
         problem = make_problem(traced, chosen, copies, 1.0, "constant", two_colored=True)
-        state = laid_out(lambda: run(problem, solver, steps), traced.program)
+        state = canonicalised(lambda: run(problem, solver, steps), traced.program)
         return traced.rebuild(solver.postprocess(problem, state))
 
     def project(target: PyTree) -> tuple[PyTree, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._program._convolutions import lowered
+from .._program._canonical import lowered
 from ._constraints import Constraint, apply_constraints
 from ._direction import AbstractDirection
 

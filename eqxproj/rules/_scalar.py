@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -31,28 +30,13 @@ from .._numerics._piecewise_dual import piecewise_affine_dual
 from .._numerics._scalar import round_dual, square_dual
 from .._numerics._search import generic_dual
 from .._numerics._smooth import Bounds, bounds_of, smooth_dual
+from .._program._affine import AffineTerm as AffineTerm
 from .._program._equations import Equation, Variable
 from .._program._fragment import Fragment
 from ._base import AbstractRule, Context
 from ._local import FLAT
 
 Special = Literal["square", "round", "floor", "ceil"]
-
-
-@dataclass(frozen=True)
-class AffineTerm:
-    """`scale` times the known `factors` (each to the power 1 or -1) times `variable`, summed over `axes`."""
-
-    variable: Variable
-    scale: float
-    factors: tuple[tuple[Variable, int], ...]
-    axes: tuple[int, ...]
-
-    def coefficient(self, known: Mapping[int, Any]) -> float | Array:
-        value: float | Array = self.scale
-        for variable, power in self.factors:
-            value = value * known[variable.index] if power > 0 else value / known[variable.index]
-        return value
 
 
 def recognize(phi: Fragment, static: Mapping[int, float]) -> PiecewiseAffine | None:

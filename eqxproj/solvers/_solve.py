@@ -17,7 +17,7 @@ from .._errors import NonFiniteError
 from .._problem._problem import FeasibilityProblem
 from .._problem._readers import context, operand, value_of
 from .._problem._state import State, iterate, prepared
-from .._program._convolutions import laid_out
+from .._program._canonical import canonicalised
 from ..rules._registry import registry_version
 from . import AbstractSolver
 
@@ -113,7 +113,7 @@ def _advance(
     """One step; a step to a state that is not finite is not taken. `version` is as for `_begin`."""
     del version
     step = ft.partial(solver.step, problem)
-    new = laid_out(lambda: iterate(step, state, 1), problem.trace.program)
+    new = canonicalised(lambda: iterate(step, state, 1), problem.trace.program)
     finite = finite_nodes(problem, new)
     moved, broken = change(problem, state, new), violation(problem, new)
     ok = jnp.all(finite)

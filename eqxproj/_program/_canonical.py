@@ -1,16 +1,14 @@
-"""Convolutions that XLA's compiler for CPUs has no fast program for, written as ones that it has.
+"""Convolutions written in the one order that XLA's compiler for CPUs has fast programs for.
 
-It brings convolutions into the order (batch, space, channels), for which it has fast programs, where they stand in the
-outermost computation; in the body of a `while_loop` or `scan`, or a branch of a `cond`, it does not, and a convolution
-in another order, as of the transposes of any, takes up to fifty times as long. Sweeps of a solver are such a loop. And
-wherever it stands, the transpose of a grouped convolution to its kernel, whose groups are parts of the batch, takes up
-to a hundred times as long as the same with groups of channels.
+Transforms a traced program: convolutions get the order (batch, space, channels), and groups of the batch become groups
+of channels. The results are the same, to rounding. Limits: programs for accelerators stay as they are, and so do
+convolutions of groups with few channels, which are slow in that order too.
 
-`laid_out` and `lowered` write the transpositions and groups into the traced program; the results are the same, to
-rounding.
-
-Limits: programs for accelerators stay as they are; so do convolutions of groups with few channels, which are slow in
-that order too.
+XLA brings convolutions into that order by itself where they stand in the outermost computation. In the body of a
+`while_loop` or `scan`, or a branch of a `cond`, it does not. There, a convolution in another order, such as the
+transpose of any, takes up to fifty times as long; sweeps of a solver are such a loop. And wherever it stands, the
+transpose of a grouped convolution to its kernel, whose groups are parts of the batch, takes up to a hundred times as
+long as the same with groups of channels.
 """
 
 from __future__ import annotations
@@ -37,19 +35,23 @@ _FEW = 8
 """Channels of a group below which the plain program, as it is in a loop, is the faster one."""
 
 
-def laid_out(function: Callable[[], Any], program: Program) -> Any:
-    """What `function()` returns, any pytree, with its convolutions as XLA has fast programs for them.
+def canonicalised(function: Callable[[], Any], program: Program) -> Any:
+    """Calls a function with its convolutions canonicalised.
 
     To be called inside of a `jit`: outside of one, the function would be traced on each call.
 
     **Arguments:**
 
     - `function`: a function without arguments, which computes from what it closes over.
-    - `program`: what it works on; without a convolution in it, nothing is looked for.
+    - `program`: the program that it works on. Without a convolution in it, the function is called as it is.
+
+    **Returns:**
+
+    What the function returns, any pytree.
     """
     if jax.default_backend() != "cpu" or not _has_convolution(program.equations):
         return function()
-    fixed: list[Any] = []
+    fixed: list[Any] = []  # what is no array is known while tracing, but tracing returns arrays alone
 
     def pure():
         arrays, others = eqx.partition(function(), eqx.is_array)
@@ -57,19 +59,21 @@ def laid_out(function: Callable[[], Any], program: Program) -> Any:
         return arrays
 
     closed, shape = jax.make_jaxpr(pure, return_shape=True)()
-    return eqx.combine(_evaluated(_changed(closed, inside=False), shape)(), fixed[0])
+    return eqx.combine(_evaluated(_rewritten(closed, inside=False), shape)(), fixed[0])
 
 
 def lowered(function: Callable[..., Any], *args: PyTree) -> jax.stages.Lowered:
-    """`jax.jit(function).lower(*args)`, with its convolutions as XLA has fast programs for them."""
+    """`jax.jit(function).lower(*args)`, with the convolutions of the function canonicalised."""
     traced = jax.jit(function).trace(*args)
-    new = _changed(traced.jaxpr, inside=False)
+    new = _rewritten(traced.jaxpr, inside=False)
     if jax.default_backend() != "cpu" or new is traced.jaxpr:
         return traced.lower()
     return jax.jit(_evaluated(new, traced.out_info)).lower(*args)
 
 
 def _evaluated(closed: ClosedJaxpr, shape: PyTree) -> Callable[..., Any]:
+    """A program as a function from pytrees to a pytree of the structure of `shape`."""
+
     def function(*args: PyTree) -> PyTree:
         leaves = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jtu.tree_leaves(args))
         return jtu.tree_unflatten(jtu.tree_structure(shape), leaves)
@@ -87,20 +91,23 @@ def _has_convolution(equations: Iterable[Equation] | Iterable[JaxprEqn]) -> bool
     return False
 
 
-def _changed(closed: ClosedJaxpr, inside: bool) -> ClosedJaxpr:
-    """The program itself where there is nothing to change in it."""
-    jaxpr = _changed_open(closed.jaxpr, inside)
+def _rewritten(closed: ClosedJaxpr, inside: bool) -> ClosedJaxpr:
+    """A program with its slow convolutions rewritten; the program itself where it has none.
+
+    `inside` says whether it belongs to a loop or branch.
+    """
+    jaxpr = _rewritten_open(closed.jaxpr, inside)
     return closed if jaxpr is closed.jaxpr else closed.replace(jaxpr=jaxpr)
 
 
-def _changed_open(jaxpr: Jaxpr, inside: bool) -> Jaxpr:
+def _rewritten_open(jaxpr: Jaxpr, inside: bool) -> Jaxpr:
     equations: list[JaxprEqn] = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == _CONVOLUTION and _is_slow(equation, inside):
             equations.extend(_transposed(equation))
             continue
         inner = inside or equation.primitive.name in _REPEATED
-        params = {name: _changed_param(value, inner) for name, value in equation.params.items()}
+        params = {name: _rewritten_param(value, inner) for name, value in equation.params.items()}
         same = all(value is equation.params[name] for name, value in params.items())
         equations.append(equation if same else equation.replace(params=params))
     same = len(equations) == len(jaxpr.eqns) and all(map(operator.is_, equations, jaxpr.eqns))
@@ -108,22 +115,23 @@ def _changed_open(jaxpr: Jaxpr, inside: bool) -> Jaxpr:
 
 
 def _is_slow(equation: JaxprEqn, inside: bool) -> bool:
+    """Whether a convolution is faster in the canonical order."""
     params = equation.params
     batch, channels = params["dimension_numbers"][0][:2]
     shape = equation.invars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-    if params["batch_group_count"] > 1:  # those of one channel have a program of their own, outermost
+    if params["batch_group_count"] > 1:  # outermost, groups of one channel are fast as they are
         return inside or shape[batch] > params["batch_group_count"]
     groups = params["feature_group_count"]
     return inside and (groups == 1 or shape[channels] // groups >= _FEW)
 
 
-def _changed_param(value: Any, inside: bool) -> Any:
+def _rewritten_param(value: Any, inside: bool) -> Any:
     if isinstance(value, ClosedJaxpr):
-        return _changed(value, inside)
+        return _rewritten(value, inside)
     if isinstance(value, Jaxpr):
-        return _changed_open(value, inside)
+        return _rewritten_open(value, inside)
     if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
-        new = tuple(_changed_param(x, inside) for x in value)
+        new = tuple(_rewritten_param(x, inside) for x in value)
         return value if all(map(operator.is_, new, value)) else new
     return value
 
@@ -144,7 +152,10 @@ def _transposed(equation: JaxprEqn) -> list[JaxprEqn]:
 
 
 def _convolution(params: dict[str, Any], x: Array, w: Array) -> Array:
-    """Groups of the batch, as of the transpose of a grouped convolution, become groups of channels."""
+    """A convolution in the canonical order, and its result in the order that was asked for.
+
+    Groups of the batch, as of the transpose of a grouped convolution, become groups of channels.
+    """
     (batch, channels, *space), (out_channels, in_channels, *window), (out_batch, out_last, *out_space) = params[
         "dimension_numbers"
     ]

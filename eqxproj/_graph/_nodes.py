@@ -1,0 +1,155 @@
+r"""From equations to nodes: which rule projects an operation, and of what it is a function.
+
+Transforms the equation of a value into a [`Draft`][]: a scalar node $y = \phi(\sum_i c_i x_i + d)$, a node of one
+primitive with a rule, or a node for the local solver. Limits: a draft speaks of variables; `_build` gives it edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .._errors import Unsupported
+from .._program._affine import AffineTerm
+from .._program._equations import Equation, Variable
+from .._program._fragment import Fragment
+from .._program._primitives import VIEWS
+from ..rules._base import AbstractRule
+from ..rules._local import LocalSolver, flattened_by, is_differentiable
+from ..rules._registry import RULES
+from ..rules._scalar import Scalar
+from ..rules._selection import POSITIONS, Selection
+from ._fusion import Fusion, is_elementwise, takes_precedence
+from ._graph import Kind
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A node before its operands are edges and its outputs are values. `missing` says what of it has no rule."""
+
+    kind: Kind
+    operation: str
+    source: str
+    rule: AbstractRule | None
+    operands: tuple[Variable, ...]
+    outputs: tuple[Variable, ...]
+    function: Fragment | None = None
+    equation: Equation | None = None
+    unknown: tuple[bool, ...] = ()
+    scale: float = 1.0
+    missing: tuple[Unsupported, ...] = ()
+
+
+def input_draft(kind: Kind, name: str, variable: Variable) -> Draft:
+    """The node of a parameter, or of pinned data."""
+    return Draft(kind, name, "", None, (), (variable,))
+
+
+def draft_of(variable: Variable, fusion: Fusion) -> Draft:
+    """The node that a value is the output of."""
+    equation = fusion.makers[variable.index]
+    is_sum = equation.name == "reduce_sum" and not takes_precedence(equation)
+    return _scalar(variable, equation, fusion) if is_sum or is_elementwise(equation) else _primitive(equation, fusion)
+
+
+def _scalar(variable: Variable, equation: Equation, fusion: Fusion) -> Draft:
+    r"""A node $\phi(\sum_i c_i x_i + d)$; where the value is no such function, that of its own equation."""
+    terms, root = fusion.affine(variable), variable
+    if terms is None:
+        root = fusion.junction_of(variable)
+        if root == variable:
+            return _primitive(equation, fusion)
+        terms = [AffineTerm(root)] if fusion.is_leaf(root) else fusion.affine(root)
+        assert terms is not None
+    if not all(t.variable.is_float for t in terms):
+        return _opened(equation, fusion)
+    operands = _distinct([t.variable for t in terms])
+    before = fusion.between(operands, root) if root not in operands else ()
+    after = fusion.between([root], variable) if root != variable else ()
+    head, phi = Fragment(before, operands, (root,)), Fragment(after, (root,), (variable,))
+    return Draft(
+        kind="operation",
+        operation=_joined(e.name for e in (*before, *after)) or "identity",
+        source=equation.source,
+        rule=Scalar.create(tuple(terms), head, phi, fusion.program.static),
+        operands=operands,
+        outputs=(variable,),
+        function=Fragment((*before, *after), operands, (variable,)),
+    )
+
+
+def _primitive(equation: Equation, fusion: Fusion) -> Draft:
+    """A node of one primitive. If it has no rule that accepts it, it is opened."""
+    unknown = tuple(v.index in fusion.unknown for v in equation.inputs)
+    if equation.name in ("cond", "scan"):  # integers and predicates stay as the forward pass has them
+        unknown = tuple(u and v.is_float for u, v in zip(unknown, equation.inputs, strict=True))
+    operands = tuple(v for v, is_unknown in zip(equation.inputs, unknown, strict=True) if is_unknown)
+    rule = RULES.get(equation.name)
+    if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
+        return _opened(equation, fusion)
+    return Draft(
+        kind="operation",
+        operation=equation.name,
+        source=equation.source,
+        rule=rule,
+        operands=operands,
+        outputs=equation.outputs,
+        function=_with_separate_operands(operands, equation),
+        equation=equation,
+        unknown=unknown,
+        missing=tuple(rule.missing(equation, unknown)),
+    )
+
+
+def _opened(equation: Equation, fusion: Fusion) -> Draft:
+    """A node for an equation without a rule of its own, and for what leads to it from floating-point values.
+
+    Predicates and positions are no values of the graph: they are read through to what they are made of.
+    """
+    leaves: dict[int, Variable] = {}
+    stack = fusion.inputs(equation)[::-1]
+    while stack:
+        v = stack.pop()
+        if v.is_float and fusion.is_leaf(v) or v.index not in fusion.makers:
+            leaves[v.index] = v
+        else:
+            stack.extend(fusion.inputs(fusion.makers[v.index])[::-1])
+    operands = tuple(leaves.values())
+    outputs = tuple(v for v in equation.outputs if v.is_float)
+    equations = fusion.between(operands, *outputs)
+    function = Fragment(equations, operands, outputs)
+    solvable = outputs and all(v.is_float for v in operands) and is_differentiable(function, fusion.program)
+    return Draft(
+        kind="operation",
+        operation=_joined(e.name for e in equations if e.name not in VIEWS or e is equation),
+        source=equation.source,
+        rule=Selection(function) if any(e.name in POSITIONS for e in equations) else LocalSolver(),
+        operands=operands,
+        outputs=outputs,
+        function=function,
+        missing=() if solvable else (_unsupported(equation, function),),
+    )
+
+
+def _unsupported(equation: Equation, function: Fragment) -> Unsupported:
+    flat = " and ".join(flattened_by(function))
+    return Unsupported(equation.name, equation.source, f"which reads what {flat} makes of unknowns" if flat else "")
+
+
+def _joined(names: Iterable[str]) -> str:
+    return "+".join(dict.fromkeys(names))
+
+
+def _distinct(variables: Sequence[Variable]) -> tuple[Variable, ...]:
+    return tuple({v.index: v for v in variables}.values())
+
+
+def _with_separate_operands(operands: tuple[Variable, ...], equation: Equation) -> Fragment:
+    """A fragment whose operands are separate slots even where one variable fills two of them (`w * w`)."""
+    if len(_distinct(operands)) == len(operands):
+        return Fragment((equation,), operands, equation.outputs)
+    slots = tuple(Variable(-1 - i, v.shape, v.dtype) for i, v in enumerate(operands))
+    unknown = {v.index for v in operands}
+    rest = iter(slots)
+    inputs = tuple(next(rest) if v.index in unknown else v for v in equation.inputs)
+    return Fragment((replace(equation, inputs=inputs),), slots, equation.outputs)
