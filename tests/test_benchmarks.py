@@ -66,6 +66,7 @@ def test_a_small_network_on_images_is_a_task(task, tmp_path):
     write_noise_as_mnist(tmp_path / "mnist")
     words = ("--data-dir", str(tmp_path), "--task", task, "--method", "muon", "default", "--steps", "1", "--seeds", "1")
     out = run("accuracy.py", *words, "--out", str(tmp_path / "out"))
+    assert "failed" not in out, out
     assert f"| {task} (accuracy) | muon |" in out and f"| {task} (accuracy) | default |" in out
 
 
