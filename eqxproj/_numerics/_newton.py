@@ -1,7 +1,7 @@
 r"""One damped Newton method: roots of elementwise functions in a bracket, and minima over pytrees.
 
-Both only take steps that cannot do harm: [`bracketed_root`][] bisects where a step leaves the bracket, [`descend`][]
-halves a step until the cost falls. Limits: neither can be differentiated in reverse mode, and the minimum that
+Both are safe: [`bracketed_root`][] bisects where a step leaves the bracket, [`descend`][] halves a step until the cost
+falls. Limits: neither can be differentiated in reverse mode, and the minimum that
 `descend` finds is a local one.
 """
 
