@@ -1,7 +1,7 @@
-"""Conjugate gradients on a positive-definite operator, with the residual in the caller's hands.
+"""Conjugate gradients on a positive-definite operator over pytrees.
 
-A thin shell over `jax.lax.while_loop` rather than `jax.scipy.sparse.linalg.cg`: it starts from zero, takes a diagonal
-preconditioner, and stops at a relative residual with the number of products that it was allowed.
+Unlike `jax.scipy.sparse.linalg.cg` it takes a right side of any scale, down to the smallest that float32 holds, and
+stops where a direction has no positive curvature. Limits: it starts from zero, with a diagonal preconditioner.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 r"""The computations behind `eqxproj.sets`: nearest points, of slices along the last axis or of matrices.
 
 Every function is pure, and works under `jax.jit` and `jax.vmap`. They compute in float32 at least; `dtype` is the dtype
-of the array of the caller, to which the answer is rounded. That answer is what has to be in the set, hence
+of the array of the caller, to which the answer is rounded. The rounded answer must be in the set. Hence
 
-- what is rounded is rounded by `jax.lax.reduce_precision`: a conversion to bfloat16 and back is a step that XLA may
-  leave out, and then a test of the rounded array is not one;
+- numbers are rounded by `jax.lax.reduce_precision`: XLA may leave out a conversion to bfloat16 and back, and then a
+  test of the rounded array would see the array before rounding;
 - an array that is in the set up to the rounding of its dtype is returned as it is, so that projections are idempotent;
-- where the set is a ball, what is rounded is rounded towards its center.
+- where the set is a ball, rounding is towards its center.
 
 NaN gives NaN.
 """
@@ -86,7 +86,7 @@ def along(
 
 
 def _returned(inside: Bool[Array, "*#shape"], x: Array, y: Array, dtype: jnp.dtype) -> Array:
-    """What is inside stays, the rest is replaced."""
+    """`x` where it is inside already, else `y`, rounded."""
     return jnp.where(inside, x, rounded(y, dtype))
 
 
@@ -284,8 +284,8 @@ def _times(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"
 def _decomposed(x: Float[Array, "m n"]) -> tuple[Array, Array, Array]:
     r"""$U$, $\sigma$ and $V^T$.
 
-    The divide and conquer of LAPACK does not always converge where singular values lie close together, as those of a
-    nearly orthogonal matrix do, and then answers NaN. The transposed matrix is another problem to it.
+    The divide and conquer of LAPACK does not always converge where singular values lie close together, as in a
+    nearly orthogonal matrix, and then answers NaN. The transposed matrix is another problem for it, hence a second try.
     """
     u, s, v = jnp.linalg.svd(x, full_matrices=False)
 

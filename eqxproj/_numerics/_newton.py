@@ -1,7 +1,7 @@
 r"""One damped Newton method: roots of elementwise functions in a bracket, and minima over pytrees.
 
-Both only take steps that cannot do harm: [`bracketed_root`][] bisects where a step leaves the bracket, [`descend`][]
-halves a step until the cost falls. Limits: neither can be differentiated in reverse mode, and the minimum that
+Both are safe: [`bracketed_root`][] bisects where a step leaves the bracket, [`descend`][] halves a step until the cost
+falls. Limits: neither can be differentiated in reverse mode, and the minimum that
 `descend` finds is a local one.
 """
 
@@ -104,25 +104,10 @@ def descend(
     The last point: `x` itself where no step lowers the cost.
     """
 
-    def shortened(x, value, step):
-        bound = value + rounding * jnp.abs(value)
-
-        def halve(carry):
-            scale, _, _, count = carry
-            trial = jtu.tree_map(lambda a, b: (a + scale * b).astype(a.dtype), x, step)
-            return 0.5 * scale, trial, cost(trial), count + 1
-
-        def too_high(carry):
-            return ~(carry[2] < bound) & (carry[3] <= max_halvings)
-
-        carry = (jnp.ones_like(value), x, jnp.full_like(value, jnp.inf), jnp.asarray(0))
-        _, trial, lower, _ = jax.lax.while_loop(too_high, halve, carry)
-        return trial, lower, lower < bound
-
     def body(carry):
         x, value, r, memory, _, count = carry
         step, memory = direction(x, r, memory)
-        new, lower, fell = shortened(x, value, step)
+        new, lower, fell = _shortened(cost, x, value, step, max_halvings, rounding)
         r_new = residual(new)
         fell = fell & _is_finite(r_new)
         x = jtu.tree_map(lambda a, b: jnp.where(fell, a, b), new, x)
@@ -134,6 +119,25 @@ def descend(
 
     carry = (x, cost(x), r, memory, jnp.asarray(True), jnp.asarray(0))
     return jax.lax.while_loop(more, body, carry)[0]
+
+
+def _shortened(
+    cost: Callable[[PyTree], Array], x: PyTree, value: Array, step: PyTree, max_halvings: int, rounding: float
+) -> tuple[PyTree, Array, Array]:
+    """The point at the end of a step that is halved until the cost falls, its cost, and whether that fell."""
+    bound = value + rounding * jnp.abs(value)
+
+    def halve(carry):
+        scale, _, _, count = carry
+        trial = jtu.tree_map(lambda a, b: (a + scale * b).astype(a.dtype), x, step)
+        return 0.5 * scale, trial, cost(trial), count + 1
+
+    def too_high(carry):
+        return ~(carry[2] < bound) & (carry[3] <= max_halvings)
+
+    carry = (jnp.ones_like(value), x, jnp.full_like(value, jnp.inf), jnp.asarray(0))
+    _, trial, lower, _ = jax.lax.while_loop(too_high, halve, carry)
+    return trial, lower, lower < bound
 
 
 def _is_finite(x: PyTree) -> Array:

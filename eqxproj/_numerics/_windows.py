@@ -1,4 +1,7 @@
-"""How often windows, as of a convolution or a pooling, read each element of what they go over."""
+"""How many windows of a convolution or a pooling read each element of its input.
+
+In NumPy, from shapes alone. Limits: the count is a product over axes, as windows are boxes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def reads(
     base_dilation: Sequence[int],
     window_dilation: Sequence[int],
 ) -> np.ndarray:
-    """The number of windows that each element is in: a product over axes of what they count alone.
+    """The number of windows that each element is in: the product of the numbers along each axis.
 
     **Arguments:** one entry an axis.
 
