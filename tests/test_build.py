@@ -9,7 +9,7 @@ import pytest
 
 import eqxproj
 from eqxproj._graph._build import build
-from eqxproj._problem._readers import kappa_of
+from eqxproj._problem._readers import output_weight
 from eqxproj._problem._state import iterate
 from eqxproj._program._affine import affine_terms
 from eqxproj._program._equations import dependents
@@ -265,7 +265,7 @@ def test_views(f, model):
     counts = np.split(dense.sum(0), np.cumsum([a.size for a in shown])[:-1])
     for value, count in zip(spec.sources, counts, strict=True):
         assert problem.graph.readers[value] == (edge,)
-        share = np.asarray(kappa_of(problem, value)[1])
+        share = np.asarray(output_weight(problem, value)[1])
         found = np.broadcast_to(share, problem.graph.values[value].shape)
         np.testing.assert_allclose(found.ravel(), count, rtol=1e-6)
 
