@@ -63,7 +63,9 @@ def test_copies_are_laid_out_as_defined(name):
     for side, elements in enumerate((of_left, of_right)):
         shape = CASES[name].shapes[side]
         counted = np.bincount(elements[elements >= 0], minlength=math.prod(shape)).reshape(shape)
-        np.testing.assert_array_equal(np.broadcast_to(rule.copy_counts(ctx.equation, ctx.unknown, side, "neuron"), shape), counted)
+        np.testing.assert_array_equal(
+            np.broadcast_to(rule.copy_counts(ctx.equation, ctx.unknown, side, "neuron"), shape), counted
+        )
 
 
 def displacements(setup, weights, nus, i):
