@@ -106,7 +106,7 @@ def test_below_a_grade_of_a_hundred_nodes_are_solved(function):
 
 @pytest.mark.parametrize("function", SMOOTH, ids=lambda f: f.__name__)
 def test_rules_do_not_choose_the_regime(function):
-    """Each node of a graph answers a pullback in the weights of the projection regime, and the other way round."""
+    """In every metric, a node that is asked for its pullback answers by it."""
     for metric in (eqxproj.Metric(), eqxproj.Metric(1e6, 1e6)):
         problem = eqxproj.feasibility_problem(loss_of(function), W, X, metric=metric)
         for i, node in enumerate(problem.graph.nodes):
