@@ -16,8 +16,6 @@ import numpy as np
 import scipy.optimize
 
 import eqxproj
-from eqxproj._metric import clamped, ratio
-from eqxproj._problem._readers import context
 
 
 def node_of(function, *unknown, copies: Any = "neuron", operation=None) -> Any:
@@ -33,15 +31,12 @@ def node_of(function, *unknown, copies: Any = "neuron", operation=None) -> Any:
     return problem, index
 
 
-def reweighted(ctx, log_weights, log_kappa):
-    """The context with other weights, as a metric would give them: clamped, with exact ratios."""
-    return replace(
-        ctx,
-        weights=tuple(clamped(x) for x in log_weights),
-        log_weights=tuple(log_weights),
-        kappa=(clamped(log_kappa),),
-        ratios=(tuple(ratio(log_kappa, x) for x in log_weights),),
-    )
+def projected(rule, ctx, inputs, duals):
+    """The duals of the operands, and the outputs, of a rule's projection."""
+    outputs = rule.evaluate(ctx, inputs)
+    answer = rule.project(ctx, inputs, duals)
+    input_duals = eqxproj.rules.as_duals(answer)
+    return input_duals, eqxproj.rules.outputs_after(rule, ctx, inputs, duals, outputs, answer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,13 +152,12 @@ def pairs_of(name):
 
 
 class Setup(NamedTuple):
-    """A case with `copies`, which operands are unknown, which of those are parameters, and whether copies are held."""
+    """A case with `copies`, which operands are unknown, and whether copies are held."""
 
     name: str
     copies: str = "neuron"
     unknown: tuple[bool, bool] = (True, True)
-    weight_like: tuple[bool, bool] = (False, True)
-    memory: bool = False
+    store_copies: bool = False
 
 
 @functools.cache
@@ -176,9 +170,7 @@ def node(setup) -> Any:
         return case.function(*(next(given) if u else z for u, z in zip(setup.unknown, zeros)))
 
     problem, index = node_of(function, *(z for u, z in zip(setup.unknown, zeros) if u), copies=setup.copies)
-    marks = tuple(m for m, u in zip(setup.weight_like, setup.unknown) if u)
-    ctx = replace(context(problem, index, setup.memory), weight_like=marks)
-    return problem.graph.nodes[index].rule, ctx
+    return problem.graph.nodes[index].rule, eqxproj.readers.context(problem, index, setup.store_copies)
 
 
 def with_known(ctx, operands):
@@ -196,7 +188,7 @@ def unknown_of(setup, operands):
     return [x for x, u in zip(operands, setup.unknown) if u]
 
 
-def shares(setup):
+def copy_counts(setup):
     """Weights of the output's elements that differ by a factor of up to a hundred."""
     shape = node(setup)[1].equation.outputs[0].shape
     return np.random.default_rng(3).permutation(np.geomspace(0.1, 10, math.prod(shape))).reshape(shape)
@@ -206,14 +198,12 @@ def shares(setup):
 def projector(setup, log_weights, log_kappa, varying=False):
     """From (batches of) both operands, the unknown ones as copies where they are held, and duals."""
     rule, ctx = node(setup)
-    ctx = reweighted(ctx, unknown_of(setup, log_weights), log_kappa)
-    if varying:
-        share = jnp.asarray(shares(setup), jnp.float32)
-        ctx = replace(ctx, kappa=(share * ctx.kappa[0],), ratios=(tuple(share * r for r in ctx.ratios[0]),))
+    counts = [jnp.asarray(copy_counts(setup), jnp.float32)] if varying else []
+    ctx = ctx.reweighted(unknown_of(setup, log_weights), [log_kappa], counts)
 
     def project(operands, dual):
         mine = with_known(ctx, operands)
-        nus, (out,) = rule.project(mine, unknown_of(setup, operands), [dual])
+        nus, (out,) = projected(rule, mine, unknown_of(setup, operands), [dual])
         (evaluated,) = rule.evaluate(mine, unknown_of(setup, operands))
         return list(nus), out, evaluated
 
@@ -231,10 +221,9 @@ def project(setup, weights, operands, dual, varying=False):
 
 
 def expand(setup, operand, value):
-    rule, ctx = node(setup)
-    if not setup.unknown[operand]:
-        return rule._rows(ctx).expand(operand, value) if rule._rows(ctx) is not None else value
-    return rule.expand(ctx, sum(setup.unknown[:operand]), value)
+    """The copies of either operand, whether it is known or not: they are laid out alike."""
+    rule, ctx = node(setup._replace(unknown=(True, True)))
+    return rule.expand(ctx, operand, value)
 
 
 @functools.cache
@@ -246,19 +235,17 @@ def slots(setup):
     """
     left, right = pairs_of(setup.name)
     count = [math.prod(s) for s in CASES[setup.name].shapes]
-    rule, ctx = node(setup)
+    rule, ctx = node(setup._replace(unknown=(True, True)))
     found = []
     for side, pairs in enumerate((left, right)):
-        rows = rule._rows(ctx)
-        if setup.memory and rows is not None:
+        if setup.store_copies:
             elements = jnp.arange(1.0, 1 + count[side]).reshape(CASES[setup.name].shapes[side])
-            laid = np.asarray(rows.expand(side, elements)).astype(int) - 1
-            ids = np.broadcast_to(
-                np.arange(laid.size).reshape(laid.shape), (rows.groups, rows.rows, rows.columns, laid.shape[-1])
-            )
-            places = np.stack([np.ravel(rows.to_output(jnp.asarray(ids[..., k]))) for k in range(laid.shape[-1])], -1)
-            found.append((places, laid.ravel()))
-        elif setup.copies == "neuron" or (setup.copies == "sample" and rule._copied_first(ctx) == (side == 0)):
+            laid = np.asarray(expand(setup, side, elements)).astype(int) - 1
+            # Every product reads its copies in order: with ones for the others, it is the number of the one at k.
+            ids, terms = np.arange(float(laid.size)).reshape(laid.shape), np.eye(laid.shape[-1])
+            products = [rule.evaluate(ctx, [jnp.float32(ids * term), jnp.ones(laid.shape)])[0] for term in terms]
+            found.append((np.stack([np.ravel(x) for x in products], -1).astype(int), laid.ravel()))
+        elif setup.copies == "neuron":
             found.append((np.arange(pairs.size).reshape(pairs.shape), pairs.ravel()))
         else:
             found.append((np.where(pairs < 0, count[side], pairs), np.arange(count[side])))
@@ -353,7 +340,7 @@ def instances(setup, residuals, weights, seed=0) -> Any:
         np.float32
     )
     starts = [np.stack([np.append(x, 0)[ids] for x in y.reshape(n, -1)]) for y, (_, ids) in zip(operands, slots(setup))]
-    if setup.memory:
+    if setup.store_copies:
         for side, unknown in enumerate(setup.unknown):
             if unknown:
                 held = np.asarray(jax.vmap(lambda x: expand(setup, side, x))(operands[side]))  # noqa: B023

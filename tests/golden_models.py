@@ -57,6 +57,6 @@ SOLVERS = {
     "dr_relax03": eqxproj.DouglasRachford(relaxation=0.3),
     "dm": eqxproj.DifferenceMap(beta=1.0),
     "dm_beta05": eqxproj.DifferenceMap(beta=0.5),
-    "cp": eqxproj.CyclicProjections(order="breadth_first"),
-    "cdr": eqxproj.CyclicDouglasRachford(order="breadth_first"),
+    "cp": eqxproj.CyclicProjections(),
+    "cdr": eqxproj.CyclicDouglasRachford(),
 }

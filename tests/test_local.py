@@ -16,14 +16,10 @@ import optax
 import pytest
 import scipy.optimize
 import scipy.special
-from bilinear_oracle import node_of
+from bilinear_oracle import node_of, projected
 
 import eqxproj
-from eqxproj._metric import clamped, ratio
 from eqxproj._numerics._cross_entropy import cross_entropy_displacement
-from eqxproj._problem._readers import context
-from eqxproj.rules._base import Context
-from eqxproj.rules._local import LocalSolver
 
 
 def normalized(x, numpy):
@@ -42,17 +38,13 @@ CASES: dict[str, Any] = {
 
 
 def hand_made(function, log_weights, log_kappas):
-    ratios = tuple(tuple(ratio(k, w) for w in log_weights) for k in log_kappas)
-    return Context(
-        function, {}, None, (), tuple(clamped(w) for w in log_weights), tuple(log_weights),
-        tuple(clamped(k) for k in log_kappas), ratios,
-    )  # fmt: skip
+    return eqxproj.rules.Context(function, {}, None, ()).reweighted(log_weights, log_kappas)
 
 
 @functools.cache
 def solver(name, log_weights, log_kappas):
     ctx = hand_made(CASES[name][0], log_weights, log_kappas)
-    return jax.jit(jax.vmap(lambda inputs, duals: LocalSolver().project(ctx, inputs, duals)))
+    return jax.jit(jax.vmap(lambda inputs, duals: projected(eqxproj.rules.LocalSolver(), ctx, inputs, duals)))
 
 
 def instances(name, residuals, kappas, scale=1.0):
@@ -113,6 +105,19 @@ def test_a_steep_metric_gives_the_vjp(name, log_kappa):
             assert np.linalg.norm(nu[i] - want) <= 1e-4 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("logs", [(0.0, 0.0), (400.0, -1e4)])
+@pytest.mark.parametrize("name", CASES)
+def test_the_pullback_is_the_vjp_whatever_the_weights(name, logs):
+    function, _, shapes = CASES[name]
+    number = 2 if name == "two outputs" else 1
+    ctx = hand_made(function, logs[: len(shapes)], (1.0,) * number)
+    inputs, duals = instances(name, [1e-12, 1e-3, 1.0], (1.0,) * number)
+    found = jax.jit(jax.vmap(lambda x, mu: eqxproj.rules.LocalSolver().pullback(ctx, x, mu)))(inputs, duals)
+    want = jax.jit(jax.vmap(lambda x, mu: jax.vjp(function, *x)[1](mu)))(inputs, duals)
+    for nu, true in zip(found, want, strict=True):
+        np.testing.assert_array_equal(nu, true)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_always_finite(name):
     number = 2 if name == "two outputs" else 1
@@ -143,9 +148,9 @@ def prox(loss, z, *args, tau):
     )
     (index,) = problem.graph.objectives
     assert problem.graph.nodes[index].describe_rule() == "local prox"
-    rule, ctx = problem.graph.nodes[index].rule, context(problem, index, False)
-    (moved,), outputs = jax.jit(lambda z: rule.project(ctx, [z], []))(jnp.asarray(z))
-    assert not outputs
+    rule, ctx = problem.graph.nodes[index].rule, eqxproj.readers.context(problem, index, False)
+    assert not problem.graph.nodes[index].outputs
+    (moved,) = jax.jit(lambda z: rule.project(ctx, [z], []))(jnp.asarray(z))
     return np.asarray(moved, np.float64)
 
 

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 import eqxproj
-from eqxproj._metric import Metric, clamped, clamped_output, ratio
-from eqxproj._problem._readers import kappa_of
+from eqxproj import Metric
 from eqxproj.losses import cross_entropy, squared_error
 
 
 def test_default_is_the_unit_metric():
     metric = Metric()
-    assert (metric.grade, metric.parameter, metric.fan_out) == (1.0, 1.0, "sum")
+    assert (metric.grade, metric.parameter) == (1.0, 1.0)
     assert all(metric.log_weight(d, p) == 0.0 for d in range(5) for p in (False, True))
 
 
@@ -30,9 +29,15 @@ def test_grade_below_one():
     assert math.exp(Metric(grade=0.1, parameter=0.5).log_weight(2, True)) == pytest.approx(0.005)
 
 
+def weights_of(log_weight, log_output_weight=0.0):
+    """The weights of one operand and one output, and the ratio of the second to the first, as rules see them."""
+    ctx = eqxproj.rules.Context.plain().reweighted([log_weight], [log_output_weight])
+    return ctx.weights[0], ctx.output_weights[0], ctx.ratio(0)
+
+
 @pytest.mark.parametrize("log", [-1e4, -69.0, 0.0, 5.0, 69.0, 1e4])
 def test_clamped(log):
-    weight = clamped(log)
+    weight, _, _ = weights_of(log)
     assert 1e-30 < weight < 1e30
     assert jnp.isfinite(jnp.float32(weight)) and jnp.float32(1 / weight) > 0
     if abs(log) <= 69.0:
@@ -42,17 +47,23 @@ def test_clamped(log):
 @pytest.mark.parametrize("log", [-1e4, -69.0, 0.0, 5.0, 55.0, 1e4])
 def test_clamped_outputs(log):
     """An output never weighs more than its operands for the reason that both are clamped."""
-    assert clamped_output(log) == pytest.approx(clamped(min(log, 55.0)))
-    assert clamped_output(1e4) <= 1e-6 * clamped(1e4)
+    assert weights_of(0.0, log)[1] == pytest.approx(weights_of(min(log, 55.0))[0])
+    assert weights_of(0.0, 1e4)[1] <= 1e-6 * weights_of(1e4)[0]
 
 
 def test_ratios_are_exact_where_values_are_clamped():
     metric = Metric(grade=1e6, parameter=1e6)
     deep, deeper = metric.log_weight(100, False), metric.log_weight(101, False)
-    assert clamped(deep) == clamped(deeper)
-    assert ratio(deep, deeper) == pytest.approx(1e-6)
-    assert ratio(deeper, deep) == pytest.approx(1e6)
-    assert ratio(0.0, 1e5) >= 0.0 and ratio(1e5, 0.0) == pytest.approx(clamped(1e5))
+    assert weights_of(deep)[0] == weights_of(deeper)[0]
+    assert weights_of(deeper, deep)[2] == pytest.approx(1e-6)
+    assert weights_of(deep, deeper)[2] == pytest.approx(1e6)
+    assert weights_of(1e5, 0.0)[2] >= 0.0 and weights_of(0.0, 1e5)[2] == pytest.approx(weights_of(1e5)[0])
+
+
+@pytest.mark.parametrize("grade, steep", [(1e-3, False), (1.0, False), (99.0, False), (100.0, True), (1e6, True)])
+@pytest.mark.parametrize("parameter", [1.0, 1e6])
+def test_the_grade_alone_decides_the_regime(grade, parameter, steep):
+    assert Metric(grade, parameter).is_steep is steep
 
 
 def test_is_static_and_hashable():
@@ -82,10 +93,9 @@ def test_weights_of_edges():
     assert any(graph.edges[e].is_parameter for e in range(len(graph.edges)))
 
 
-@pytest.mark.parametrize("fan_out", ["sum", "mean"])
-def test_weight_of_a_value_with_several_consumers(fan_out):
-    """The weight of the output is the sum of its consumers' weights, or with the mean the heaviest alone."""
-    metric = Metric(grade=10.0, parameter=1.0, fan_out=fan_out)
+def test_weight_of_a_value_with_several_consumers():
+    """The weight of the output is the sum of its consumers' weights."""
+    metric = Metric(grade=10.0, parameter=1.0)
 
     def loss(p, x, y):
         h = x @ p["w"]
@@ -97,18 +107,15 @@ def test_weight_of_a_value_with_several_consumers(fan_out):
     )
     graph = problem.graph
     (value,) = [v for v in range(len(graph.values)) if len(graph.readers[v]) == 2 and graph.values[v].shape == (3, 4)]
-    log, share = kappa_of(problem, value)
+    log, count = eqxproj.readers.output_weight(problem, value)
     weights = [10.0 ** graph.depth[graph.edges[e].consumer] for e in graph.readers[value]]
     assert math.exp(log) == pytest.approx(max(weights))
-    if fan_out == "mean":
-        assert share == 1.0
-        return
     counts = [
         graph.edges[e].view.transpose(problem.known, jnp.ones(graph.edges[e].variable.shape))
         for e in graph.readers[value]
     ]
     want = sum(c[0] * w for c, w in zip(counts, weights, strict=True)) / max(weights)
-    assert jnp.allclose(jnp.broadcast_to(jnp.asarray(share), (3, 4)), jnp.broadcast_to(want, (3, 4)))
+    assert jnp.allclose(jnp.broadcast_to(jnp.asarray(count), (3, 4)), jnp.broadcast_to(want, (3, 4)))
     assert len(set(map(float, jnp.broadcast_to(want, (3, 4))[0]))) == 2
 
 

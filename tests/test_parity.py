@@ -4,15 +4,14 @@ The arrays in `tests/golden` are its iterates (float32, one minibatch, margin lo
 """
 
 import pathlib
+from typing import ClassVar
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import MODELS, SOLVERS, loss_of
 
 import eqxproj
-from eqxproj._problem._state import iterate, prepared
 
 RELATIVE, ABSOLUTE = 1e-4, 2e-5
 # One column of the output layer is decided by rounding: the ten Newton steps of its products do not converge in either
@@ -24,30 +23,23 @@ def _golden(model):
     return np.load(pathlib.Path(__file__).parent / "golden" / f"{model}.npz")
 
 
+def _start(golden):
+    return {k.removeprefix("init/"): jnp.asarray(v) for k, v in golden.items() if k.startswith("init/")}
+
+
 @pytest.mark.parametrize("name", list(SOLVERS))
 @pytest.mark.parametrize("model", list(MODELS))
 def test_iterates_agree(model, name):
     golden = _golden(model)
-    start = {k.removeprefix("init/"): jnp.asarray(v) for k, v in golden.items() if k.startswith("init/")}
-    problem = eqxproj.feasibility_problem(
-        loss_of(model),
-        start,
-        jnp.asarray(golden["x"]),
-        jnp.asarray(golden["y"]),
-        copies="neuron",
-        metric=eqxproj.Metric(fan_out="mean"),
-        data="pinned",
-    )
-    solver = SOLVERS[name]
-    state = prepared(lambda s: solver.step(problem, s), solver.init(problem))
-    step = eqx.filter_jit(lambda s: iterate(lambda s: solver.step(problem, s), s, 1))
+    start, x, y = _start(golden), jnp.asarray(golden["x"]), jnp.asarray(golden["y"])
+    problem = eqxproj.feasibility_problem(loss_of(model), start, x, y, copies="neuron", data="pinned")
+    problem = eqxproj.as_published(problem)
     counts = [n for n in (1, 2, 5, 20) if f"{name}/{n}/{next(iter(start))}" in golden]
     assert len(counts) >= 3
-    for n in range(1, counts[-1] + 1):
-        state = step(state)
-        if n not in counts:
-            continue
-        found = problem.trace.rebuild(solver.postprocess(problem, state))
+    for n in counts:
+        solution = eqxproj.solve(problem, SOLVERS[name], steps=n)
+        assert solution.stats["steps"] == n
+        found = solution.model
         errors = {k: np.abs(np.asarray(found[k]) - golden[f"{name}/{n}/{k}"]).max() for k in start}
         moved = max(np.abs(np.asarray(start[k]) - golden[f"{name}/{n}/{k}"]).max() for k in start)
         assert moved > 0 or n == 1
@@ -55,17 +47,25 @@ def test_iterates_agree(model, name):
         assert max(errors.values()) <= bound, (n, errors, moved)
 
 
+class Materialized(eqxproj.AbstractSolver):
+    """Alternating projections that keep every copy."""
+
+    store_copies: ClassVar[bool] = True
+    needs_two_colors: ClassVar[bool] = True
+
+    def step(self, problem, state):
+        return eqxproj.AlternatingProjections().step(problem, state)
+
+
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_without_materialized_copies_alternating_projections_are_the_same(model):
     """The exact rules: keeping the sums of equal copies gives what keeping every copy gives."""
     golden = _golden(model)
-    start = {k.removeprefix("init/"): jnp.asarray(v) for k, v in golden.items() if k.startswith("init/")}
     x, y = jnp.asarray(golden["x"]), jnp.asarray(golden["y"])
-    problem = eqxproj.feasibility_problem(loss_of(model), start, x, y, copies="neuron")
-    solver = eqxproj.AlternatingProjections()
-    step = eqx.filter_jit(lambda s: iterate(lambda s: solver.step(problem, s), s, 1))
-    lean, full = (prepared(lambda s: solver.step(problem, s), problem.start(copies)) for copies in (False, True))
-    for _ in range(5):
-        lean, full = step(lean), step(full)
-    for a, b in zip(solver.postprocess(problem, lean), solver.postprocess(problem, full), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+    problem = eqxproj.feasibility_problem(loss_of(model), _start(golden), x, y, copies="neuron")
+    solvers = eqxproj.AlternatingProjections(), Materialized()
+    lean, full = (eqxproj.solve(problem, solver, steps=5) for solver in solvers)
+    assert not lean.state.store_copies and full.state.store_copies
+    assert lean.stats["steps"] == full.stats["steps"] == 5
+    for name, a in lean.model.items():
+        np.testing.assert_allclose(a, full.model[name], rtol=2e-5, atol=2e-6)

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bilinear_oracle import node_of, reweighted
+from bilinear_oracle import node_of, projected
 from scipy.special import erf
 from test_piecewise import brute_force
 
-from eqxproj._problem._readers import context
+import eqxproj
 
 MASK = np.asarray([1.0, -2.0, 0.5], np.float32)
 SHIFT = np.asarray([0.3, -1.0, 2.0], np.float32)
@@ -94,24 +94,24 @@ CASES = {
 def node(name) -> Any:
     case = CASES[name]
     problem, index = node_of(case.function, *(jnp.zeros(s) + 0.1 for s in case.shapes))
-    return problem, index, context(problem, index, False)
+    return problem, index, eqxproj.readers.context(problem, index, False)
 
 
 @functools.cache
 def projector(name, log_weights, log_kappa):
-    """From the values of the unknowns and duals: operands as their views show them, duals of those, output, and vjp."""
+    """From the values of the unknowns and duals: operands as views show them, their duals, output, vjp and pullback."""
     problem, index, ctx = node(name)
     graph = problem.graph
     spec = graph.nodes[index]
-    ctx = reweighted(ctx, log_weights, log_kappa)
+    ctx = ctx.reweighted(log_weights, [log_kappa])
     parameter = {value: i for i, value in enumerate(graph.parameters)}
 
     def project(values, dual):
         edges = [graph.edges[e] for e in spec.edges]
         operands = [e.view.show(problem.known, [values[parameter[s]] for s in e.sources]) for e in edges]
-        nus, (out,) = spec.rule.project(ctx, operands, [dual])
+        nus, (out,) = projected(spec.rule, ctx, operands, [dual])
         want = jax.vjp(lambda *x: ctx.function(*x)[0], *operands)[1](dual)
-        return operands, list(nus), out, list(want)
+        return operands, nus, out, list(want), spec.rule.pullback(ctx, operands, [dual])
 
     return jax.jit(jax.vmap(project))
 
@@ -124,7 +124,7 @@ def project(name, log_weights, log_kappa, residuals, seed=0):
     dual = math.exp(log_kappa) * np.reshape(residuals, (n,) + (1,) * len(shape)) * rng.normal(size=(n, *shape))
     dual = np.asarray(dual, np.float32)
     run = projector(name, tuple(log_weights), log_kappa)
-    _, again, settled, _ = run(values, jnp.zeros_like(dual))
+    _, again, settled, _, _ = run(values, jnp.zeros_like(dual))
     assert not any(x.any() for x in again)  # where nothing is wanted, nothing moves
     return dual, settled, *jax.tree.map(lambda x: np.asarray(x, np.float64), run(values, jnp.asarray(dual)))
 
@@ -157,7 +157,7 @@ def test_no_point_is_better(name, weights):
     case, (*each, kappa) = CASES[name], weights
     each = each[: len(case.shapes)]
     residuals = [0.01, 0.3, 1.0, 3.0]
-    dual, settled, operands, nus, out, _ = project(name, np.log(each), math.log(kappa), residuals)
+    dual, settled, operands, nus, out, _, _ = project(name, np.log(each), math.log(kappa), residuals)
     rng = np.random.default_rng(1)
     for i in range(len(residuals)):
         here = [x[i] for x in operands]
@@ -199,20 +199,35 @@ LIMIT = [(n, 400.0) for n in CASES if n not in FLAT] + [(n, 0.0) for n in ("relu
 @pytest.mark.parametrize(("name", "log_kappa"), LIMIT)
 def test_a_steep_metric_gives_the_vjp(name, log_kappa):
     """Also where the weights are beyond float32 and only their ratios are known."""
-    problem, index, _ = node(name)
     logs = [log_kappa + x * math.log(10) for x in (6, 12, 9)][: len(CASES[name].shapes)]
-    found = projector(name, tuple(logs), log_kappa)
-    rng = np.random.default_rng(0)
-    values = [jnp.asarray(rng.normal(size=(3, *s)), jnp.float32) for s in CASES[name].shapes]
-    shape = jax.eval_shape(CASES[name].function, *(v[0] for v in values)).shape
-    sizes = jnp.asarray([1e-12, 1e-3, 0.1]).reshape((3,) + (1,) * len(shape))
-    dual = sizes * jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
-    _, nus, _, want = found(values, dual)
+    _, nus, _, want, _ = projector(name, tuple(logs), log_kappa)(*small_steps(name))
     for nu, true in zip(nus, want, strict=True):
         for x, y in zip(np.asarray(nu, float), np.asarray(true, float), strict=True):
             # The search takes differences of the function for its slope.
             tolerance = 2e-3 if "generic solver" in CASES[name].rule else 1e-4
             assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in FLAT])
+def test_the_pullback_is_the_vjp_whatever_the_weights(name):
+    found = []
+    for logs in ((0.0, 0.0, 0.0), (3.0, -2.0, 1.0), (400.0, 1e4, -1e4)):
+        run = projector(name, logs[: len(CASES[name].shapes)], 1.0)
+        *_, want, nus = run(*small_steps(name))
+        found.append(nus)
+        for nu, true in zip(nus, want, strict=True):
+            np.testing.assert_allclose(nu, true, rtol=1e-5, atol=1e-7 * np.abs(true).max())
+    for others in zip(*found, strict=True):
+        assert all(np.array_equal(others[0], x) for x in others)
+
+
+def small_steps(name):
+    """Values of the unknowns, and duals of very different sizes."""
+    rng = np.random.default_rng(0)
+    values = [jnp.asarray(rng.normal(size=(3, *s)), jnp.float32) for s in CASES[name].shapes]
+    shape = jax.eval_shape(CASES[name].function, *(v[0] for v in values)).shape
+    sizes = jnp.asarray([1e-12, 1e-3, 0.1]).reshape((3,) + (1,) * len(shape))
+    return values, sizes * jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
 
 
 def test_a_mean_is_two_exact_nodes():

@@ -7,38 +7,19 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from eqxproj._graph._graph._build import build
+from bilinear_oracle import projected
 
 import eqxproj
 from eqxproj import Metric
-from eqxproj._program._fragment import forward
-from eqxproj._program._trace import trace
-from eqxproj.rules._base import Context
-from eqxproj.rules._selection import Selection
 
 
-def node(function, x):
-    """The selection node of a function of one array, and its evaluation."""
-    graph = build(trace(lambda m: jnp.sum(jnp.sin(function(m))), x, ()), in_order=True)
-    (found,) = [n for n in graph.nodes if isinstance(n.rule, Selection)]
-    return graph, found
-
-
-def context(graph, found, x, weight, kappa, grade):
-    env = forward(graph.program, [x])
-    known = {i: jnp.asarray(env[i]) for i in found.function.known}
-    return Context(
-        function=lambda *values: found.function(known, values),
-        known=known,
-        equation=None,
-        unknown=(),
-        weights=(weight,),
-        log_weights=(float(np.log(weight)),),
-        kappa=(kappa,),
-        ratios=((kappa / weight,),),
-        weight_like=(False,),
-        metric=Metric(grade),
-    )
+def node(function, x, weight, kappa):
+    """The rule of the selection in a function of one array, and its context."""
+    problem = eqxproj.feasibility_problem(lambda m: jnp.sum(jnp.sin(function(m))), x)
+    nodes = problem.graph.nodes
+    (found,) = [i for i, n in enumerate(nodes) if isinstance(n.rule, eqxproj.rules.Selection)]
+    ctx = eqxproj.readers.context(problem, found, False)
+    return nodes[found].rule, ctx.reweighted([float(np.log(weight))], [float(np.log(kappa))])
 
 
 CASES = {
@@ -51,9 +32,8 @@ CASES = {
 def test_steep_answer_is_the_slope_of_the_expectation(name):
     function, sign = CASES[name]
     x, mu = jr.normal(jr.key(0), (5, 4)), jr.normal(jr.key(1), (5, 4))
-    graph, found = node(function, x)
-    ctx = context(graph, found, x, 1e6, 1.0, 1e6)
-    (nu,), _ = found.rule.project(ctx, [x], [mu])
+    rule, ctx = node(function, x, 1e6, 1.0)
+    (nu,) = rule.pullback(ctx, [x], [mu])
     wanted = jax.grad(lambda x: jnp.sum(mu * jax.nn.softmax(sign * x)))(x)
     np.testing.assert_allclose(nu, wanted, atol=1e-5)
 
@@ -63,9 +43,8 @@ def test_steep_answer_is_the_slope_of_the_expectation(name):
 def test_flat_answer_is_as_near_as_any_feasible_point(name, kappa):
     function, _ = CASES[name]
     x, target = jr.normal(jr.key(2), (6, 3)), jr.normal(jr.key(3), (6, 3))
-    graph, found = node(function, x)
-    ctx = context(graph, found, x, 1.0, kappa, 1.0)
-    (nu,), (y,) = found.rule.project(ctx, [x], [kappa * (target - function(x))])
+    rule, ctx = node(function, x, 1.0, kappa)
+    (nu,), (y,) = projected(rule, ctx, [x], [kappa * (target - function(x))])
     np.testing.assert_array_equal(y, function(x + nu))
 
     def cost(moved):
@@ -82,8 +61,8 @@ def test_position_that_mixes_samples_stays():
         table = jnp.arange(12.0).reshape(4, 3)
         return jnp.sum((table[jnp.argmax(w, -1)].T @ jnp.ones(5)) ** 2 + jnp.sum(w**2))
 
-    graph = build(trace(loss, jr.normal(jr.key(0), (5, 4)), ()), in_order=True)
-    assert all(n.rule is not None or n.kind == "parameter" for n in graph.nodes)
+    nodes = eqxproj.feasibility_problem(loss, jr.normal(jr.key(0), (5, 4))).graph.nodes
+    assert all(n.rule is not None or n.kind == "parameter" for n in nodes)
 
 
 def test_gate_is_learned():
