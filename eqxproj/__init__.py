@@ -50,7 +50,7 @@ try:
 except _metadata.PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0.0.0+unknown"
 
-_RULES.update(_BUILTIN)
+_RULES.maps[1].update(_BUILTIN)
 
 
 def __getattr__(name: str) -> _ModuleType:

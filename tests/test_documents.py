@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import eqxproj
-from eqxproj.rules._registry import RULES
+from eqxproj.rules import RULES
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ def python_of(name):
 @pytest.fixture
 def same_rules():
     """Rules that a document registers are gone after it."""
-    before = dict(RULES)
+    before = dict(RULES.maps[0])
     yield
     RULES.clear()
     RULES.update(before)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+
 from eqxproj._graph._build import build
 from eqxproj._graph._graph import with_identities
-
 from eqxproj._problem._make import make_problem
 from eqxproj._program._trace import trace
 from eqxproj._training._displacement import DEFAULT_METRIC

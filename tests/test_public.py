@@ -12,7 +12,7 @@ import pytest
 
 import eqxproj
 from eqxproj import rules, sets, solvers
-from eqxproj.rules._registry import RULES
+from eqxproj.rules import RULES
 
 A = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
@@ -40,7 +40,7 @@ def untyped():
 @pytest.fixture
 def registry():
     """What a test registers is gone after it."""
-    before = dict(RULES)
+    before = dict(RULES.maps[0])
     yield
     RULES.clear()
     RULES.update(before)

@@ -13,13 +13,13 @@ from jax.interpreters import batching, mlir
 
 import eqxproj
 from eqxproj.losses import cross_entropy, squared_error
-from eqxproj.rules._registry import RULES, registry_version
+from eqxproj.rules import RULES, registry_version
 
 
 @pytest.fixture(autouse=True)
 def registry():
     """What a test registers is gone after it."""
-    before = dict(RULES)
+    before = dict(RULES.maps[0])
     yield
     RULES.clear()
     RULES.update(before)
@@ -254,14 +254,17 @@ def test_registration_reaches_the_branches_of_a_problem():
 def test_unregistering_brings_back_what_stood_there():
     own = RULES["max"]
     version = registry_version()
+    versions = set()
     for _ in range(2):
         eqxproj.register_projection("max")(lambda ctx, inputs, target: inputs)
+        versions.add(registry_version())
+    assert len({version, *versions}) == 3
     eqxproj.unregister_projection("max")
     assert RULES["max"] is own
     eqxproj.register_projection("tanh")(lambda ctx, inputs, target: inputs)
     eqxproj.unregister_projection("tanh")
     assert "tanh" not in RULES
-    assert registry_version() == version + 5
+    assert registry_version() == version
 
 
 @pytest.mark.parametrize("primitive", ["max", "tanh", "no_such_primitive"])

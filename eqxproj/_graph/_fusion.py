@@ -14,13 +14,13 @@ import numpy as np
 from .._program._affine import AffineTerm, affine_terms
 from .._program._equations import Equation, Program, Variable, live
 from .._program._primitives import ELEMENTWISE, VIEW_DATA, VIEWS
-from ..rules._registry import RULES
+from ..rules._registry import RULES, is_registered
 
 
 def takes_precedence(equation: Equation) -> bool:
-    """Whether an operation has a rule that is asked before it is fused or made part of the objective."""
+    """Whether an operation's rule is asked before it is fused with others or made part of the objective."""
     rule = RULES.get(equation.name)
-    return rule is not None and rule.takes_precedence
+    return is_registered(equation.name) or (rule is not None and rule.takes_precedence)
 
 
 def is_view(equation: Equation, unknown: frozenset[int]) -> bool:

@@ -10,7 +10,7 @@ operations that have no gradient.
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ def filter_value_and_displacement(
     chosen = checked_options(solver, steps, metric, copies, tau)
 
     @eqx.filter_jit
-    def compute(version: int, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def compute(version: Hashable, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
         del version  # a static argument: other rules, another program
         traced = trace(loss, model, args, kwargs, has_aux=has_aux)
         problem = chosen.problem(traced)

@@ -6,7 +6,7 @@ The inputs are found by a solver on the feasibility problem of `f` whose outputs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import equinox as eqx
@@ -73,7 +73,7 @@ def projection(
         return sum(parts[1:], start=parts[0])
 
     @eqx.filter_jit
-    def solved(version: int, primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
+    def solved(version: Hashable, primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
         del version  # a static argument: other rules, another program
         traced = trace(loss, primals, (target,))
         problem = make_problem(traced, chosen, copies, 1.0, "constant", two_colored=True)

@@ -19,7 +19,9 @@ from ._local import nearest_locally as nearest_locally
 from ._loss import CustomObjective as CustomObjective
 from ._loss import GenericObjective as GenericObjective
 from ._maximum import Maximum as Maximum
+from ._registry import RULES as RULES
 from ._registry import register_projection as register_projection
+from ._registry import registry_version as registry_version
 from ._registry import unregister_projection as unregister_projection
 from ._scalar import Scalar as Scalar
 from ._selection import Selection as Selection

@@ -21,8 +21,6 @@ from ._points import of_visible_step, of_whole_step
 class AbstractUserRule(AbstractRule):
     """A rule in points, `answer(ctx, inputs, targets) -> new inputs`, in both regimes."""
 
-    takes_precedence: ClassVar[bool] = True
-
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         return of_visible_step(lambda targets: self.answer(ctx, inputs, targets), inputs, ctx.function(*inputs), duals)
 
@@ -39,6 +37,7 @@ class Custom(AbstractUserRule):
     """Calls the rule that the function was given."""
 
     label: ClassVar[str] = "custom"
+    takes_precedence: ClassVar[bool] = True
 
     def describe(self, equation: Equation | None) -> str:
         return "custom" if equation is None else f"custom ({equation.params['call'].name})"
@@ -67,7 +66,6 @@ class RegisteredDualRule(AbstractRule):
     """A rule in duals that a user wrote for one primitive: the same answer in both regimes."""
 
     label: ClassVar[str] = "registered"
-    takes_precedence: ClassVar[bool] = True
 
     def __init__(self, function: Callable[..., Any], name: str):
         self.function, self.name = function, name

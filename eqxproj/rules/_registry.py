@@ -1,14 +1,15 @@
 """The registry of projection rules: a dictionary from the name of a primitive to its rule.
 
-Primitives are known by name because some are exported nowhere. Views and elementwise operations need no entry (see
-`_program/_primitives.py`); an entry for one of them takes precedence. Rules are looked up while a loss is traced.
-Compiled functions of this library take `registry_version()` as a static argument, so that they compile again after a
-registration. A function that the user compiles around them keeps the rules that it was compiled with.
+Primitives are known by name because some are exported nowhere. A user's rule hides the library's own, and is asked
+before an operation is fused with others. Rules are looked up while a loss is traced. Compiled functions of this library
+take `registry_version()` as a static argument, so that a registration reaches them; a function that the user compiles
+around them keeps the rules that it was compiled with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeVar
 
 from jax.extend.core import Primitive
@@ -16,13 +17,10 @@ from jax.extend.core import Primitive
 from ._base import AbstractRule
 from ._custom import RegisteredDualRule, RegisteredRule
 
-RULES: dict[str, AbstractRule] = {}
-"""Primitive name to rule."""
-_OWN: dict[str, AbstractRule | None] = {}
-"""For primitives with a rule that a user registered: the library's own rule, `None` where it has none."""
-_version = 0
+RULES: ChainMap[str, AbstractRule] = ChainMap({}, {})
+"""Primitive name to rule: the rules of users, then the library's own."""
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_F = TypeVar("_F")
 
 
 def register_projection(
@@ -33,26 +31,37 @@ def register_projection(
     **Arguments:**
 
     - `primitive`: the primitive, or its name.
-    - `form`: `"points"` for a rule `(ctx, inputs, target) -> new_inputs`; `"duals"` for a rule
-        `(ctx, inputs, dual) -> duals of the inputs`, which loses nothing to rounding where the metric is steep.
+    - `form`: `"points"` for a function `(ctx, inputs, target) -> new_inputs`; `"duals"` for a function
+        `(ctx, inputs, dual) -> duals of the inputs`, from which nothing is lost to rounding in the gradient regime.
 
-    The rule receives *all* operands of the primitive, known ones included (`ctx.unknown` says which are unknown) and
+    A function receives *all* operands of the primitive, known ones included (`ctx.unknown` says which are unknown) and
     returns as many; what it returns for known operands is ignored. `ctx.params` are the primitive's parameters,
-    `ctx.weights` and `ctx.output_weights` the weights of the unknown operands and of the outputs.
+    `ctx.weights` and `ctx.output_weights` the weights of the unknown operands and of the outputs. A subclass of
+    [`AbstractRule`][], without arguments, or one of its instances is registered as it is.
 
     **Returns:**
 
-    A decorator that returns the function unchanged. A second registration replaces the first;
+    A decorator that returns the function or class unchanged. A second registration replaces the first;
     [`unregister_projection`][] takes it back. Functions of this library that are compiled already compile again.
+
+    **Raises:** `TypeError` where the primitive or the decorated object is none, `ValueError` for another `form`.
     """
     name = _name_of(primitive)
     if form not in ("points", "duals"):
         raise ValueError(f'`form` must be "points" or "duals", got {form!r}.')
 
     def decorator(function: _F) -> _F:
-        if not _is_registered(name):
-            _OWN[name] = RULES.get(name)
-        _write(name, (RegisteredDualRule if form == "duals" else RegisteredRule)(function, name))
+        made: Any = function
+        if isinstance(made, type) and issubclass(made, AbstractRule):
+            made = made()
+        if not isinstance(made, AbstractRule):
+            if not callable(made):
+                raise TypeError(
+                    f"The projection rule of primitive {name!r} must be a function `(ctx, inputs, target) -> "
+                    f"new_inputs` or a rule of `eqxproj.rules.AbstractRule`, got {function!r}."
+                )
+            made = (RegisteredDualRule if form == "duals" else RegisteredRule)(made, name)
+        RULES[name] = made
         return function
 
     return decorator
@@ -68,33 +77,23 @@ def unregister_projection(primitive: str | Primitive) -> None:
     **Raises:** `ValueError` where no rule was registered for the primitive.
     """
     name = _name_of(primitive)
-    if not _is_registered(name):
-        known = ", ".join(filter(_is_registered, sorted(RULES)))
+    if not is_registered(name):
         raise ValueError(
-            f"`primitive` is {name!r}, for which no rule was registered. Registered are rules for: {known or 'none'}. "
-            f"Register one with `@eqxproj.register_projection({name!r})`."
+            f"`primitive` is {name!r}, for which no rule was registered. Registered are rules for: "
+            f"{', '.join(sorted(RULES.maps[0])) or 'none'}. Register one with "
+            f"`@eqxproj.register_projection({name!r})`."
         )
-    _write(name, _OWN.pop(name))
+    del RULES[name]
 
 
-def registry_version() -> int:
-    """A number that grows with every registration, and with every one that is taken back."""
-    return _version
+def registry_version() -> Hashable:
+    """The rules of users as they are now: what compiled functions depend on."""
+    return tuple(RULES.maps[0].items())
 
 
-def _is_registered(name: str) -> bool:
+def is_registered(name: str) -> bool:
     """Whether the rule of a primitive is a user's."""
-    return isinstance(RULES.get(name), RegisteredRule | RegisteredDualRule)
-
-
-def _write(name: str, rule: AbstractRule | None) -> None:
-    """Sets the rule of a primitive, or removes it."""
-    global _version
-    if rule is None:
-        del RULES[name]
-    else:
-        RULES[name] = rule
-    _version += 1
+    return name in RULES.maps[0]
 
 
 def _name_of(primitive: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools as ft
 import numbers
+from collections.abc import Hashable
 from typing import Any
 
 import equinox as eqx
@@ -90,7 +91,9 @@ def first_bad(problem: FeasibilityProblem, finite: Any) -> int | None:
 
 
 @eqx.filter_jit
-def _begin(problem: FeasibilityProblem, solver: AbstractSolver, version: int) -> tuple[State, Bool[Array, " nodes"]]:
+def _begin(
+    problem: FeasibilityProblem, solver: AbstractSolver, version: Hashable
+) -> tuple[State, Bool[Array, " nodes"]]:
     """The state to start from. `version` is that of the registry: rules inside of recurrences are looked up here."""
     del version
     start = prepared(ft.partial(solver.step, problem), solver.init(problem))
@@ -108,7 +111,7 @@ class _Report(eqx.Module):
 
 @eqx.filter_jit
 def _advance(
-    problem: FeasibilityProblem, solver: AbstractSolver, version: int, tol: float, state: State
+    problem: FeasibilityProblem, solver: AbstractSolver, version: Hashable, tol: float, state: State
 ) -> tuple[State, _Report]:
     """One step; a step to a state that is not finite is not taken. `version` is as for `_begin`."""
     del version
