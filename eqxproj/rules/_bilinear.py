@@ -144,9 +144,10 @@ def _read(ctx: Context, inputs: Sequence[Array]) -> tuple[BilinearForm, Copies |
 
     if equation.name == "dot_general":
         return DotForm(f, a, w, ctx.params["dimension_numbers"]), None, a, w
-    if equation.name == "conv_general_dilated":
-        return ConvForm(f, a, w, ctx.params), None, a, w
-    return ElementForm(f, a, w), None, a, w
+    if equation.name == "mul":
+        return ElementForm(f, a, w), None, a, w
+    grouped = ctx.params["batch_group_count"] != 1
+    return BilinearForm(f, a, w) if grouped else ConvForm(f, a, w, ctx.params), None, a, w
 
 
 def _in_rows(ctx: Context, stored: Copies, dual: Array) -> tuple[Array, Scale, list[Scale]]:

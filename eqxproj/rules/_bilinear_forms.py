@@ -1,9 +1,7 @@
-"""Bilinear maps, and what the rule of bilinear nodes needs of them.
+"""Bilinear maps $f(a, w)$ in which every output is a sum of products $\\sum_k a_{i(k)} w_{j(k)}$.
 
-A [`BilinearForm`][] is a bilinear map $f(a, w)$ in which every output is a sum of products $\\sum_k a_{i(k)} w_{j(k)}$.
-Beside $f$ and its two transposes, it knows the same maps with one operand replaced by ones, which count and add up
-copies. Only public transformations of the primitive itself are used (`jax.linear_transpose`); the special cases below
-are cheaper ways to the same numbers.
+Beside $f$ and its two transposes, a form knows the same maps with one operand replaced by ones, which count and add up
+copies. The special cases below are cheaper ways to the same numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ class BilinearForm:
     - `f(a, w)`: the map.
     - `back_a(g, w)`, `back_w(a, g)`: its transposes in `a` and in `w`.
     - `sum_a(a)`: $f(a, 1)$. `sum_w(w)`: $f(1, w)$, either of any shape that broadcasts to the output's.
-    - `spread_a(g, a)`, `spread_w(g, w)`: the transposes of those two, in the shape of the operand (or one that
-      broadcasts to it).
+    - `spread_a(g)`, `spread_w(g)`: their transposes, in the shape of the operand or one that broadcasts to it.
     """
 
     def __init__(self, f: Callable[[Array, Array], Array], shape_a: Any, shape_w: Any):
@@ -68,8 +65,8 @@ class DotForm(BilinearForm):
     def __init__(self, f, shape_a, shape_w, dimension_numbers):
         super().__init__(f, shape_a, shape_w)
         (self.contract_a, self.contract_w), (self.batch_a, self.batch_w) = dimension_numbers
-        self.free_a = _rest(len(shape_a.shape), self.contract_a, self.batch_a)
-        self.free_w = _rest(len(shape_w.shape), self.contract_w, self.batch_w)
+        self.free_a = rest(len(shape_a.shape), self.contract_a, self.batch_a)
+        self.free_w = rest(len(shape_w.shape), self.contract_w, self.batch_w)
 
     def sum_a(self, a: Array) -> Array:
         kept = jnp.transpose(a.sum(self.contract_a, keepdims=True), (*self.batch_a, *self.free_a, *self.contract_a))
@@ -114,7 +111,7 @@ class DotForm(BilinearForm):
 
 
 class ConvForm(BilinearForm):
-    """`conv_general_dilated`: a sum over the input channels, and a convolution of one channel a group.
+    """`conv_general_dilated` without groups of the batch: a sum over channels, and a convolution of one a group.
 
     The zeros of padding and dilation count as variables of the products that read them, as they do in a matrix
     product of patches: so |w|^2 is the same for every output.
@@ -126,8 +123,6 @@ class ConvForm(BilinearForm):
         self.lhs, self.rhs, self.out = params["dimension_numbers"]
 
     def sum_a(self, a: Array) -> Array:
-        if self.params["batch_group_count"] != 1:
-            return super().sum_a(a)
         groups, (batch, channel) = self.params["feature_group_count"], self.lhs[:2]
         ordered = jnp.transpose(a, (batch, channel, *self.lhs[2:]))
         summed = ordered.reshape(ordered.shape[0], groups, -1, *ordered.shape[2:]).sum(2)
@@ -142,28 +137,20 @@ class ConvForm(BilinearForm):
             (1, 1, *self.params["rhs_dilation"]),
         )
         each = 1 if groups == 1 else self.shape_w.shape[self.rhs[0]] // groups
-        dims = (self.out[0], self.out[1], *self.out[2:])
-        return jnp.transpose(jnp.repeat(windows, each, axis=1), sorted(range(len(dims)), key=lambda i: dims[i]))
-
-    def _kernel_dims(self) -> tuple[int, ...]:
-        return tuple(int(d) for d in self.rhs[1:])
+        return jnp.transpose(jnp.repeat(windows, each, axis=1), np.argsort(self.out).tolist())
 
     def sum_w(self, w: Array) -> Array:
-        if self.params["batch_group_count"] != 1:
-            return super().sum_w(w)
-        return _place(w.sum(self._kernel_dims()), (int(self.out[1]),), w.ndim)
+        return _place(w.sum(tuple(map(int, self.rhs[1:]))), (int(self.out[1]),), w.ndim)
 
     def spread_a(self, g: Array) -> Array:
-        if self.params["batch_group_count"] == 1 and self.params["feature_group_count"] == 1:
-            g = g.sum(self.out[1], keepdims=True)
-            shape = [1 if d == self.lhs[1] else n for d, n in enumerate(self.shape_a.shape)]
-            return jax.linear_transpose(self.sum_a, jax.ShapeDtypeStruct(tuple(shape), g.dtype))(g)[0]
-        return super().spread_a(g)
+        if self.params["feature_group_count"] != 1:
+            return super().spread_a(g)
+        g = g.sum(self.out[1], keepdims=True)
+        shape = [1 if d == self.lhs[1] else n for d, n in enumerate(self.shape_a.shape)]
+        return jax.linear_transpose(self.sum_a, jax.ShapeDtypeStruct(tuple(shape), g.dtype))(g)[0]
 
     def spread_w(self, g: Array) -> Array:
-        if self.params["batch_group_count"] != 1:
-            return super().spread_w(g)
-        return _place(g.sum(_rest(g.ndim, (self.out[1],))), (int(self.rhs[0]),), g.ndim)
+        return _place(g.sum(rest(g.ndim, (self.out[1],))), (int(self.rhs[0]),), g.ndim)
 
 
 class ElementForm(BilinearForm):
@@ -175,33 +162,20 @@ class ElementForm(BilinearForm):
     def sum_a(self, a: Array) -> Array:
         return a
 
-    def sum_w(self, w: Array) -> Array:
-        return w
-
-    def spread_a(self, g: Array) -> Array:
-        return g
-
-    def spread_w(self, g: Array) -> Array:
-        return g
+    sum_w = spread_a = spread_w = sum_a  # pyright: ignore[reportAssignmentType]
 
 
 class CopyForm(BilinearForm):
-    """One product of materialized copies: `a` of shape (group, row, 1 or column, k) and `w` likewise, summed over k.
-
-    A dimension of size one means that the copies along it are shared.
-    """
+    """Products of stored copies: both operands of shape (group, row, column, k), summed over k."""
 
     def __init__(self, shape_a, shape_w):
         super().__init__(lambda a, w: (a * w).sum(-1), shape_a, shape_w)
 
     def back_a(self, g: Array, w: Array) -> Array:
-        return _sum_to(g[..., None] * w, self.shape_a.shape)
+        return g[..., None] * w
 
     def back_w(self, a: Array, g: Array) -> Array:
-        return _sum_to(g[..., None] * a, self.shape_w.shape)
-
-    def f(self, a: Array, w: Array) -> Array:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (a * w).sum(-1)
+        return g[..., None] * a
 
     def square_of_sum(self, a: Array, w: Array, c: Array, known: tuple[Array, Array, Array]) -> Array:
         return jnp.square(a + c[..., None] * w).sum(-1)
@@ -209,17 +183,15 @@ class CopyForm(BilinearForm):
     def sum_a(self, a: Array) -> Array:
         return a.sum(-1)
 
-    def sum_w(self, w: Array) -> Array:
-        return w.sum(-1)
+    sum_w = sum_a  # pyright: ignore[reportAssignmentType]
 
     def spread_a(self, g: Array) -> Array:
-        return _sum_to(g[..., None], (*self.shape_a.shape[:-1], 1))
+        return g[..., None]
 
-    def spread_w(self, g: Array) -> Array:
-        return _sum_to(g[..., None], (*self.shape_w.shape[:-1], 1))
+    spread_w = spread_a  # pyright: ignore[reportAssignmentType]
 
 
-def _rest(ndim: int, *used) -> tuple[int, ...]:
+def rest(ndim: int, *used) -> tuple[int, ...]:
     taken = {int(d) for dims in used for d in dims}
     return tuple(d for d in range(ndim) if d not in taken)
 
@@ -231,8 +203,3 @@ def _place(g: Array, dims: tuple[int, ...], ndim: int) -> Array:
     for i in order:
         shape[dims[i]] = g.shape[i]
     return jnp.transpose(g, order).reshape(shape)
-
-
-def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-    axes = tuple(i for i, (have, want) in enumerate(zip(x.shape, shape, strict=True)) if want == 1 and have != 1)
-    return x.sum(axes, keepdims=True) if axes else x

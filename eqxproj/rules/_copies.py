@@ -16,16 +16,11 @@ from jaxtyping import Array
 
 from .._numerics._windows import reads
 from .._program._equations import Equation
-from ._bilinear_forms import _rest
+from ._bilinear_forms import rest
 
 
 class Copies:
-    """The layout of the copies of one equation.
-
-    **Arguments:**
-
-    - `equation`: a `dot_general` or `conv_general_dilated`.
-    """
+    """The layout of the copies of one `dot_general` or `conv_general_dilated`."""
 
     def __init__(self, equation: Equation):
         self.equation = equation
@@ -35,7 +30,7 @@ class Copies:
         if equation.name == "dot_general":
             (self.contract, self.batch) = self.params["dimension_numbers"]
             self.free = tuple(
-                _rest(len(s), c, b) for s, c, b in zip(self.shapes, self.contract, self.batch, strict=True)
+                rest(len(s), c, b) for s, c, b in zip(self.shapes, self.contract, self.batch, strict=True)
             )
             sizes = [[s[d] for d in f] for s, f in zip(self.shapes, self.free, strict=True)]
             self.groups = math.prod(self.shapes[0][d] for d in self.batch[0])
@@ -46,22 +41,18 @@ class Copies:
             self.columns = self.shapes[1][self.rhs[0]] // self.groups
             self.rows = math.prod(self.out_shape) // (self.columns * self.groups)
 
-    def _require_patches(self) -> None:
-        if self.params["batch_group_count"] != 1:
-            raise ValueError(
-                'A convolution with `batch_group_count` above 1 has no materialized copies. Use copies="none", or a '
-                "solver that returns to consensus (AlternatingProjections, CyclicProjections)."
-            )
-
     def matrix(self, operand: int, value: Array) -> Array:
         """An operand as (group, row, k) or (group, column, k)."""
         if self.equation.name == "dot_general":
             dims = (*self.batch[operand], *self.free[operand], *self.contract[operand])
             return jnp.transpose(value, dims).reshape(self.groups, (self.rows, self.columns)[operand], -1)
-        self._require_patches()
+        if self.params["batch_group_count"] != 1:
+            raise ValueError(
+                'A convolution with `batch_group_count` above 1 has no materialized copies. Use copies="none", or a '
+                "solver that returns to consensus (AlternatingProjections, CyclicProjections)."
+            )
         if operand == 1:
-            order = (self.rhs[0], *self.rhs[1:])
-            return jnp.transpose(value, order).reshape(self.groups, self.columns, -1)
+            return jnp.transpose(value, self.rhs).reshape(self.groups, self.columns, -1)
         keep = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
         patches = jax.lax.conv_general_dilated_patches(
             value,
@@ -70,8 +61,7 @@ class Copies:
             **{k: self.params[k] for k in keep},
         )
         patches = jnp.transpose(patches, (self.out[0], *self.out[2:], self.out[1]))
-        patches = patches.reshape(self.rows, self.groups, -1)
-        return jnp.transpose(patches, (1, 0, 2))
+        return jnp.swapaxes(patches.reshape(self.rows, self.groups, -1), 0, 1)
 
     def expand(self, operand: int, value: Array) -> Array:
         """The copies of an operand."""
@@ -97,14 +87,12 @@ class Copies:
         if self.equation.name == "dot_general":
             return value.reshape(self.groups, self.rows, self.columns)
         value = jnp.transpose(value, (self.out[0], *self.out[2:], self.out[1]))
-        return jnp.transpose(value.reshape(self.rows, self.groups, self.columns), (1, 0, 2))
+        return jnp.swapaxes(value.reshape(self.rows, self.groups, self.columns), 0, 1)
 
     def to_output(self, value: Array) -> Array:
         """The inverse of `from_output`."""
         if self.equation.name == "dot_general":
             return value.reshape(self.out_shape)
-        value = jnp.transpose(value, (1, 0, 2))
         order = (self.out[0], *self.out[2:], self.out[1])
-        value = value.reshape([self.out_shape[d] for d in order])
-        inverse = sorted(range(len(order)), key=lambda i: order[i])
-        return jnp.transpose(value, inverse)
+        full = jnp.swapaxes(value, 0, 1).reshape([self.out_shape[d] for d in order])
+        return jnp.transpose(full, np.argsort(order).tolist())
