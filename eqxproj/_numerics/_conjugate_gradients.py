@@ -27,19 +27,7 @@ def _plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
 def conjugate_gradients(
     operator: Callable[[PyTree], PyTree], b: PyTree, inverse_diagonal: PyTree, *, tol: float | Array, max_steps: int
 ) -> PyTree:
-    r"""Solves $M x = b$ for symmetric positive-definite $M$.
-
-    **Arguments:**
-
-    - `operator`: $x \mapsto M x$.
-    - `b`: the right side; scaled to unit size inside, so that it may be as small as float32 allows.
-    - `inverse_diagonal`: the preconditioner, elementwise.
-    - `tol`, `max_steps`: relative residual to stop at, products at most.
-
-    **Returns:**
-
-    The solution, or the iterate at which a direction without positive curvature was met.
-    """
+    r"""Solves $M x = b$ for symmetric positive-definite $M$."""
     size = jtu.tree_reduce(jnp.maximum, jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0.0), b), jnp.asarray(0.0))
     scale = jnp.where(size > 0, size, 1.0)
     r = jtu.tree_map(lambda x: x / scale.astype(x.dtype), b)

@@ -43,15 +43,6 @@ def cross_entropy_value(
     Where the label is certain, that is the logarithm of one plus something small. So value and gradient keep their
     relative accuracy: the derivative by $z_k$ is minus the sum of the others, where $\mathrm{softmax}(z)_k - 1$ would
     cancel.
-
-    **Arguments:**
-
-    - `logits`: one score per class.
-    - `labels`: the right class, an integer; or one probability per class, floating-point, which need not sum to 1.
-
-    **Returns:**
-
-    $-\sum_i y_i \log \mathrm{softmax}(z)_i$ per sample, in nats.
     """
     z, dtype = with_classes("logits", logits)
     y, array, n = _probabilities(labels, z.shape, z.dtype), jnp.asarray(labels), z.shape[-1]
@@ -133,16 +124,6 @@ def cross_entropy_displacement(
     $\omega = \tau m s$, $H = \mathrm{diag}(1 + \omega) - \omega \omega^T / \tau m$ and Sherman-Morrison,
     $$H^{-1} r = q + \frac{\omega}{1 + \omega} \frac{\omega \cdot q}{\sum_i \omega_i / (1 + \omega_i)}, \qquad
     q = \frac{r}{1 + \omega}.$$
-
-    **Arguments:**
-
-    - `logits`: one score per class.
-    - `labels`: the right class, an integer; or one probability per class, floating-point, which need not sum to 1.
-    - `tau`: the step, positive.
-
-    **Returns:**
-
-    $\mathrm{prox}(z) - z$.
     """
     z, dtype = with_classes("logits", logits)
     step = step_of(tau, z.shape[:-1], z.dtype)

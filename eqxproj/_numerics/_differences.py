@@ -38,17 +38,7 @@ class WideFunction(NamedTuple):
 
 
 def difference_slope(phi: Callable[[Array], Array], s0: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The slope of an elementwise function, from eleven evaluations of it.
-
-    **Arguments:**
-
-    - `phi`: the function, called on arrays of the shape and dtype of `s0`.
-    - `s0`: where. A side of it on which the function is not finite is left out.
-
-    **Returns:**
-
-    The slopes, of the shape and dtype of `s0`.
-    """
+    """The slope of an elementwise function, from eleven evaluations of it."""
     f = WideFunction.of(phi, s0.dtype)
     wide = s0.astype(jnp.promote_types(s0.dtype, jnp.float32))
     return slope_and_step(f, wide, f.phi(wide))[0].astype(s0.dtype)

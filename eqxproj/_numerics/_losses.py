@@ -40,34 +40,14 @@ def _indices(labels: ArrayLike, shape: tuple[int, ...]) -> Array:
 
 
 def margin_displacement(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch n"]:
-    r"""From the logits to the nearest logits with a margin: wrong classes at most 0, the right class at least 1.
-
-    **Arguments:**
-
-    - `logits`: one score per class.
-    - `labels`: the right class, an integer.
-
-    **Returns:**
-
-    $P(z) - z$, zero exactly on the set.
-    """
+    r"""From the logits to the nearest logits with a margin: wrong classes at most 0, the right class at least 1."""
     z, dtype = with_classes("logits", logits)
     right = is_right(_indices(labels, z.shape), z.shape[-1])
     return jnp.where(right, jnp.maximum(1 - z, 0), -jnp.maximum(z, 0)).astype(dtype)
 
 
 def margin_value(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    r"""Half the squared distance to the logits with a margin; its gradient is `-margin_displacement`.
-
-    **Arguments:**
-
-    - `logits`: one score per class.
-    - `labels`: the right class, an integer.
-
-    **Returns:**
-
-    $\tfrac12 |z - P(z)|^2$ per sample.
-    """
+    r"""Half the squared distance to the logits with a margin; its gradient is `-margin_displacement`."""
     z, dtype = with_classes("logits", logits)
     return (0.5 * jnp.sum(margin_displacement(z, labels) ** 2, axis=-1)).astype(dtype)
 
@@ -85,16 +65,7 @@ def _targets(targets: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Ar
 
 
 def squared_error_value(predictions: Float[Array, "*shape"], targets: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""Squared error, elementwise.
-
-    **Arguments:**
-
-    - `predictions`, `targets`: of one shape.
-
-    **Returns:**
-
-    $(p - t)^2$ for each element.
-    """
+    r"""Squared error, elementwise."""
     p, dtype = floating("predictions", predictions)
     return ((p - _targets(targets, p.shape, p.dtype)) ** 2).astype(dtype)
 
@@ -105,15 +76,6 @@ def squared_error_displacement(
     r"""How far the proximal map of the squared error moves the predictions.
 
     $u - p + 2 \tau (u - t) = 0$ gives $u - p = \frac{2 \tau}{1 + 2 \tau} (t - p)$.
-
-    **Arguments:**
-
-    - `predictions`, `targets`: of one shape.
-    - `tau`: the step, positive.
-
-    **Returns:**
-
-    $\mathrm{prox}(p) - p$.
     """
     p, dtype = floating("predictions", predictions)
     t = _targets(targets, p.shape, p.dtype)
@@ -143,17 +105,7 @@ def _hinge_labels(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -
 def hinge_value(
     scores: Float[Array, "*shape"], labels: Int[Array, "..."] | Num[Array, "*shape"]
 ) -> Float[Array, "..."]:
-    r"""Hinge loss: Crammer and Singer's for several classes, or the binary one.
-
-    **Arguments:**
-
-    - `scores`: one score per class; for the binary loss, of any shape.
-    - `labels`: the right class, an integer; or, with the shape of `scores`, -1 or 1 for each score.
-
-    **Returns:**
-
-    $\max_j (s_j + [j \ne y]) - s_y$ per sample, or $\max(0, 1 - s t)$ for each element.
-    """
+    r"""Hinge loss: Crammer and Singer's for several classes, or the binary one."""
     s, dtype = floating("scores", scores)
     array, multiclass = _hinge_labels(labels, s.shape, s.dtype)
     if not multiclass:
@@ -177,16 +129,6 @@ def hinge_displacement(
     by Moreau's identity the displacement is $\tau (e_y - p)$, where $p$ is the projection of $v / \tau$ onto the
     simplex, $p_j = \max(v_j / \tau - \theta, 0)$ with $\theta$ such that $\sum_j p_j = 1$. That is a water level
     below the largest $v_j$, in units of $\tau$; only differences of scores enter.
-
-    **Arguments:**
-
-    - `scores`: one score per class; for the binary loss, of any shape.
-    - `labels`: the right class, an integer; or, with the shape of `scores`, -1 or 1 for each score.
-    - `tau`: the step, positive; it broadcasts to the shape of `hinge_value`.
-
-    **Returns:**
-
-    $\mathrm{prox}(s) - s$.
     """
     s, dtype = floating("scores", scores)
     array, multiclass = _hinge_labels(labels, s.shape, s.dtype)

@@ -56,17 +56,6 @@ def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Arr
     Where every step is moderate, as in training, the inverted power series of G, $t = t_1 - u t_1^2 + 2(u^2 -
     q/(1+q)) t_1^3 + \dots$ with $t_1 = \tau/(1+q)$ and $u = 3hp/(1+q)$, and one Newton step reach rounding, without
     a loop. Where they do not, all roots are found again by Newton steps inside a bracket.
-
-    **Arguments:**
-
-    - `hp`: $h p$, with the sign of the dual.
-    - `q`: $h Q \ge 2|hp|$.
-    - `tau`: $|\mu|/\sqrt{\alpha\omega}$.
-    - `apart`: $q + 2hp$, which is $h|a_0 \pm r w_0|^2/r$: zero where $a_0 = \mp r w_0$.
-
-    **Returns:**
-
-    `t` in [0, 1), and where there is no root (t is then one half, to keep everything finite).
     """
     eps = jnp.finfo(tau.dtype).eps
     inverse = 1.0 / (1.0 + q)

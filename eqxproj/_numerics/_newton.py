@@ -34,19 +34,6 @@ def bracketed_root(
     is done where its Newton step is at most $\mathrm{rtol}\,|t| + \mathrm{atol}$ plus the error of the step, or where
     it moves by rounding only. Close to a root the error is of the order of the square of the last step: `rtol` may be
     as large as the square root of the accuracy that is wanted.
-
-    **Arguments:**
-
-    - `function`: from $t$ to the value, the slope, and what rounding leaves uncertain of the value (zero, if that is
-        not known).
-    - `start`: the first guess, in the bracket.
-    - `low`, `high`: the bracket.
-    - `rtol`, `atol`: the tolerance of a step, relative to the root and absolute.
-    - `max_steps`: evaluations at most.
-
-    **Returns:**
-
-    The roots, and whether all of them were done before `max_steps`. Where the function is NaN, so is the root.
     """
     eps = float(jnp.finfo(start.dtype).eps)
 
@@ -87,21 +74,6 @@ def descend(
 
     It stops where no step lowers the cost, where the residual says so, or after `max_steps`. A step to a point whose
     residual is not finite is not taken, and is the last.
-
-    **Arguments:**
-
-    - `cost`: from a point to a number, infinity where there is none.
-    - `residual`: from a point to what `direction` and `is_done` read, such as the gradient.
-    - `direction`: from a point, its residual and the memory to the step wanted and the new memory.
-    - `is_done`: from the residual of a point and that of the point before to whether the point is good enough.
-    - `x`, `r`: the first point and its residual.
-    - `memory`: for `direction` alone, such as where its own solver starts from; `()` for none.
-    - `max_steps`, `max_halvings`: steps, and halvings of each, at most.
-    - `rounding`: the relative error of the cost. A rise within it counts as a fall.
-
-    **Returns:**
-
-    The last point: `x` itself where no step lowers the cost.
     """
 
     def body(carry):

@@ -78,17 +78,7 @@ def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> 
 
 
 def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
-    """Whether a jump lies between the least and the largest of the arguments.
-
-    **Arguments:**
-
-    - `jumps`: the places, as `jumps_of` finds them.
-    - `s`: the arguments. Those that are not finite are left out.
-
-    **Returns:**
-
-    A boolean. True where there may be more jumps than `jumps_of` finds.
-    """
+    """Whether a jump lies between the least and the largest of the arguments."""
     if len(jumps) >= _SUSPECTS:
         return jnp.asarray(True)
     finite = jnp.isfinite(s)
@@ -98,17 +88,7 @@ def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
 
 
 def jumps_of(phi: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any) -> tuple[float, ...]:
-    """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step.
-
-    **Arguments:**
-
-    - `phi`: the function, of arrays of this shape and dtype.
-    - `shape`, `dtype`: of its argument.
-
-    **Returns:**
-
-    The places, no more than eight, in ascending order.
-    """
+    """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step."""
     size = max(1, int(np.prod(shape)))
 
     def values(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -36,17 +36,6 @@ def piecewise_affine_dual(
     zero: $\lambda = m \mu/(1 + m^2 q)$ at any magnitude. The answer is the $\lambda_j$ of lowest $E$; they are compared
     after division by $\mu^2$, so that nothing underflows. At an end where $\phi$ jumps, the bound lies inside the piece
     by a few units in the last place of $s_0$ and of the end, and by at least 1e-12: rounding does not undo the jump.
-
-    **Arguments:**
-
-    - `phi`: the function.
-    - `s0`: the present points.
-    - `mu`: the duals of the output.
-    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
     """
     dtype = jnp.result_type(s0)
     work = jnp.promote_types(dtype, jnp.float32)
@@ -120,16 +109,6 @@ def _candidate(
 
 
 def finite_cast(lam: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
-    """Casts to a floating dtype, saturating where the value exceeds its range.
-
-    **Arguments:**
-
-    - `lam`: the values, not NaN.
-    - `dtype`: the dtype wanted.
-
-    **Returns:**
-
-    The finite values in that dtype.
-    """
+    """Casts to a floating dtype, saturating where the value exceeds its range."""
     large = float(jnp.finfo(dtype).max)
     return jnp.clip(lam, -large, large).astype(dtype)

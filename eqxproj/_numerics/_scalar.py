@@ -39,16 +39,6 @@ def square_dual(
     $$\lambda = 2 s \mu/(1 + 2 q s (s + s_0)),$$
 
     where nothing cancels. At $s_0 = 0$ the positive root is preferred.
-
-    **Arguments:**
-
-    - `s0`: the present points.
-    - `mu`: the duals of the output.
-    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
     """
     dtype, s0, mu, sigma, q = widen(s0, mu, sigma, q)
     start = jnp.abs(s0)
@@ -87,17 +77,6 @@ def round_dual(
     changes by $((j - f)^2 + q j^2 - 2 \sigma|\mu| j)/\sigma$. It is convex in $j$ and smallest at
     $j^* = (f + \sigma|\mu|)/(1 + q)$, so that $j$ is one of the two integers around $j^*$, at least one; or $s_0$
     stays. The new point lies inside its cell by a few units in the last place, so that rounding does not undo the step.
-
-    **Arguments:**
-
-    - `s0`: the present points.
-    - `mu`: the duals of the output.
-    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
-    - `method`: `"round"` (half to even, as `jnp.round`), `"floor"` or `"ceil"`.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`; zero where staying is best.
     """
     narrow = s0
     dtype, s0, mu, sigma, q = widen(s0, mu, sigma, q)

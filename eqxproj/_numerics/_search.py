@@ -78,17 +78,6 @@ def generic_dual(
     4. The answer is dropped where it does not pay. Costs are compared with a bound on their rounding errors.
 
     Values that are not finite count as infinitely bad; where `phi(s0)` is not finite, $s_0$ stays.
-
-    **Arguments:**
-
-    - `phi`: the function, called on arrays of the shape and dtype of `s0`.
-    - `s0`: the present points.
-    - `mu`: the duals of the output.
-    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
     """
     dtype, s0, mu, sigma, q = widen(s0, mu, sigma, q)
     f, tiny = WideFunction.of(phi, dtype), float(jnp.finfo(s0.dtype).tiny)

@@ -55,17 +55,7 @@ class Bounds(NamedTuple):
 
 
 def bounds_of(phi: Callable[[Array], Array], dtype: Any) -> Bounds | None:
-    """The bounds of a smooth elementwise function, with a tenth to spare; `None` of all others.
-
-    **Arguments:**
-
-    - `phi`: the function, of a vector of any length.
-    - `dtype`: of the vector.
-
-    **Returns:**
-
-    The bounds. `None` also where the function has no second derivative in JAX, or one that is not finite.
-    """
+    """The bounds of a smooth elementwise function, with a tenth to spare; `None` of all others."""
     # Between the points where functions written with cases have their seams.
     grid = (np.arange(int(2 * _RANGE * _GRID)) + 0.5) / _GRID - _RANGE
     with jax.ensure_compile_time_eval():
@@ -107,18 +97,7 @@ def smooth_dual(
     q: Float[Array, "*#shape"],
     otherwise: Callable[[], Float[Array, "*shape"]],
 ) -> Float[Array, "*shape"]:
-    r"""The dual, to rounding, where every element's problem is convex by the bounds; else what `otherwise` answers.
-
-    **Arguments:**
-
-    - `phi`, `s0`, `mu`, `sigma`, `q`: as for `generic_dual`, but in single or double precision.
-    - `bounds`: of the function.
-    - `otherwise`: called without arguments.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
-    """
+    r"""The dual, to rounding, where every element's problem is convex by the bounds; else what `otherwise` answers."""
     gain = bounds.slope * jnp.sqrt(q)
     least = sigma * jnp.abs(mu) * bounds.bend * (1.0 if bounds.monotone else 1.0 + jnp.minimum(gain, gain * gain))
     most = jnp.abs(mu) * (bounds.slope / jnp.maximum(gain, 1.0))

@@ -45,16 +45,6 @@ def water_level(
     convexity gives $f_{j+1}/f_j + k_{j+1}/k_j \le 1$, so that $f k$ falls at least by a factor of 4 in each
     iteration: $O(\log(n / \epsilon))$ iterations of $O(n)$, usually 2 to 6. A sort with prefix sums gives the same
     level, but was 5 to 40 times slower on a CPU.
-
-    **Arguments:**
-
-    - `depths`: $e_i \ge 0$, finite, at least one of them zero with a positive area.
-    - `rate`: $\rho \ge 0$.
-    - `areas`: $a_i \ge 0$, by default all 1.
-
-    **Returns:**
-
-    $L > 0$, for each element of the leading axes.
     """
     n = depths.shape[-1]
     rate = jnp.broadcast_to(jnp.asarray(rate, depths.dtype), depths.shape[:-1])
@@ -94,17 +84,6 @@ def max_dual(
 
     Minimizes $\sum_i w_i (x_i - x^0_i)^2 + \kappa (\max_i x_i - y_0)^2$. Where the maximum is unique and the dual
     small, the answer is $\mu / (1 + \kappa / w)$ at the largest entry and zero elsewhere.
-
-    **Arguments:**
-
-    - `x0`: the entries. Those that are not finite are padding, and stay.
-    - `mu`: the incoming dual $\kappa (y_0 - \max_i x^0_i)$, finite.
-    - `weights`: $w_i > 0$, one number for all entries or a tuple with one for each.
-    - `ratio`: $\kappa / w_i$, one for all entries or, where `weights` is a tuple, one for each.
-
-    **Returns:**
-
-    $w_i (x_i - x^0_i)$, with the shape and dtype of `x0`.
     """
     work = jnp.promote_types(x0.dtype, jnp.float32)
     n = x0.shape[-1]

@@ -19,17 +19,7 @@ def reads(
     base_dilation: Sequence[int],
     window_dilation: Sequence[int],
 ) -> np.ndarray:
-    """The number of windows that each element is in: the product of the numbers along each axis.
-
-    **Arguments:** one entry an axis.
-
-    - `shape`: of the array. `windows`: how many there are. `sizes`: of a window.
-    - `strides`, `padding`, `base_dilation`, `window_dilation`: as `jax.lax.reduce_window` has them.
-
-    **Returns:**
-
-    An array that broadcasts to `shape`.
-    """
+    """The number of windows that each element is in: the product of the numbers along each axis."""
     found = np.ones((1,) * len(shape))
     axes = (shape, windows, sizes, strides, padding, base_dilation, window_dilation)
     for axis, (length, count, size, stride, (low, _), base, dilation) in enumerate(zip(*axes, strict=True)):
