@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 def inner(x: PyTree, y: PyTree) -> Array:
     """The scalar product of two pytrees of arrays."""
-    products = jtu.tree_map(lambda a, b: jnp.vdot(a, b), x, y)
+    products = jtu.tree_map(jnp.vdot, x, y)
     return sum(jtu.tree_leaves(products), start=jnp.asarray(0.0))
 
 
@@ -27,7 +27,10 @@ def _plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
 def conjugate_gradients(
     operator: Callable[[PyTree], PyTree], b: PyTree, inverse_diagonal: PyTree, *, tol: float | Array, max_steps: int
 ) -> PyTree:
-    r"""Solves $M x = b$ for symmetric positive-definite $M$."""
+    r"""Solves $M x = b$ for symmetric positive-definite $M$, the operator; preconditioned by the `inverse_diagonal`.
+
+    It stops at the relative residual `tol`, after `max_steps` products, or at a direction without positive curvature.
+    """
     size = jtu.tree_reduce(jnp.maximum, jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0.0), b), jnp.asarray(0.0))
     scale = jnp.where(size > 0, size, 1.0)
     r = jtu.tree_map(lambda x: x / scale.astype(x.dtype), b)

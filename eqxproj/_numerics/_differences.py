@@ -16,15 +16,11 @@ _RUNGS = 4  # steps that are tried
 
 
 class WideFunction(NamedTuple):
-    """A function of a dtype, on arrays of the dtype that is computed in.
+    """A function of a dtype, on arrays of the dtype that is computed in."""
 
-    - `phi`: the function; it rounds its argument. `snap`: that rounding.
-    - `eps`: the rounding error of its own dtype.
-    """
-
-    phi: Callable[[Array], Array]
-    snap: Callable[[Array], Array]
-    eps: float
+    phi: Callable[[Array], Array]  # rounds its argument
+    snap: Callable[[Array], Array]  # that rounding
+    eps: float  # the rounding error of its own dtype
 
     @classmethod
     def of(cls, phi: Callable[[Array], Array], dtype: Any) -> WideFunction:
@@ -38,7 +34,7 @@ class WideFunction(NamedTuple):
 
 
 def difference_slope(phi: Callable[[Array], Array], s0: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The slope of an elementwise function, from eleven evaluations of it."""
+    """The slope of an elementwise function, from eleven evaluations; a side on which it is not finite is left out."""
     f = WideFunction.of(phi, s0.dtype)
     wide = s0.astype(jnp.promote_types(s0.dtype, jnp.float32))
     return slope_and_step(f, wide, f.phi(wide))[0].astype(s0.dtype)

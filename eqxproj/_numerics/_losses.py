@@ -3,20 +3,19 @@ r"""Margin, squared error and hinge as objectives: values, and how far their pro
 Every loss here, and the cross-entropy of `_cross_entropy.py`, comes as two pure functions, which work under `jax.jit`
 and `jax.vmap`:
 
-- a *value*, not reduced: one number per sample (per element, where the loss is elementwise), as in Optax. Its gradient
-  by `jax.grad` is that of the gradient regime;
+- a *value*, not reduced: one number per sample (per element, where the loss is elementwise), as in Optax;
 - a *displacement* $\mathrm{prox}_{\tau \ell}(z) - z$, where
   $\mathrm{prox}_{\tau \ell}(z) = \arg\min_u \tfrac12 |u - z|^2 + \tau \ell(u)$. It is computed as such rather than as
   a difference of two nearly equal arrays, so that it keeps its relative accuracy when $\tau$ is small:
   displacement$/\tau \to -\nabla \ell(z)$ as $\tau \to 0$.
 
-The last axis holds the classes. Half-precision input is computed in float32, and every result has the dtype of the
-prediction. `tau` is a scalar or an array that broadcasts to the shape of the value.
+The last axis of logits and scores holds the classes; integer labels name the right one. Half-precision input is
+computed in float32, and every result has the dtype of the prediction. The step `tau` is positive, and a scalar or an
+array that broadcasts to the shape of the value.
 
-Limits: integer labels outside the range of the classes are not detected, and their results mean nothing. The
-displacements of the cross-entropy and of the hinge contain a `jax.lax.while_loop`, so they cannot be differentiated in
-reverse mode. Scores of $-\infty$ (masked classes) are allowed, and stay where they are as long as the right class is
-not among them; NaN gives NaN.
+Limits: integer labels out of range are not detected, and their results mean nothing. The displacements of the
+cross-entropy and of the hinge contain a `jax.lax.while_loop`: no derivative in reverse mode. Scores of $-\infty$
+(masked classes) stay where they are as long as the right class is not among them; NaN gives NaN.
 """
 
 from __future__ import annotations
@@ -27,22 +26,15 @@ from jaxtyping import Array, ArrayLike, Float, Int, Num
 from ._loss_arguments import floating, is_index, is_right, step_of, with_classes
 from ._water_level import water_level
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Margin
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _indices(labels: ArrayLike, shape: tuple[int, ...]) -> Array:
-    array = jnp.asarray(labels)
-    if not is_index(array, shape):
-        raise ValueError(f"`labels` must be integers of shape {shape[:-1]}, got {array.dtype} of shape {array.shape}.")
-    return array
-
 
 def margin_displacement(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch n"]:
     r"""From the logits to the nearest logits with a margin: wrong classes at most 0, the right class at least 1."""
     z, dtype = with_classes("logits", logits)
-    right = is_right(_indices(labels, z.shape), z.shape[-1])
+    array = jnp.asarray(labels)
+    if not is_index(array, z.shape):
+        wanted = f"integers of shape {z.shape[:-1]}"
+        raise ValueError(f"`labels` must be {wanted}, got {array.dtype} of shape {array.shape}.")
+    right = is_right(array, z.shape[-1])
     return jnp.where(right, jnp.maximum(1 - z, 0), -jnp.maximum(z, 0)).astype(dtype)
 
 
@@ -50,11 +42,6 @@ def margin_value(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"])
     r"""Half the squared distance to the logits with a margin; its gradient is `-margin_displacement`."""
     z, dtype = with_classes("logits", logits)
     return (0.5 * jnp.sum(margin_displacement(z, labels) ** 2, axis=-1)).astype(dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Squared error
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _targets(targets: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -65,7 +52,7 @@ def _targets(targets: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Ar
 
 
 def squared_error_value(predictions: Float[Array, "*shape"], targets: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""Squared error, elementwise."""
+    r"""$(p - t)^2$ for each element."""
     p, dtype = floating("predictions", predictions)
     return ((p - _targets(targets, p.shape, p.dtype)) ** 2).astype(dtype)
 
@@ -83,19 +70,14 @@ def squared_error_displacement(
     return (twice / (1 + twice) * (t - p)).astype(dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hinge
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def _hinge_labels(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, bool]:
     """The labels, and whether they name classes."""
     array = jnp.asarray(labels)
     if len(shape) > 0 and is_index(array, shape):
         return array, True
-    if array.shape == shape and jnp.issubdtype(array.dtype, jnp.number):
-        if not jnp.issubdtype(array.dtype, jnp.complexfloating):
-            return array.astype(dtype), False
+    is_real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    if array.shape == shape and is_real:
+        return array.astype(dtype), False
     raise ValueError(
         f"`labels` must be integers of shape {shape[:-1]} (the right class) or numbers -1 and 1 of shape {shape}, "
         f"got {array.dtype} of shape {array.shape}."
@@ -105,7 +87,10 @@ def _hinge_labels(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -
 def hinge_value(
     scores: Float[Array, "*shape"], labels: Int[Array, "..."] | Num[Array, "*shape"]
 ) -> Float[Array, "..."]:
-    r"""Hinge loss: Crammer and Singer's for several classes, or the binary one."""
+    r"""Hinge loss: $\max_j (s_j + [j \ne y]) - s_y$ (Crammer and Singer), or the binary $\max(0, 1 - s t)$ elementwise.
+
+    In the binary loss the labels $t$ are -1 or 1, of the shape of the scores.
+    """
     s, dtype = floating("scores", scores)
     array, multiclass = _hinge_labels(labels, s.shape, s.dtype)
     if not multiclass:

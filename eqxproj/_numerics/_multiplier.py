@@ -31,18 +31,8 @@ from ._newton import bracketed_root
 _STEPS = 60
 
 
-def _g(t: Array, hp: Array, q: Array, tau: Array) -> tuple[Array, Array]:
-    """$G(t)$ and its slope, for $t$ in [0, 1)."""
-    t2 = t * t
-    s = 1.0 / (1.0 - t2)
-    s2 = s * s
-    value = t + (hp * t2 * (3.0 - t2) + q * t) * s2 - tau
-    slope = 1.0 + (hp * t * (6.0 + 2.0 * t2) + q * (1.0 + 3.0 * t2)) * s2 * s
-    return value, slope
-
-
 def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Array]:
-    """As `_g`, from $q + 2hp$ in place of $q$, so that nothing cancels next to $t = 1$."""
+    """$G(t)$ and its slope, for $t$ in [0, 1), from $q + 2hp$ in place of $q$: nothing cancels next to $t = 1$."""
     s = 1.0 / (1.0 + t)
     pole = s / (1.0 - t)
     value = t - hp * t * (2.0 + t) * s * s + apart * t * pole * pole - tau
@@ -51,7 +41,10 @@ def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Arr
 
 
 def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
-    r"""The root $t \ge 0$ of $G$ for $\tau \ge 0$, elementwise.
+    r"""The root $t$ in $[0, 1)$ of $G$ for $\tau \ge 0$, elementwise, and where there is none (there $t = 1/2$).
+
+    `hp` has the sign of the dual, `tau` is $|\mu|/\sqrt{\alpha\omega}$, and `apart` is
+    $q + 2hp = h|a_0 \pm r w_0|^2/r$, which is zero where $a_0 = \mp r w_0$.
 
     Where every step is moderate, as in training, the inverted power series of G, $t = t_1 - u t_1^2 + 2(u^2 -
     q/(1+q)) t_1^3 + \dots$ with $t_1 = \tau/(1+q)$ and $u = 3hp/(1+q)$, and one Newton step reach rounding, without
@@ -91,12 +84,13 @@ def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Ar
 
 
 def published_multiplier(hp: Array, q: Array, tau: Array) -> Array:
-    """Ten plain Newton steps from zero, as the software of arXiv 2506.05878 takes: they may end outside (-1, 1).
-
-    Kept for parity with that software alone.
-    """
+    """Ten plain Newton steps from zero, for parity with the software of arXiv 2506.05878: may end outside (-1, 1)."""
     t = jnp.zeros_like(tau)
     for _ in range(10):
-        value, slope = _g(t, hp, q, tau)
+        t2 = t * t
+        s = 1.0 / (1.0 - t2)
+        s2 = s * s
+        value = t + (hp * t2 * (3.0 - t2) + q * t) * s2 - tau
+        slope = 1.0 + (hp * t * (6.0 + 2.0 * t2) + q * (1.0 + 3.0 * t2)) * s2 * s
         t = t - value / slope
     return t

@@ -73,19 +73,14 @@ class PiecewiseAffine:
 
     def jumps(self, i: int) -> tuple[bool, bool]:
         """Whether the limit from the left, and the one from the right, differ from the value at breakpoint `i`."""
-        point, value = self.breakpoints[i], self.values[i]
-        left, right = self._limits(i)
-        tolerance = _SAME_LIMIT * _scale(point, self.line(i), self.line(i + 1))
-        return not abs(left - value) <= tolerance, not abs(right - value) <= tolerance
+        left, right, tolerance = self._limits(i)
+        return not abs(left - self.values[i]) <= tolerance, not abs(right - self.values[i]) <= tolerance
 
     @property
     def has_jumps(self) -> bool:
         """Whether the limits from the left and from the right differ at some breakpoint."""
-        return any(
-            abs(right - left) > _SAME_LIMIT * _scale(point, self.line(i), self.line(i + 1))
-            for i, point in enumerate(self.breakpoints)
-            for left, right in [self._limits(i)]
-        )
+        limits = map(self._limits, range(len(self.breakpoints)))
+        return any(abs(right - left) > tolerance for left, right, tolerance in limits)
 
     def describe(self) -> str:
         """A short name for people to read, such as `relu`, `clip` or `piecewise affine (4 pieces)`."""
@@ -109,17 +104,17 @@ class PiecewiseAffine:
     def line(self, j: int) -> _Line:
         return self.slopes[j], self.intercepts[j]
 
-    def _limits(self, i: int) -> tuple[float, float]:
-        return at(self.line(i), self.breakpoints[i]), at(self.line(i + 1), self.breakpoints[i])
+    def _limits(self, i: int) -> tuple[float, float, float]:
+        """The limits from the left and from the right at breakpoint `i`, and how far apart equal ones may be."""
+        point, left, right = self.breakpoints[i], self.line(i), self.line(i + 1)
+        return at(left, point), at(right, point), _SAME_LIMIT * _scale(point, left, right)
 
     def _line_at(self, s: float) -> _Line:
         return self.line(bisect_left(self.breakpoints, s))
 
     def _value_at(self, s: float) -> float:
-        for point, value in zip(self.breakpoints, self.values, strict=True):
-            if _same_point(point, s):
-                return value
-        return at(self._line_at(s), s)
+        known = (value for point, value in zip(self.breakpoints, self.values, strict=True) if _same_point(point, s))
+        return next(known, at(self._line_at(s), s))
 
 
 def at(line: _Line, s: Any) -> Any:
@@ -145,7 +140,7 @@ def _interior(low: float, high: float) -> float:
 
 def _crossings(f: PiecewiseAffine, g: PiecewiseAffine) -> list[float]:
     """The points strictly inside their common pieces where the two functions cross."""
-    out = []
+    found = []
     edges = [-math.inf, *sorted({*f.breakpoints, *g.breakpoints}), math.inf]
     for low, high in zip(edges, edges[1:], strict=False):
         middle = _interior(low, high)
@@ -153,8 +148,8 @@ def _crossings(f: PiecewiseAffine, g: PiecewiseAffine) -> list[float]:
         if m1 != m2 and math.isfinite(c1) and math.isfinite(c2):
             s = (c2 - c1) / (m1 - m2)
             if low < s < high:
-                out.append(s)
-    return out
+                found.append(s)
+    return found
 
 
 def _combine(
@@ -261,7 +256,7 @@ def _where(f: PiecewiseAffine, test: Callable[[float], bool]) -> PiecewiseAffine
 
 
 def _pointwise(args: Sequence[PiecewiseAffine], fn: Callable[..., float]) -> PiecewiseAffine:
-    """Any function of piecewise constant functions."""
+    """Any function of piecewise constant functions. (Of an affine piece, finiteness is that of its intercept.)"""
     return _combine(args, lambda _, lines: (0.0, fn(*(c for _, c in lines))), lambda _, values: fn(*values))
 
 
