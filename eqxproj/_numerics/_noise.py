@@ -78,7 +78,7 @@ def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> 
 
 
 def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
-    """Whether a jump lies between the least and the largest of the arguments."""
+    """Whether a jump that `jumps_of` found lies between the least and the largest finite argument, or may lie there."""
     if len(jumps) >= _SUSPECTS:
         return jnp.asarray(True)
     finite = jnp.isfinite(s)
@@ -88,7 +88,10 @@ def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
 
 
 def jumps_of(phi: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any) -> tuple[float, ...]:
-    """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step."""
+    """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step.
+
+    `shape` and `dtype` are those of its argument. The places ascend, and are no more than eight.
+    """
     size = max(1, int(np.prod(shape)))
 
     def values(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:

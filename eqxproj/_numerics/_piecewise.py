@@ -294,9 +294,8 @@ def _convert(f: PiecewiseAffine, dtype: Any) -> PiecewiseAffine:
     if f.is_piecewise_constant and all(math.isfinite(x) and x == int(x) for x in values):
         if dtype == np.bool_:
             return _where(f, bool)
-        if jnp.issubdtype(dtype, jnp.integer) and all(
-            jnp.iinfo(dtype).min <= x <= jnp.iinfo(dtype).max for x in values
-        ):
+        info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else None
+        if info and all(info.min <= x <= info.max for x in values):
             return f
     raise _NotRepresentable
 

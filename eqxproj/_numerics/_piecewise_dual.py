@@ -12,14 +12,11 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ._piecewise import PiecewiseAffine, at
 
+Elements = Float[Array, "*shape"]
+Weights = Float[ArrayLike, "*#shape"]
 
-def piecewise_affine_dual(
-    phi: PiecewiseAffine,
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-) -> Float[Array, "*shape"]:
+
+def piecewise_affine_dual(phi: PiecewiseAffine, s0: Elements, mu: Elements, sigma: Weights, q: Weights) -> Elements:
     r"""Solves $\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$ exactly, for a piecewise affine $\phi$, in duals.
 
     With $\lambda = (s - s_0)/\sigma$, $\mu = \kappa (y_0 - \phi(s_0))$, $q = \kappa\sigma$ and
@@ -108,7 +105,7 @@ def _candidate(
     return lam, cost
 
 
-def finite_cast(lam: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+def finite_cast(lam: Elements, dtype: Any) -> Elements:
     """Casts to a floating dtype, saturating where the value exceeds its range."""
     large = float(jnp.finfo(dtype).max)
     return jnp.clip(lam, -large, large).astype(dtype)

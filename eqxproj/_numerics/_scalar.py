@@ -4,8 +4,8 @@ Every function here, and in `_search.py`, `_smooth.py` and `_piecewise_dual.py`,
 
 $$\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$$
 
-given $s_0$, the dual $\mu = \kappa (y_0 - \phi(s_0))$, the weight $\sigma$ and the exact product $q = \kappa\sigma$. It
-returns the dual $\lambda = (s - s_0)/\sigma$. With $d = (\phi(s) - \phi(s_0))/\sigma$, the objective minus its value at
+given $s_0$, the dual $\mu = \kappa (y_0 - \phi(s_0))$, the weight $\sigma$ and the exact product $q = \kappa\sigma$. In
+the dtype of `s0` it returns the dual $\lambda = (s - s_0)/\sigma$. With $d = (\phi(s) - \phi(s_0))/\sigma$, the objective minus its value at
 $s_0$, over $\sigma$, is $E = \lambda^2 + q d^2 - 2 \mu d$: neither $y_0$ nor $\kappa$ is needed.
 
 Limits: a rounding is exact as long as half-integers are representable next to $s_0$.
@@ -14,21 +14,15 @@ Limits: a rounding is exact as long as half-integers are representable next to $
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike
 
 from ._newton import bracketed_root
-from ._piecewise_dual import finite_cast
+from ._piecewise_dual import Elements, Weights, finite_cast
 
-Rounding = Literal["round", "floor", "ceil"]
 _STEPS = 30
 
 
-def square_dual(
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-) -> Float[Array, "*shape"]:
+def square_dual(s0: Elements, mu: Elements, sigma: Weights, q: Weights) -> Elements:
     r"""The dual for $\phi(s) = s^2$, exactly.
 
     By symmetry the minimum lies on the side of $s_0$; let $s_0 \ge 0$. Stationarity reads
@@ -64,13 +58,9 @@ def square_dual(
 
 
 def round_dual(
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-    method: Rounding = "round",
-) -> Float[Array, "*shape"]:
-    r"""The dual for a rounding to integers, exactly.
+    s0: Elements, mu: Elements, sigma: Weights, q: Weights, method: Literal["round", "floor", "ceil"] = "round"
+) -> Elements:
+    r"""The dual for a rounding to integers (`"round"` is half to even, as `jnp.round`), exactly.
 
     Only the side to which $\mu$ points can pay. With $1 - f \in [0, 1]$ the distance from $s_0$ to the end of its cell
     on that side, the nearest point of the cell $j \ge 1$ steps away lies at the distance $j - f$, and the objective

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike
 
 from ._differences import WideFunction, differences, slope_and_step
-from ._piecewise_dual import finite_cast
+from ._piecewise_dual import Elements, Weights, finite_cast
 from ._scalar import widen
 
 _SCANNED = 8  # points on each side
@@ -61,13 +61,7 @@ class _Problem(NamedTuple):
         return 2 * self.f.eps * (jnp.abs(self.now) + jnp.where(jnp.isfinite(value), jnp.abs(value), 0))
 
 
-def generic_dual(
-    phi: Callable[[Array], Array],
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-) -> Float[Array, "*shape"]:
+def generic_dual(phi: Callable[[Array], Array], s0: Elements, mu: Elements, sigma: Weights, q: Weights) -> Elements:
     r"""The dual for any elementwise function, from about 45 evaluations of it and no derivative.
 
     1. The slope $m$ at $s_0$, by differences, gives the linear step $t = m/(1 + m^2 q)$, exact where steps are small.
@@ -77,7 +71,8 @@ def generic_dual(
     3. Two Newton steps on the stationarity condition $t = \phi'(s)(1 - \rho)$, with differences for derivatives.
     4. The answer is dropped where it does not pay. Costs are compared with a bound on their rounding errors.
 
-    Values that are not finite count as infinitely bad; where `phi(s0)` is not finite, $s_0$ stays.
+    Values that are not finite count as infinitely bad; where `phi(s0)` is not finite, $s_0$ stays. `phi` is called on
+    arrays of the shape and dtype of `s0`.
     """
     dtype, s0, mu, sigma, q = widen(s0, mu, sigma, q)
     f, tiny = WideFunction.of(phi, dtype), float(jnp.finfo(s0.dtype).tiny)

@@ -33,29 +33,25 @@ from jaxtyping import Array, Float
 from ._newton import bracketed_root
 
 _RANGE, _GRID = 32.0, 128
-_KINK = 1e-5
-"""How far a slope may be from the integral of the second derivative, relative to one or to the largest slope."""
-_CONVEX = 0.5
-"""How much of the one in a convex objective's second derivative may be lost: Newton's steps then converge anyway."""
+_KINK = 1e-5  # how far a slope may be from the integral of its derivative, relative to one or to the largest slope
+_CONVEX = 0.5  # how much of the one in the objective's second derivative may be lost: Newton's steps converge anyway
 _STEPS = 8
-_SHORT = 0.05
-"""Up to this length of a step the rise is integrated; the error, of the fourth power, is below rounding."""
+_SHORT = 0.05  # up to this length of a step the rise is integrated; the error, of the fourth power, is below rounding
 
 
 class Bounds(NamedTuple):
-    """What is known of a smooth function between -32 and 32.
+    """What is known of a smooth function between -32 and 32."""
 
-    - `slope`, `bend`: bounds of the sizes of its slope and of its second derivative.
-    - `monotone`: whether it rises or falls throughout.
-    """
-
-    slope: float
-    bend: float
-    monotone: bool
+    slope: float  # bounds the size of its slope
+    bend: float  # bounds the size of its second derivative
+    monotone: bool  # whether it rises or falls throughout
 
 
 def bounds_of(phi: Callable[[Array], Array], dtype: Any) -> Bounds | None:
-    """The bounds of a smooth elementwise function, with a tenth to spare; `None` of all others."""
+    """The bounds of a smooth elementwise function, with a tenth to spare; `None` of all others.
+
+    `None` also where the function has no second derivative in JAX, or one that is not finite.
+    """
     # Between the points where functions written with cases have their seams.
     grid = (np.arange(int(2 * _RANGE * _GRID)) + 0.5) / _GRID - _RANGE
     with jax.ensure_compile_time_eval():
@@ -80,11 +76,7 @@ def bounds_of(phi: Callable[[Array], Array], dtype: Any) -> Bounds | None:
 def _derivatives(phi: Callable[[Array], Array], s: Array) -> tuple[Array, Array, Array]:
     """An elementwise function, its slope, and its second derivative."""
     one = jnp.ones_like(s)
-
-    def with_slope(s):
-        return jax.jvp(phi, (s,), (one,))
-
-    (value, slope), (_, bend) = jax.jvp(with_slope, (s,), (one,))
+    (value, slope), (_, bend) = jax.jvp(lambda s: jax.jvp(phi, (s,), (one,)), (s,), (one,))
     return value, slope, bend
 
 

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Num
 
-# Up to this size, `water_level` tries every active set, which fuses into one pass over the array.
-_ENUMERATE_UP_TO = 4
+_ENUMERATE_UP_TO = 4  # up to this size, `water_level` tries every active set, which fuses into one pass over the array
 # Ratios of weights outside this range act like its ends: infinitely stiff, or infinitely soft.
 _SMALLEST, _LARGEST = 1e-30, 1e30
 
@@ -35,16 +34,15 @@ def water_level(
 ) -> Float[Array, "*batch"]:
     r"""The level at which one unit of water stands in a set of basins.
 
-    Solves $\rho L + \sum_i a_i \max(L - e_i, 0) = 1$ for $L$. Both the projection onto the simplex and the
-    proximal map of a maximum reduce to this equation.
+    Solves $\rho L + \sum_i a_i \max(L - e_i, 0) = 1$ for $L > 0$, with $\rho, a_i, e_i \ge 0$ and finite, and at
+    least one depth zero with a positive area. Without `areas`, all are one.
 
     The left side is convex and increases in $L$, and it is the largest of the lines
     $\rho L + \sum_{i \in S} a_i (L - e_i)$ over all sets $S$, so the root is the smallest of theirs,
     $L_S = (1 + \sum_S a_i e_i) / (\rho + \sum_S a_i)$. Newton's method from above, $S = \{i : e_i < L\}$ and then
     $L = L_S$, descends to it and is exact as soon as $S$ stops shrinking. With $f$ the excess and $k$ the slope,
     convexity gives $f_{j+1}/f_j + k_{j+1}/k_j \le 1$, so that $f k$ falls at least by a factor of 4 in each
-    iteration: $O(\log(n / \epsilon))$ iterations of $O(n)$, usually 2 to 6. A sort with prefix sums gives the same
-    level, but was 5 to 40 times slower on a CPU.
+    iteration: $O(\log(n / \epsilon))$ iterations of $O(n)$, usually 2 to 6.
     """
     n = depths.shape[-1]
     rate = jnp.broadcast_to(jnp.asarray(rate, depths.dtype), depths.shape[:-1])
@@ -82,8 +80,12 @@ def max_dual(
 ) -> Float[Array, "*batch n"]:
     r"""The duals of the projection onto $y = \max_i x_i$.
 
-    Minimizes $\sum_i w_i (x_i - x^0_i)^2 + \kappa (\max_i x_i - y_0)^2$. Where the maximum is unique and the dual
-    small, the answer is $\mu / (1 + \kappa / w)$ at the largest entry and zero elsewhere.
+    Minimizes $\sum_i w_i (x_i - x^0_i)^2 + \kappa (\max_i x_i - y_0)^2$, given the dual
+    $\mu = \kappa (y_0 - \max_i x^0_i)$ and the ratio $\kappa / w_i$, and returns $w_i (x_i - x^0_i)$. `weights` and
+    `ratio` are each one for all entries, or one for each. Entries that are not finite are padding, and stay.
+
+    Where the maximum is unique and the dual small, the answer is $\mu / (1 + \kappa / w)$ at the largest entry and zero
+    elsewhere.
     """
     work = jnp.promote_types(x0.dtype, jnp.float32)
     n = x0.shape[-1]
@@ -115,7 +117,6 @@ def steep_max_dual(
     r"""[`max_dual`][] in the gradient regime: $\kappa / w \to 0$, and no gap but zero is as small as a step.
 
     Upward the first of the largest entries gets all of $\mu$; downward they share it, in proportion to their weights.
-    Arguments and result as there.
     """
     work = jnp.promote_types(x0.dtype, jnp.float32)
     finite = jnp.isfinite(x0)
