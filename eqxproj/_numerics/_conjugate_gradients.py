@@ -35,8 +35,7 @@ def conjugate_gradients(
     scale = jnp.where(size > 0, size, 1.0)
     r = jtu.tree_map(lambda x: x / scale.astype(x.dtype), b)
     z = jtu.tree_map(lambda x, d: x * d, r, inverse_diagonal)
-    x = jtu.tree_map(jnp.zeros_like, r)
-    rz = inner(r, z)
+    x, rz = jtu.tree_map(jnp.zeros_like, r), inner(r, z)
 
     def body(carry):
         x, r, p, rz, count, _ = carry

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Num
 
-from ._loss_arguments import is_index, is_right, step_of, with_classes
+from ._losses import is_index, is_right, step_of, with_classes
 from ._newton import bracketed_root
 
 _MAX_STEPS = 60  # `_multipliers` takes about ten where the step is below 100; this many leave room for bisections

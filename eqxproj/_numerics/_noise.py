@@ -1,9 +1,8 @@
 r"""Functions with jumps, seen through noise: the slope of their expectation.
 
-In the gradient regime no dual pays for a move across a jump, and on the flat parts of a sign or a rounding the nearest
-point is the point itself: nothing would be learned. But the expectation
+In the gradient regime no dual pays for a move across a jump: nothing would be learned. But the expectation
 $\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise $\varepsilon$ of unit variance is smooth, and to
-a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$ is needed: by Stein's identity
+a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. By Stein's identity
 $t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed form where $\phi$ is affine on
 pieces. With slope $m$ before all breakpoints $b_j$, and changes $m_j$ of slope and jumps $h_j$ there, $\phi$ is a sum
 of one part a breakpoint, and each is seen through noise of its own size $t_j$:
@@ -32,7 +31,7 @@ import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
-from ._piecewise import PiecewiseAffine
+from ._piecewise import PiecewiseAffine, at
 
 _REACH, _POINTS = 4.0, 33  # of the quadrature
 _RANGE, _SHIFT, _COARSE, _FINE, _SUSPECTS = 8.0, 1e-3, 4097, 513, 8  # of the search for jumps; off round numbers
@@ -44,10 +43,10 @@ def expected_slope_of_pieces(phi: PiecewiseAffine, s: Float[Array, "*shape"]) ->
     total = jnp.full_like(s, phi.slopes[0])
     for i, point in enumerate(phi.breakpoints):
         size = _noise_size(s - point)
-        (m0, c0), (m1, c1) = ((phi.slopes[k], phi.intercepts[k]) for k in (i, i + 1))
-        if m1 != m0:
-            total = total + (m1 - m0) * norm.cdf((s - point) / size)
-        jump = ((m1 * point if m1 else 0.0) + c1) - ((m0 * point if m0 else 0.0) + c0)
+        before, after = phi.line(i), phi.line(i + 1)
+        if after[0] != before[0]:
+            total = total + (after[0] - before[0]) * norm.cdf((s - point) / size)
+        jump = at(after, point) - at(before, point)
         if np.isfinite(jump) and jump:
             total = total + jump * norm.pdf((s - point) / size) / size
     return total
@@ -83,8 +82,8 @@ def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
         return jnp.asarray(True)
     finite = jnp.isfinite(s)
     low, high = jnp.min(s, initial=jnp.inf, where=finite), jnp.max(s, initial=-jnp.inf, where=finite)
-    at = jnp.asarray(jumps, s.dtype)
-    return jnp.any((at >= low) & (at <= high))
+    places = jnp.asarray(jumps, s.dtype)
+    return jnp.any((places >= low) & (places <= high))
 
 
 def jumps_of(phi: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any) -> tuple[float, ...]:
@@ -112,11 +111,11 @@ def jumps_of(phi: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any) 
             if len(rough) < _SUSPECTS and all(abs(first - other) > 4 for other in rough):
                 rough.append(int(first))
         for i in sorted({i for first in rough for i in range(first, first + 4)}):
-            at, near = values(s[i], s[i + 1], _FINE)
+            places, near = values(s[i], s[i + 1], _FINE)
             fine = np.abs(np.diff(near))
             fine = np.where(np.isfinite(fine), fine, 0.0)
             around = np.max(rise[max(i - 1, 0) : i + 2])
             rounding = 1e3 * float(jnp.finfo(dtype).eps) * np.max(np.abs(y[i : i + 2]))
             if np.max(fine) > max(0.25 * around, rounding):
-                found.append(float(at[np.argmax(fine)]))
+                found.append(float(places[np.argmax(fine)]))
     return tuple(found)

@@ -17,15 +17,9 @@ Weights = Float[ArrayLike, "*#shape"]
 
 
 def piecewise_affine_dual(phi: PiecewiseAffine, s0: Elements, mu: Elements, sigma: Weights, q: Weights) -> Elements:
-    r"""Solves $\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$ exactly, for a piecewise affine $\phi$, in duals.
+    r"""Solves the problem of `_scalar.py` exactly, for a piecewise affine $\phi$.
 
-    With $\lambda = (s - s_0)/\sigma$, $\mu = \kappa (y_0 - \phi(s_0))$, $q = \kappa\sigma$ and
-    $d = (\phi(s) - \phi(s_0))/\sigma$, the objective minus its value at $s_0$, over $\sigma$, is
-
-    $$E = \lambda^2 + q d^2 - 2 \mu d,$$
-
-    which holds neither $y_0$ nor a difference of large numbers. On piece $j$, $\phi(s) = m s + c$, hence
-    $d = m \lambda + g/\sigma$ with $g = m s_0 + c - \phi(s_0)$, and $E$ is smallest at
+    On piece $j$, $\phi(s) = m s + c$, hence $d = m \lambda + g/\sigma$ with $g = m s_0 + c - \phi(s_0)$, and $E$ is smallest at
 
     $$\lambda_j = m (\mu - q g/\sigma)/(1 + m^2 q), \qquad l \le s_0 + \sigma \lambda_j \le h,$$
 

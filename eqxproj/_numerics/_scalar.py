@@ -4,9 +4,10 @@ Every function here, and in `_search.py`, `_smooth.py` and `_piecewise_dual.py`,
 
 $$\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$$
 
-given $s_0$, the dual $\mu = \kappa (y_0 - \phi(s_0))$, the weight $\sigma$ and the exact product $q = \kappa\sigma$. In
-the dtype of `s0` it returns the dual $\lambda = (s - s_0)/\sigma$. With $d = (\phi(s) - \phi(s_0))/\sigma$, the objective minus its value at
-$s_0$, over $\sigma$, is $E = \lambda^2 + q d^2 - 2 \mu d$: neither $y_0$ nor $\kappa$ is needed.
+given $s_0$, the dual $\mu = \kappa (y_0 - \phi(s_0))$, the weight $\sigma$ and the exact product $q = \kappa\sigma$. It
+returns the dual $\lambda = (s - s_0)/\sigma$ in the dtype of `s0`. With $d = (\phi(s) - \phi(s_0))/\sigma$, the
+objective minus its value at $s_0$, over $\sigma$, is $E = \lambda^2 + q d^2 - 2 \mu d$: neither $y_0$ nor $\kappa$ is
+needed.
 
 Limits: a rounding is exact as long as half-integers are representable next to $s_0$.
 """

@@ -1,7 +1,6 @@
 r"""The scalar node $y = \phi(s)$ for any elementwise function, by a search without derivatives.
 
-It solves $\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$ as described in `_scalar.py`. In units of what it
-costs to stay, $\mu^2/\kappa$, and with the step $t = (s - s_0)/\sigma\mu$ and the rise
+It solves the problem of `_scalar.py`. In units of what it costs to stay, $\mu^2/\kappa$, and with the step $t = (s - s_0)/\sigma\mu$ and the rise
 $\rho = (\phi(s) - \phi(s_0))\,\kappa/\mu$ (one if $y_0$ is reached), the objective exceeds that of $s_0$ by
 
 $$D = q t^2 + \rho(\rho - 2) \ge -1 .$$
@@ -29,8 +28,7 @@ _SECTIONS = 8
 _GOLDEN = 0.381966
 _FAR = 1e18  # saturation of quantities that are squared afterwards
 
-_Point = tuple[Array, Array, Array]
-"""The step $t$, an upper bound on $D$, and the value of the function."""
+_Point = tuple[Array, Array, Array]  # the step t, an upper bound on D, and the value of the function
 
 
 class _Problem(NamedTuple):

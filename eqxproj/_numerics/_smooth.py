@@ -1,10 +1,6 @@
 r"""The scalar node $y = \phi(s)$ for smooth functions, where a step is moderate: Newton's method on a convex problem.
 
-As in `_search.py`, with the same arguments, the dual $\lambda = (s - s_0)/\sigma$ of the minimum of
-
-$$(s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2 .$$
-
-Let $|\phi'| \le L$ and $|\phi''| \le B$. At the minimum the residual is at most that of $s_0$, $|\mu|/\kappa$. The
+It solves the problem of `_scalar.py`, with the same arguments, in single or double precision. Let $|\phi'| \le L$ and $|\phi''| \le B$. At the minimum the residual is at most that of $s_0$, $|\mu|/\kappa$. The
 move alone costs no more than that, so that it is no longer than $\sigma|\mu|/\sqrt q$. As
 $\lambda = \kappa\phi'(s)(y_0 - \phi(s))$ there, it is no longer than $\sigma|\mu|L$ either. Let $r$ be the shorter
 of the two. Half of the second derivative of the objective, times $\sigma$, is
@@ -94,11 +90,8 @@ def smooth_dual(
     least = sigma * jnp.abs(mu) * bounds.bend * (1.0 if bounds.monotone else 1.0 + jnp.minimum(gain, gain * gain))
     most = jnp.abs(mu) * (bounds.slope / jnp.maximum(gain, 1.0))
     easy = jnp.all((least < _CONVEX) & (jnp.abs(s0) + sigma * most < _RANGE))
-    lam, found = jax.lax.cond(
-        easy,
-        lambda: _newton(phi, s0, mu, sigma, q, most, bounds.slope),
-        lambda: (jnp.zeros_like(s0), jnp.asarray(False)),
-    )
+    newton = lambda: _newton(phi, s0, mu, sigma, q, most, bounds.slope)  # noqa: E731
+    lam, found = jax.lax.cond(easy, newton, lambda: (jnp.zeros_like(s0), jnp.asarray(False)))
     return jax.lax.cond(found, lambda: lam, otherwise)
 
 

@@ -2,11 +2,9 @@ r"""The level of water in basins, and the projection onto the graph of the maxim
 
 [`water_level`][] is what the projection onto a simplex, the hinge and the maximum have in common. Of a maximum
 ([`max_dual`][]), the largest entries sink together to a common level; upward, one entry rises alone. Time and memory
-are linear in the size of the input: no sort, and nothing of size n x n.
-
-The answer comes as duals, the weights times the displacements, from an incoming dual. Where the step is small only the
-ratio of output to input weight enters, so that weights clamped at a large constant still give the right duals, and a
-step of 1e-20 on entries of size 1 is not lost to rounding.
+are linear in the size of the input: no sort. The answer comes as duals, the weights times the displacements, from an
+incoming dual. Where the step is small only the ratio of output to input weight enters, so that a step of 1e-20 on
+entries of size 1 is not lost to rounding.
 
 Limits: the set is not convex. Upward, ties at the maximum have several nearest points, and the first is returned. The
 incoming dual must be finite. The while-loop cannot be differentiated in reverse mode.
@@ -22,8 +20,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Num
 
 _ENUMERATE_UP_TO = 4  # up to this size, `water_level` tries every active set, which fuses into one pass over the array
-# Ratios of weights outside this range act like its ends: infinitely stiff, or infinitely soft.
-_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 @jax.jit  # a loop traced anew in every call would be compiled anew
@@ -131,14 +127,12 @@ def steep_max_dual(
 
 
 def _clip(ratio: ArrayLike, dtype: jnp.dtype) -> Array:
-    return jnp.clip(jnp.asarray(ratio, dtype), _SMALLEST, _LARGEST)
+    """The ratio of weights within a range whose ends act as infinitely soft and infinitely stiff."""
+    return jnp.clip(jnp.asarray(ratio, dtype), 1e-30, 1e30)
 
 
 def _stack(
-    weights: tuple[float, ...],
-    ratio: ArrayLike | Sequence[ArrayLike],
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
+    weights: tuple[float, ...], ratio: ArrayLike | Sequence[ArrayLike], shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Float[Array, "*batch n"]:
     """One ratio per entry, along the last axis."""
     if not isinstance(ratio, Sequence) or not len(weights) == len(ratio) == shape[-1]:
