@@ -80,8 +80,8 @@ def slope_and_step(f: WideFunction, s: Array, value: Array) -> tuple[Array, Arra
         best, best_h = jnp.where(better, extrapolated, best), jnp.where(better, h, best_h)
         return h / ratio, fine, best, best_h, jnp.where(better, error, best_error)
 
-    carry = (top, nothing, jnp.zeros_like(s), top, nothing)
-    _, _, best, best_h, best_error = jax.lax.fori_loop(0, _RUNGS, rung, carry)
+    start = (top, nothing, jnp.zeros_like(s), top, nothing)
+    _, _, best, best_h, best_error = jax.lax.fori_loop(0, _RUNGS, rung, start)
     # Next to a kink or a jump all of them disagree: the slope on the scale of the resolution decides.
     least = 64 * f.eps * jnp.maximum(jnp.abs(s), 1e-6)
     local, _, _ = differences(f, s, value, least)

@@ -68,8 +68,8 @@ def margin_displacement(logits: Float[Array, "*batch n"], labels: Int[Array, "*b
     z, dtype = with_classes("logits", logits)
     array = jnp.asarray(labels)
     if not is_index(array, z.shape):
-        wanted = f"integers of shape {z.shape[:-1]}"
-        raise ValueError(f"`labels` must be {wanted}, got {array.dtype} of shape {array.shape}.")
+        got = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"`labels` must be integers of shape {z.shape[:-1]}, got {got}.")
     right = is_right(array, z.shape[-1])
     return jnp.where(right, jnp.maximum(1 - z, 0), -jnp.maximum(z, 0)).astype(dtype)
 
@@ -138,9 +138,7 @@ def hinge_value(
 
 
 def hinge_displacement(
-    scores: Float[Array, "*shape"],
-    labels: Int[Array, "..."] | Num[Array, "*shape"],
-    tau: Num[ArrayLike, "..."],
+    scores: Float[Array, "*shape"], labels: Int[Array, "..."] | Num[Array, "*shape"], tau: Num[ArrayLike, "..."]
 ) -> Float[Array, "*shape"]:
     r"""How far the proximal map of the hinge loss moves the scores; exact.
 

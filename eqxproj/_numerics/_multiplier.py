@@ -22,6 +22,8 @@ follows Elser, "Learning without loss" (2021), and section 3 of arXiv 2506.05878
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -31,13 +33,13 @@ from ._newton import bracketed_root
 _STEPS = 60
 
 
-def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Array]:
-    """$G(t)$ and its slope, for $t$ in [0, 1), from $q + 2hp$ in place of $q$: nothing cancels next to $t = 1$."""
+def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Array, float]:
+    """$G(t)$, its slope and no error, from $q + 2hp$ in place of $q$: nothing cancels next to $t = 1$."""
     s = 1.0 / (1.0 + t)
     pole = s / (1.0 - t)
     value = t - hp * t * (2.0 + t) * s * s + apart * t * pole * pole - tau
     slope = 1.0 - 2.0 * hp * s * s * s + apart * (1.0 + 3.0 * t * t) * pole * pole * pole
-    return value, slope
+    return value, slope, 0.0
 
 
 def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
@@ -50,7 +52,6 @@ def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Arr
     q/(1+q)) t_1^3 + \dots$ with $t_1 = \tau/(1+q)$ and $u = 3hp/(1+q)$, and one Newton step reach rounding, without
     a loop. Where they do not, all roots are found again by Newton steps inside a bracket.
     """
-    eps = jnp.finfo(tau.dtype).eps
     inverse = 1.0 / (1.0 + q)
     t = jnp.minimum(tau * inverse, 0.25)
     u = 3.0 * hp * inverse
@@ -62,9 +63,8 @@ def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Arr
     slope = rest * rest - 4.0 * t * rest * (t - tau) + hp * t * (6.0 - 4.0 * t2) + q
     step = value / slope
     # A Newton step shorter than the square root of what is wanted leaves an error below it.
-    done = jnp.all(jnp.abs(step) <= 0.1 * jnp.sqrt(eps) * t)
-    quick = lambda: (t - step, jnp.zeros(t.shape, bool))  # noqa: E731
-    return jax.lax.cond(done, quick, lambda: _bracketed(hp, q, tau, apart))
+    done = jnp.all(jnp.abs(step) <= 0.1 * jnp.sqrt(jnp.finfo(tau.dtype).eps) * t)
+    return jax.lax.cond(done, lambda: (t - step, jnp.zeros(t.shape, bool)), lambda: _bracketed(hp, q, tau, apart))
 
 
 def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
@@ -74,11 +74,8 @@ def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Ar
     hp = jnp.clip(hp, -0.5 * q, 0.5 * q)
     no_root = _stable_g(top, hp, apart, tau)[0] < 0
     tau = jnp.where(no_root, 0.0, tau)  # has the root zero, and delays no other
-
-    def function(t):
-        return *_stable_g(t, hp, apart, tau), 0.0
-
     start = jnp.clip(tau / (1.0 + q), 0.0, 0.9)
+    function = functools.partial(_stable_g, hp=hp, apart=apart, tau=tau)
     t, _ = bracketed_root(function, start, jnp.zeros_like(tau), top, rtol=4.0 * eps, max_steps=_STEPS)
     return jnp.where(no_root, 0.5, t), no_root
 

@@ -103,11 +103,8 @@ def _shortened(
         trial = jtu.tree_map(lambda a, b: (a + scale * b).astype(a.dtype), x, step)
         return 0.5 * scale, trial, cost(trial), count + 1
 
-    def too_high(carry):
-        return ~(carry[2] < bound) & (carry[3] <= max_halvings)
-
     carry = (jnp.ones_like(value), x, jnp.full_like(value, jnp.inf), jnp.asarray(0))
-    _, trial, lower, _ = jax.lax.while_loop(too_high, halve, carry)
+    _, trial, lower, _ = jax.lax.while_loop(lambda c: ~(c[2] < bound) & (c[3] <= max_halvings), halve, carry)
     return trial, lower, lower < bound
 
 

@@ -14,9 +14,6 @@ the distances $s - b_j$ of all elements: a jump is seen from where the arguments
 sharply the more of them are near.
 
 Other functions with jumps are seen through noise of unit size, in the unit of their argument ([`expected_slope`][]).
-The caller does so only where a jump lies between the least and the largest argument, or where the function is flat:
-many functions are smooth where they are used, and continued somehow beyond, as the beta function is below zero.
-
 Limits: jumps are looked for between -8 and 8, and at most eight are found.
 """
 

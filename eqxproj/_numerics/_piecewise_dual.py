@@ -19,7 +19,8 @@ Weights = Float[ArrayLike, "*#shape"]
 def piecewise_affine_dual(phi: PiecewiseAffine, s0: Elements, mu: Elements, sigma: Weights, q: Weights) -> Elements:
     r"""Solves the problem of `_scalar.py` exactly, for a piecewise affine $\phi$.
 
-    On piece $j$, $\phi(s) = m s + c$, hence $d = m \lambda + g/\sigma$ with $g = m s_0 + c - \phi(s_0)$, and $E$ is smallest at
+    On piece $j$, $\phi(s) = m s + c$, hence $d = m \lambda + g/\sigma$ with $g = m s_0 + c - \phi(s_0)$, and $E$ is
+    smallest at
 
     $$\lambda_j = m (\mu - q g/\sigma)/(1 + m^2 q), \qquad l \le s_0 + \sigma \lambda_j \le h,$$
 

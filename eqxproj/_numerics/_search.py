@@ -1,7 +1,8 @@
 r"""The scalar node $y = \phi(s)$ for any elementwise function, by a search without derivatives.
 
-It solves the problem of `_scalar.py`. In units of what it costs to stay, $\mu^2/\kappa$, and with the step $t = (s - s_0)/\sigma\mu$ and the rise
-$\rho = (\phi(s) - \phi(s_0))\,\kappa/\mu$ (one if $y_0$ is reached), the objective exceeds that of $s_0$ by
+It solves the problem of `_scalar.py`. In units of what it costs to stay, $\mu^2/\kappa$, and with the step
+$t = (s - s_0)/\sigma\mu$ and the rise $\rho = (\phi(s) - \phi(s_0))\,\kappa/\mu$ (one if $y_0$ is reached), the
+objective exceeds that of $s_0$ by
 
 $$D = q t^2 + \rho(\rho - 2) \ge -1 .$$
 

@@ -1,19 +1,16 @@
 r"""The scalar node $y = \phi(s)$ for smooth functions, where a step is moderate: Newton's method on a convex problem.
 
-It solves the problem of `_scalar.py`, with the same arguments, in single or double precision. Let $|\phi'| \le L$ and $|\phi''| \le B$. At the minimum the residual is at most that of $s_0$, $|\mu|/\kappa$. The
-move alone costs no more than that, so that it is no longer than $\sigma|\mu|/\sqrt q$. As
-$\lambda = \kappa\phi'(s)(y_0 - \phi(s))$ there, it is no longer than $\sigma|\mu|L$ either. Let $r$ be the shorter
-of the two. Half of the second derivative of the objective, times $\sigma$, is
-$1 + q\phi'^2 + q(\phi - y_0)\phi''$. Within $r$ the residual is at most $|\mu|/\kappa + Lr$, and so that is at least
-$1 - \sigma|\mu|B(1 + \min(L\sqrt q, L^2q))$. Where this is positive, the objective is convex on all of the interval
-that the minimum lies in, and has no other there.
+It solves the problem of `_scalar.py`, with the same arguments, in single or double precision. Let $|\phi'| \le L$ and
+$|\phi''| \le B$. At the minimum the residual is at most that of $s_0$, $|\mu|/\kappa$. The move alone costs no more
+than that, so that it is no longer than $\sigma|\mu|/\sqrt q$. As $\lambda = \kappa\phi'(s)(y_0 - \phi(s))$ there, it is
+no longer than $\sigma|\mu|L$ either. Let $r$ be the shorter of the two. Half of the second derivative of the objective,
+times $\sigma$, is $1 + q\phi'^2 + q(\phi - y_0)\phi''$. Within $r$ the residual is at most $|\mu|/\kappa + Lr$, and so
+that is at least $1 - \sigma|\mu|B(1 + \min(L\sqrt q, L^2q))$. Where this is positive, the objective is convex on all of
+the interval that the minimum lies in, and has no other there. Where $\phi$ rises or falls throughout, the residual
+between $s_0$ and a better point is at most $|\mu|/\kappa$, and $1 - \sigma|\mu|B$ is enough.
 
-Where $\phi$ rises or falls throughout, the residual between $s_0$ and a better point is at most $|\mu|/\kappa$, and
-$1 - \sigma|\mu|B$ is enough.
-
-Limits: the bounds are found on a grid of 1/128 between -32 and 32. They hold there only, and for functions without
-finer structure. The same grid shows whether a function is smooth: its values must rise by the integral of its slope,
-and its slope by the integral of its second derivative.
+Limits: the bounds are found on a grid of 1/128 between -32 and 32, and hold there only, for functions without finer
+structure.
 """
 
 from __future__ import annotations
@@ -53,13 +50,13 @@ def bounds_of(phi: Callable[[Array], Array], dtype: Any) -> Bounds | None:
     with jax.ensure_compile_time_eval():
         s = jnp.asarray(grid, dtype)
         try:
-            found = _derivatives(phi, s)
+            value, slope, bend = (np.asarray(x, float) for x in _derivatives(phi, s))
         except Exception:  # what a primitive without a derivative raises is its own choice
             return None
-        value, slope, bend = (np.asarray(x, float) for x in found)
     if not all(np.all(np.isfinite(x)) for x in (value, slope, bend)):
         return None
     steepest = max(1.0, float(np.max(np.abs(slope))))
+    # Of a smooth function, the values rise by the integral of the slope, and the slope by that of its derivative.
     for x, derivative in ((value, slope), (slope, bend)):
         gap = np.diff(x) - (derivative[1:] + derivative[:-1]) / (2 * _GRID)
         rounding = 4 * float(jnp.finfo(s.dtype).eps) * np.max(np.abs(x))
@@ -90,8 +87,11 @@ def smooth_dual(
     least = sigma * jnp.abs(mu) * bounds.bend * (1.0 if bounds.monotone else 1.0 + jnp.minimum(gain, gain * gain))
     most = jnp.abs(mu) * (bounds.slope / jnp.maximum(gain, 1.0))
     easy = jnp.all((least < _CONVEX) & (jnp.abs(s0) + sigma * most < _RANGE))
-    newton = lambda: _newton(phi, s0, mu, sigma, q, most, bounds.slope)  # noqa: E731
-    lam, found = jax.lax.cond(easy, newton, lambda: (jnp.zeros_like(s0), jnp.asarray(False)))
+    lam, found = jax.lax.cond(
+        easy,
+        lambda: _newton(phi, s0, mu, sigma, q, most, bounds.slope),
+        lambda: (jnp.zeros_like(s0), jnp.asarray(False)),
+    )
     return jax.lax.cond(found, lambda: lam, otherwise)
 
 
