@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 def inner(x: PyTree, y: PyTree) -> Array:
     """The scalar product of two pytrees of arrays."""
-    products = jtu.tree_map(lambda a, b: jnp.vdot(a, b), x, y)
+    products = jtu.tree_map(jnp.vdot, x, y)
     return sum(jtu.tree_leaves(products), start=jnp.asarray(0.0))
 
 
@@ -27,25 +27,15 @@ def _plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
 def conjugate_gradients(
     operator: Callable[[PyTree], PyTree], b: PyTree, inverse_diagonal: PyTree, *, tol: float | Array, max_steps: int
 ) -> PyTree:
-    r"""Solves $M x = b$ for symmetric positive-definite $M$.
+    r"""Solves $M x = b$ for symmetric positive-definite $M$, the operator; preconditioned by the `inverse_diagonal`.
 
-    **Arguments:**
-
-    - `operator`: $x \mapsto M x$.
-    - `b`: the right side; scaled to unit size inside, so that it may be as small as float32 allows.
-    - `inverse_diagonal`: the preconditioner, elementwise.
-    - `tol`, `max_steps`: relative residual to stop at, products at most.
-
-    **Returns:**
-
-    The solution, or the iterate at which a direction without positive curvature was met.
+    It stops at the relative residual `tol`, after `max_steps` products, or at a direction without positive curvature.
     """
     size = jtu.tree_reduce(jnp.maximum, jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0.0), b), jnp.asarray(0.0))
     scale = jnp.where(size > 0, size, 1.0)
     r = jtu.tree_map(lambda x: x / scale.astype(x.dtype), b)
     z = jtu.tree_map(lambda x, d: x * d, r, inverse_diagonal)
-    x = jtu.tree_map(jnp.zeros_like, r)
-    rz = inner(r, z)
+    x, rz = jtu.tree_map(jnp.zeros_like, r), inner(r, z)
 
     def body(carry):
         x, r, p, rz, count, _ = carry

@@ -1,8 +1,7 @@
 r"""Softmax cross-entropy as an objective: its value, and how far its proximal map moves the logits.
 
-As in `_losses.py`: value and displacement, in float32 at least, with the classes on the last axis.
-
-Limits: as there. The displacement contains a `jax.lax.while_loop`, so it cannot be differentiated in reverse mode.
+Value, displacement, arguments and limits are as in `_losses.py`. The labels are integers, or one floating-point
+probability per class; these need not sum to 1.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Num
 
-from ._loss_arguments import is_index, is_right, step_of, with_classes
+from ._losses import is_index, is_right, step_of, with_classes
 from ._newton import bracketed_root
 
-# Newton's method in `_multipliers` takes about ten where the step is below 100; this many leave room for bisections.
-_MAX_STEPS = 60
+_MAX_STEPS = 60  # `_multipliers` takes about ten where the step is below 100; this many leave room for bisections
 
 
 def _probabilities(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "*batch n"]:
@@ -34,24 +32,14 @@ def _probabilities(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) 
 def cross_entropy_value(
     logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"] | Float[Array, "*batch n"]
 ) -> Float[Array, "*batch"]:
-    r"""Softmax cross-entropy.
+    r"""Softmax cross-entropy, $-\sum_i y_i \log \mathrm{softmax}(z)_i$ per sample, in nats.
 
     With the likeliest label $k$, the logarithm $L$ of the sum of the others' $e^{z_i}$, and $m = \sum_i y_i$, it is
 
     $$m \log(1 + e^{L - z_k}) - \sum_{i \ne k} y_i (z_i - z_k) .$$
 
-    Where the label is certain, that is the logarithm of one plus something small. So value and gradient keep their
-    relative accuracy: the derivative by $z_k$ is minus the sum of the others, where $\mathrm{softmax}(z)_k - 1$ would
-    cancel.
-
-    **Arguments:**
-
-    - `logits`: one score per class.
-    - `labels`: the right class, an integer; or one probability per class, floating-point, which need not sum to 1.
-
-    **Returns:**
-
-    $-\sum_i y_i \log \mathrm{softmax}(z)_i$ per sample, in nats.
+    So value and gradient keep their relative accuracy where the label is certain: the derivative by $z_k$ is minus the
+    sum of the others, where $\mathrm{softmax}(z)_k - 1$ would cancel.
     """
     z, dtype = with_classes("logits", logits)
     y, array, n = _probabilities(labels, z.shape, z.dtype), jnp.asarray(labels), z.shape[-1]
@@ -127,22 +115,11 @@ def cross_entropy_displacement(
 ) -> Float[Array, "*batch n"]:
     r"""How far the proximal map of softmax cross-entropy moves the logits.
 
-    Solves $d + \tau (m\, \mathrm{softmax}(z + d) - y) = 0$, with $m = \sum_i y_i$, in one to three iterations up to
-    $\tau = 1$, about ten up to $\tau = 100$ and tens beyond, to a residual at the level of rounding. `_multipliers`
-    comes close; then one Newton step in $d$ itself, where the residual has no large terms that cancel: with
+    Solves $d + \tau (m\, \mathrm{softmax}(z + d) - y) = 0$, with $m = \sum_i y_i$, to a residual at the level of
+    rounding. `_multipliers` comes close; then one Newton step in $d$ itself, where no large terms cancel: with
     $\omega = \tau m s$, $H = \mathrm{diag}(1 + \omega) - \omega \omega^T / \tau m$ and Sherman-Morrison,
     $$H^{-1} r = q + \frac{\omega}{1 + \omega} \frac{\omega \cdot q}{\sum_i \omega_i / (1 + \omega_i)}, \qquad
     q = \frac{r}{1 + \omega}.$$
-
-    **Arguments:**
-
-    - `logits`: one score per class.
-    - `labels`: the right class, an integer; or one probability per class, floating-point, which need not sum to 1.
-    - `tau`: the step, positive.
-
-    **Returns:**
-
-    $\mathrm{prox}(z) - z$.
     """
     z, dtype = with_classes("logits", logits)
     step = step_of(tau, z.shape[:-1], z.dtype)

@@ -16,15 +16,11 @@ _RUNGS = 4  # steps that are tried
 
 
 class WideFunction(NamedTuple):
-    """A function of a dtype, on arrays of the dtype that is computed in.
+    """A function of a dtype, on arrays of the dtype that is computed in."""
 
-    - `phi`: the function; it rounds its argument. `snap`: that rounding.
-    - `eps`: the rounding error of its own dtype.
-    """
-
-    phi: Callable[[Array], Array]
-    snap: Callable[[Array], Array]
-    eps: float
+    phi: Callable[[Array], Array]  # rounds its argument
+    snap: Callable[[Array], Array]  # that rounding
+    eps: float  # the rounding error of its own dtype
 
     @classmethod
     def of(cls, phi: Callable[[Array], Array], dtype: Any) -> WideFunction:
@@ -38,17 +34,7 @@ class WideFunction(NamedTuple):
 
 
 def difference_slope(phi: Callable[[Array], Array], s0: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The slope of an elementwise function, from eleven evaluations of it.
-
-    **Arguments:**
-
-    - `phi`: the function, called on arrays of the shape and dtype of `s0`.
-    - `s0`: where. A side of it on which the function is not finite is left out.
-
-    **Returns:**
-
-    The slopes, of the shape and dtype of `s0`.
-    """
+    """The slope of an elementwise function, from eleven evaluations; a side on which it is not finite is left out."""
     f = WideFunction.of(phi, s0.dtype)
     wide = s0.astype(jnp.promote_types(s0.dtype, jnp.float32))
     return slope_and_step(f, wide, f.phi(wide))[0].astype(s0.dtype)
@@ -94,8 +80,8 @@ def slope_and_step(f: WideFunction, s: Array, value: Array) -> tuple[Array, Arra
         best, best_h = jnp.where(better, extrapolated, best), jnp.where(better, h, best_h)
         return h / ratio, fine, best, best_h, jnp.where(better, error, best_error)
 
-    carry = (top, nothing, jnp.zeros_like(s), top, nothing)
-    _, _, best, best_h, best_error = jax.lax.fori_loop(0, _RUNGS, rung, carry)
+    start = (top, nothing, jnp.zeros_like(s), top, nothing)
+    _, _, best, best_h, best_error = jax.lax.fori_loop(0, _RUNGS, rung, start)
     # Next to a kink or a jump all of them disagree: the slope on the scale of the resolution decides.
     least = 64 * f.eps * jnp.maximum(jnp.abs(s), 1e-6)
     local, _, _ = differences(f, s, value, least)

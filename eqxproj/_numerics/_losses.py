@@ -3,78 +3,81 @@ r"""Margin, squared error and hinge as objectives: values, and how far their pro
 Every loss here, and the cross-entropy of `_cross_entropy.py`, comes as two pure functions, which work under `jax.jit`
 and `jax.vmap`:
 
-- a *value*, not reduced: one number per sample (per element, where the loss is elementwise), as in Optax. Its gradient
-  by `jax.grad` is that of the gradient regime;
+- a *value*, not reduced: one number per sample (per element, where the loss is elementwise), as in Optax;
 - a *displacement* $\mathrm{prox}_{\tau \ell}(z) - z$, where
   $\mathrm{prox}_{\tau \ell}(z) = \arg\min_u \tfrac12 |u - z|^2 + \tau \ell(u)$. It is computed as such rather than as
   a difference of two nearly equal arrays, so that it keeps its relative accuracy when $\tau$ is small:
   displacement$/\tau \to -\nabla \ell(z)$ as $\tau \to 0$.
 
-The last axis holds the classes. Half-precision input is computed in float32, and every result has the dtype of the
-prediction. `tau` is a scalar or an array that broadcasts to the shape of the value.
+The last axis of logits and scores holds the classes; integer labels name the right one. Half-precision input is
+computed in float32, and every result has the dtype of the prediction. The step `tau` is positive, and a scalar or an
+array that broadcasts to the shape of the value.
 
-Limits: integer labels outside the range of the classes are not detected, and their results mean nothing. The
-displacements of the cross-entropy and of the hinge contain a `jax.lax.while_loop`, so they cannot be differentiated in
-reverse mode. Scores of $-\infty$ (masked classes) are allowed, and stay where they are as long as the right class is
-not among them; NaN gives NaN.
+Limits: integer labels out of range are not detected, and their results mean nothing. The displacements of the
+cross-entropy and of the hinge contain a `jax.lax.while_loop`: no derivative in reverse mode. Scores of $-\infty$
+(masked classes) stay where they are as long as the right class is not among them; NaN gives NaN.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
-from ._loss_arguments import floating, is_index, is_right, step_of, with_classes
 from ._water_level import water_level
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Margin
-# ----------------------------------------------------------------------------------------------------------------------
+
+def floating(name: str, x: ArrayLike) -> tuple[Array, jnp.dtype]:
+    """The argument in the dtype it is computed in (float32 at least), and its own dtype."""
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"`{name}` must be a floating-point array, got dtype {array.dtype}.")
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32)), array.dtype
 
 
-def _indices(labels: ArrayLike, shape: tuple[int, ...]) -> Array:
-    array = jnp.asarray(labels)
-    if not is_index(array, shape):
-        raise ValueError(f"`labels` must be integers of shape {shape[:-1]}, got {array.dtype} of shape {array.shape}.")
-    return array
+def with_classes(name: str, x: ArrayLike) -> tuple[Array, jnp.dtype]:
+    """As `floating`, of an array whose last axis holds the classes."""
+    array, dtype = floating(name, x)
+    if array.ndim == 0 or array.shape[-1] == 0:
+        raise ValueError(f"`{name}` must have a last axis with at least one class, got shape {array.shape}.")
+    return array, dtype
+
+
+def is_index(labels: Array, shape: tuple[int, ...]) -> bool:
+    """Whether the labels are integers, one for each sample of logits of this shape."""
+    return labels.shape == shape[:-1] and jnp.issubdtype(labels.dtype, jnp.integer)
+
+
+def is_right(labels: Array, n: int) -> Bool[Array, "*batch n"]:
+    """Whether a class is the right one."""
+    return labels[..., None] == jnp.arange(n, dtype=labels.dtype)
+
+
+def step_of(tau: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """The step `tau`, broadcast to the shape of the loss, in the dtype of the computation."""
+    array = jnp.asarray(tau, dtype)
+    try:
+        return jnp.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"`tau` must be a scalar or broadcast to the shape of the loss, {shape}, got shape {array.shape}."
+        ) from None
 
 
 def margin_displacement(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch n"]:
-    r"""From the logits to the nearest logits with a margin: wrong classes at most 0, the right class at least 1.
-
-    **Arguments:**
-
-    - `logits`: one score per class.
-    - `labels`: the right class, an integer.
-
-    **Returns:**
-
-    $P(z) - z$, zero exactly on the set.
-    """
+    r"""From the logits to the nearest logits with a margin: wrong classes at most 0, the right class at least 1."""
     z, dtype = with_classes("logits", logits)
-    right = is_right(_indices(labels, z.shape), z.shape[-1])
+    array = jnp.asarray(labels)
+    if not is_index(array, z.shape):
+        got = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"`labels` must be integers of shape {z.shape[:-1]}, got {got}.")
+    right = is_right(array, z.shape[-1])
     return jnp.where(right, jnp.maximum(1 - z, 0), -jnp.maximum(z, 0)).astype(dtype)
 
 
 def margin_value(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    r"""Half the squared distance to the logits with a margin; its gradient is `-margin_displacement`.
-
-    **Arguments:**
-
-    - `logits`: one score per class.
-    - `labels`: the right class, an integer.
-
-    **Returns:**
-
-    $\tfrac12 |z - P(z)|^2$ per sample.
-    """
+    r"""Half the squared distance to the logits with a margin; its gradient is `-margin_displacement`."""
     z, dtype = with_classes("logits", logits)
     return (0.5 * jnp.sum(margin_displacement(z, labels) ** 2, axis=-1)).astype(dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Squared error
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _targets(targets: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -85,16 +88,7 @@ def _targets(targets: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Ar
 
 
 def squared_error_value(predictions: Float[Array, "*shape"], targets: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""Squared error, elementwise.
-
-    **Arguments:**
-
-    - `predictions`, `targets`: of one shape.
-
-    **Returns:**
-
-    $(p - t)^2$ for each element.
-    """
+    r"""$(p - t)^2$ for each element."""
     p, dtype = floating("predictions", predictions)
     return ((p - _targets(targets, p.shape, p.dtype)) ** 2).astype(dtype)
 
@@ -105,15 +99,6 @@ def squared_error_displacement(
     r"""How far the proximal map of the squared error moves the predictions.
 
     $u - p + 2 \tau (u - t) = 0$ gives $u - p = \frac{2 \tau}{1 + 2 \tau} (t - p)$.
-
-    **Arguments:**
-
-    - `predictions`, `targets`: of one shape.
-    - `tau`: the step, positive.
-
-    **Returns:**
-
-    $\mathrm{prox}(p) - p$.
     """
     p, dtype = floating("predictions", predictions)
     t = _targets(targets, p.shape, p.dtype)
@@ -121,19 +106,14 @@ def squared_error_displacement(
     return (twice / (1 + twice) * (t - p)).astype(dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hinge
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def _hinge_labels(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, bool]:
     """The labels, and whether they name classes."""
     array = jnp.asarray(labels)
     if len(shape) > 0 and is_index(array, shape):
         return array, True
-    if array.shape == shape and jnp.issubdtype(array.dtype, jnp.number):
-        if not jnp.issubdtype(array.dtype, jnp.complexfloating):
-            return array.astype(dtype), False
+    is_real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    if array.shape == shape and is_real:
+        return array.astype(dtype), False
     raise ValueError(
         f"`labels` must be integers of shape {shape[:-1]} (the right class) or numbers -1 and 1 of shape {shape}, "
         f"got {array.dtype} of shape {array.shape}."
@@ -143,16 +123,9 @@ def _hinge_labels(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -
 def hinge_value(
     scores: Float[Array, "*shape"], labels: Int[Array, "..."] | Num[Array, "*shape"]
 ) -> Float[Array, "..."]:
-    r"""Hinge loss: Crammer and Singer's for several classes, or the binary one.
+    r"""Hinge loss: $\max_j (s_j + [j \ne y]) - s_y$ (Crammer and Singer), or the binary $\max(0, 1 - s t)$ elementwise.
 
-    **Arguments:**
-
-    - `scores`: one score per class; for the binary loss, of any shape.
-    - `labels`: the right class, an integer; or, with the shape of `scores`, -1 or 1 for each score.
-
-    **Returns:**
-
-    $\max_j (s_j + [j \ne y]) - s_y$ per sample, or $\max(0, 1 - s t)$ for each element.
+    In the binary loss the labels $t$ are -1 or 1, of the shape of the scores.
     """
     s, dtype = floating("scores", scores)
     array, multiclass = _hinge_labels(labels, s.shape, s.dtype)
@@ -165,9 +138,7 @@ def hinge_value(
 
 
 def hinge_displacement(
-    scores: Float[Array, "*shape"],
-    labels: Int[Array, "..."] | Num[Array, "*shape"],
-    tau: Num[ArrayLike, "..."],
+    scores: Float[Array, "*shape"], labels: Int[Array, "..."] | Num[Array, "*shape"], tau: Num[ArrayLike, "..."]
 ) -> Float[Array, "*shape"]:
     r"""How far the proximal map of the hinge loss moves the scores; exact.
 
@@ -177,16 +148,6 @@ def hinge_displacement(
     by Moreau's identity the displacement is $\tau (e_y - p)$, where $p$ is the projection of $v / \tau$ onto the
     simplex, $p_j = \max(v_j / \tau - \theta, 0)$ with $\theta$ such that $\sum_j p_j = 1$. That is a water level
     below the largest $v_j$, in units of $\tau$; only differences of scores enter.
-
-    **Arguments:**
-
-    - `scores`: one score per class; for the binary loss, of any shape.
-    - `labels`: the right class, an integer; or, with the shape of `scores`, -1 or 1 for each score.
-    - `tau`: the step, positive; it broadcasts to the shape of `hinge_value`.
-
-    **Returns:**
-
-    $\mathrm{prox}(s) - s$.
     """
     s, dtype = floating("scores", scores)
     array, multiclass = _hinge_labels(labels, s.shape, s.dtype)

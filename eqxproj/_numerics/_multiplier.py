@@ -22,6 +22,8 @@ follows Elser, "Learning without loss" (2021), and section 3 of arXiv 2506.05878
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -31,44 +33,25 @@ from ._newton import bracketed_root
 _STEPS = 60
 
 
-def _g(t: Array, hp: Array, q: Array, tau: Array) -> tuple[Array, Array]:
-    """$G(t)$ and its slope, for $t$ in [0, 1)."""
-    t2 = t * t
-    s = 1.0 / (1.0 - t2)
-    s2 = s * s
-    value = t + (hp * t2 * (3.0 - t2) + q * t) * s2 - tau
-    slope = 1.0 + (hp * t * (6.0 + 2.0 * t2) + q * (1.0 + 3.0 * t2)) * s2 * s
-    return value, slope
-
-
-def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Array]:
-    """As `_g`, from $q + 2hp$ in place of $q$, so that nothing cancels next to $t = 1$."""
+def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Array, float]:
+    """$G(t)$, its slope and no error, from $q + 2hp$ in place of $q$: nothing cancels next to $t = 1$."""
     s = 1.0 / (1.0 + t)
     pole = s / (1.0 - t)
     value = t - hp * t * (2.0 + t) * s * s + apart * t * pole * pole - tau
     slope = 1.0 - 2.0 * hp * s * s * s + apart * (1.0 + 3.0 * t * t) * pole * pole * pole
-    return value, slope
+    return value, slope, 0.0
 
 
 def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
-    r"""The root $t \ge 0$ of $G$ for $\tau \ge 0$, elementwise.
+    r"""The root $t$ in $[0, 1)$ of $G$ for $\tau \ge 0$, elementwise, and where there is none (there $t = 1/2$).
+
+    `hp` has the sign of the dual, `tau` is $|\mu|/\sqrt{\alpha\omega}$, and `apart` is
+    $q + 2hp = h|a_0 \pm r w_0|^2/r$, which is zero where $a_0 = \mp r w_0$.
 
     Where every step is moderate, as in training, the inverted power series of G, $t = t_1 - u t_1^2 + 2(u^2 -
     q/(1+q)) t_1^3 + \dots$ with $t_1 = \tau/(1+q)$ and $u = 3hp/(1+q)$, and one Newton step reach rounding, without
     a loop. Where they do not, all roots are found again by Newton steps inside a bracket.
-
-    **Arguments:**
-
-    - `hp`: $h p$, with the sign of the dual.
-    - `q`: $h Q \ge 2|hp|$.
-    - `tau`: $|\mu|/\sqrt{\alpha\omega}$.
-    - `apart`: $q + 2hp$, which is $h|a_0 \pm r w_0|^2/r$: zero where $a_0 = \mp r w_0$.
-
-    **Returns:**
-
-    `t` in [0, 1), and where there is no root (t is then one half, to keep everything finite).
     """
-    eps = jnp.finfo(tau.dtype).eps
     inverse = 1.0 / (1.0 + q)
     t = jnp.minimum(tau * inverse, 0.25)
     u = 3.0 * hp * inverse
@@ -80,9 +63,8 @@ def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Arr
     slope = rest * rest - 4.0 * t * rest * (t - tau) + hp * t * (6.0 - 4.0 * t2) + q
     step = value / slope
     # A Newton step shorter than the square root of what is wanted leaves an error below it.
-    done = jnp.all(jnp.abs(step) <= 0.1 * jnp.sqrt(eps) * t)
-    quick = lambda: (t - step, jnp.zeros(t.shape, bool))  # noqa: E731
-    return jax.lax.cond(done, quick, lambda: _bracketed(hp, q, tau, apart))
+    done = jnp.all(jnp.abs(step) <= 0.1 * jnp.sqrt(jnp.finfo(tau.dtype).eps) * t)
+    return jax.lax.cond(done, lambda: (t - step, jnp.zeros(t.shape, bool)), lambda: _bracketed(hp, q, tau, apart))
 
 
 def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
@@ -92,22 +74,20 @@ def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Ar
     hp = jnp.clip(hp, -0.5 * q, 0.5 * q)
     no_root = _stable_g(top, hp, apart, tau)[0] < 0
     tau = jnp.where(no_root, 0.0, tau)  # has the root zero, and delays no other
-
-    def function(t):
-        return *_stable_g(t, hp, apart, tau), 0.0
-
     start = jnp.clip(tau / (1.0 + q), 0.0, 0.9)
+    function = functools.partial(_stable_g, hp=hp, apart=apart, tau=tau)
     t, _ = bracketed_root(function, start, jnp.zeros_like(tau), top, rtol=4.0 * eps, max_steps=_STEPS)
     return jnp.where(no_root, 0.5, t), no_root
 
 
 def published_multiplier(hp: Array, q: Array, tau: Array) -> Array:
-    """Ten plain Newton steps from zero, as the software of arXiv 2506.05878 takes: they may end outside (-1, 1).
-
-    Kept for parity with that software alone.
-    """
+    """Ten plain Newton steps from zero, for parity with the software of arXiv 2506.05878: may end outside (-1, 1)."""
     t = jnp.zeros_like(tau)
     for _ in range(10):
-        value, slope = _g(t, hp, q, tau)
+        t2 = t * t
+        s = 1.0 / (1.0 - t2)
+        s2 = s * s
+        value = t + (hp * t2 * (3.0 - t2) + q * t) * s2 - tau
+        slope = 1.0 + (hp * t * (6.0 + 2.0 * t2) + q * (1.0 + 3.0 * t2)) * s2 * s
         t = t - value / slope
     return t

@@ -1,7 +1,7 @@
-r"""The computations behind `eqxproj.sets`: nearest points, of slices along the last axis or of matrices.
+r"""The computations behind `eqxproj.sets`: nearest points, of slices along the last axis, to levels, and of matrices.
 
-Every function is pure, and works under `jax.jit` and `jax.vmap`. They compute in float32 at least; `dtype` is the dtype
-of the array of the caller, to which the answer is rounded. The rounded answer must be in the set. Hence
+They compute in float32 at least; `dtype` is that of the caller's array, to which the answer is rounded. The rounded
+answer must be in the set. Hence
 
 - numbers are rounded by `jax.lax.reduce_precision`: XLA may leave out a conversion to bfloat16 and back, and then a
   test of the rounded array would see the array before rounding;
@@ -23,13 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._water_level import water_level
 
-# Alternations of nearest levels and least squares end by themselves, usually within 20.
-_MAX_ALTERNATIONS = 200
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Dtypes and shapes
-# ----------------------------------------------------------------------------------------------------------------------
+_MAX_ALTERNATIONS = 200  # of nearest levels and least squares; they end by themselves, usually within 20
 
 
 def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
@@ -63,11 +57,11 @@ def axes_of(axis: int | tuple[int, ...] | None, shape: tuple[int, ...]) -> list[
     """The axes that `axis` means, counted from the front."""
     if axis is None:
         return list(range(len(shape)))
-    found = []
-    for a in (axis,) if isinstance(axis, int) else axis:
+    given = (axis,) if isinstance(axis, int) else axis
+    for a in given:
         if not -len(shape) <= a < len(shape):
             raise ValueError(f"`axis` {a} is out of range for an array of shape {shape}.")
-        found.append(a % len(shape))
+    found = [a % len(shape) for a in given]
     if len(set(found)) < len(found):
         raise ValueError(f"`axis` {axis} names an axis twice for an array of shape {shape}.")
     return found
@@ -88,11 +82,6 @@ def along(
 def _returned(inside: Bool[Array, "*#shape"], x: Array, y: Array, dtype: jnp.dtype) -> Array:
     """`x` where it is inside already, else `y`, rounded."""
     return jnp.where(inside, x, rounded(y, dtype))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Slices
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def largest(x: Float[Array, "*batch n"], kept: int) -> Float[Array, "*batch n"]:
@@ -164,10 +153,9 @@ def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
 
     The nearest sequence is constant on blocks, at the mean of each (Barlow, Bartholomew, Bremner and Brunk,
     *Statistical inference under order restrictions*, 1972, section 1.2). A stack of blocks, with means and sizes, takes
-    one entry after the other; while the mean below the top is larger than the top's, these two are merged. All slices
-    do so at once: each of the at most $2n - 1$ iterations of the loop pushes or merges a block of every slice, in time
-    of the order of the number of slices. Blocks with equal means are not merged, so that a nondecreasing slice is
-    returned as it is.
+    one entry after the other; while the mean below the top is larger than the top's, these two are merged. Each of the
+    at most $2n - 1$ iterations pushes or merges a block of every slice. Blocks with equal means are not merged, so that
+    a nondecreasing slice is returned as it is.
     """
     n = x.shape[-1]
     flat = x.reshape(-1, n)
@@ -194,11 +182,6 @@ def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     first = jnp.where(jnp.arange(n) < top[:, None], first, n)
     begins = jnp.zeros(flat.shape, int).at[rows[:, None], first].set(1, mode="drop")
     return jnp.take_along_axis(means, jnp.cumsum(begins, axis=-1) - 1, axis=-1).reshape(x.shape)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Levels
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def nearest_level(x: Float[Array, "*shape"], levels: Float[np.ndarray, "levels"]) -> Int[Array, "*shape"]:
@@ -269,11 +252,6 @@ def scaled_levels(x: Float[Array, " n"], levels: Float[np.ndarray, "levels"], dt
     k = index[jnp.argmax(jnp.abs(known[index]))]
     result = rounded(rounded(unit * (scale * known[k]), dtype) * ratios[k][index], dtype)
     return jnp.where(jnp.any(members), x, jnp.where(scale > 0, result, 0 * scale))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Matrices
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _times(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:

@@ -1,8 +1,7 @@
 r"""One damped Newton method: roots of elementwise functions in a bracket, and minima over pytrees.
 
 Both are safe: [`bracketed_root`][] bisects where a step leaves the bracket, [`descend`][] halves a step until the cost
-falls. Limits: neither can be differentiated in reverse mode, and the minimum that
-`descend` finds is a local one.
+falls. Limits: neither can be differentiated in reverse mode, and the minimum that `descend` finds is a local one.
 """
 
 from __future__ import annotations
@@ -35,18 +34,8 @@ def bracketed_root(
     it moves by rounding only. Close to a root the error is of the order of the square of the last step: `rtol` may be
     as large as the square root of the accuracy that is wanted.
 
-    **Arguments:**
-
-    - `function`: from $t$ to the value, the slope, and what rounding leaves uncertain of the value (zero, if that is
-        not known).
-    - `start`: the first guess, in the bracket.
-    - `low`, `high`: the bracket.
-    - `rtol`, `atol`: the tolerance of a step, relative to the root and absolute.
-    - `max_steps`: evaluations at most.
-
-    **Returns:**
-
-    The roots, and whether all of them were done before `max_steps`. Where the function is NaN, so is the root.
+    `function` answers the value, the slope, and how uncertain rounding leaves the value (zero, if not known). Returns
+    the roots, and whether all were done before `max_steps` evaluations. Where the function is NaN, so is the root.
     """
     eps = float(jnp.finfo(start.dtype).eps)
 
@@ -62,11 +51,8 @@ def bracketed_root(
         moving = jnp.any(far & (jnp.abs(new - t) > 4.0 * eps * jnp.abs(new)))
         return new, low, high, moving, count + 1
 
-    def more(carry):
-        return carry[3] & (carry[4] < max_steps)
-
     carry = (start, low, high, jnp.asarray(True), jnp.asarray(0))
-    root, _, _, moving, _ = jax.lax.while_loop(more, newton, carry)
+    root, _, _, moving, _ = jax.lax.while_loop(lambda carry: carry[3] & (carry[4] < max_steps), newton, carry)
     return root, ~moving
 
 
@@ -85,23 +71,11 @@ def descend(
 ) -> PyTree:
     """Minimizes a cost over a pytree: steps from the caller, each one halved until the cost falls.
 
-    It stops where no step lowers the cost, where the residual says so, or after `max_steps`. A step to a point whose
-    residual is not finite is not taken, and is the last.
-
-    **Arguments:**
-
-    - `cost`: from a point to a number, infinity where there is none.
-    - `residual`: from a point to what `direction` and `is_done` read, such as the gradient.
-    - `direction`: from a point, its residual and the memory to the step wanted and the new memory.
-    - `is_done`: from the residual of a point and that of the point before to whether the point is good enough.
-    - `x`, `r`: the first point and its residual.
-    - `memory`: for `direction` alone, such as where its own solver starts from; `()` for none.
-    - `max_steps`, `max_halvings`: steps, and halvings of each, at most.
-    - `rounding`: the relative error of the cost. A rise within it counts as a fall.
-
-    **Returns:**
-
-    The last point: `x` itself where no step lowers the cost.
+    It stops where no step lowers the cost, where `is_done` (of the residuals of a point and of the one before) says so,
+    or after `max_steps`. A step to a point whose residual is not finite is not taken, and is the last. The `cost` is
+    infinite where there is none; `residual` answers what `direction` and `is_done` read, such as the gradient, and is
+    `r` at the first point `x`. `direction` answers a step and the `memory` for its next call, such as where its own
+    solver starts from. A rise of the cost within the relative error `rounding` counts as a fall.
     """
 
     def body(carry):
@@ -114,11 +88,8 @@ def descend(
         value = jnp.where(fell, lower, value)
         return x, value, r_new, memory, fell & ~is_done(r_new, r), count + 1
 
-    def more(carry):
-        return carry[4] & (carry[5] < max_steps)
-
     carry = (x, cost(x), r, memory, jnp.asarray(True), jnp.asarray(0))
-    return jax.lax.while_loop(more, body, carry)[0]
+    return jax.lax.while_loop(lambda carry: carry[4] & (carry[5] < max_steps), body, carry)[0]
 
 
 def _shortened(
@@ -132,11 +103,8 @@ def _shortened(
         trial = jtu.tree_map(lambda a, b: (a + scale * b).astype(a.dtype), x, step)
         return 0.5 * scale, trial, cost(trial), count + 1
 
-    def too_high(carry):
-        return ~(carry[2] < bound) & (carry[3] <= max_halvings)
-
     carry = (jnp.ones_like(value), x, jnp.full_like(value, jnp.inf), jnp.asarray(0))
-    _, trial, lower, _ = jax.lax.while_loop(too_high, halve, carry)
+    _, trial, lower, _ = jax.lax.while_loop(lambda c: ~(c[2] < bound) & (c[3] <= max_halvings), halve, carry)
     return trial, lower, lower < bound
 
 

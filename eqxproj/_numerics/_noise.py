@@ -1,9 +1,8 @@
 r"""Functions with jumps, seen through noise: the slope of their expectation.
 
-In the gradient regime no dual pays for a move across a jump, and on the flat parts of a sign or a rounding the nearest
-point is the point itself: nothing would be learned. But the expectation
+In the gradient regime no dual pays for a move across a jump: nothing would be learned. But the expectation
 $\bar\phi(s) = \mathbb{E}\,\phi(s + t\varepsilon)$ under Gaussian noise $\varepsilon$ of unit variance is smooth, and to
-a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. No derivative of $\phi$ is needed: by Stein's identity
+a dual $\mu$ it answers $\bar\phi'(s)\,\mu$. By Stein's identity
 $t\,\bar\phi'(s) = \mathbb{E}\,\varepsilon\,\phi(s + t\varepsilon)$, which has a closed form where $\phi$ is affine on
 pieces. With slope $m$ before all breakpoints $b_j$, and changes $m_j$ of slope and jumps $h_j$ there, $\phi$ is a sum
 of one part a breakpoint, and each is seen through noise of its own size $t_j$:
@@ -15,9 +14,6 @@ the distances $s - b_j$ of all elements: a jump is seen from where the arguments
 sharply the more of them are near.
 
 Other functions with jumps are seen through noise of unit size, in the unit of their argument ([`expected_slope`][]).
-The caller does so only where a jump lies between the least and the largest argument, or where the function is flat:
-many functions are smooth where they are used, and continued somehow beyond, as the beta function is below zero.
-
 Limits: jumps are looked for between -8 and 8, and at most eight are found.
 """
 
@@ -32,7 +28,7 @@ import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
-from ._piecewise import PiecewiseAffine
+from ._piecewise import PiecewiseAffine, at
 
 _REACH, _POINTS = 4.0, 33  # of the quadrature
 _RANGE, _SHIFT, _COARSE, _FINE, _SUSPECTS = 8.0, 1e-3, 4097, 513, 8  # of the search for jumps; off round numbers
@@ -44,10 +40,10 @@ def expected_slope_of_pieces(phi: PiecewiseAffine, s: Float[Array, "*shape"]) ->
     total = jnp.full_like(s, phi.slopes[0])
     for i, point in enumerate(phi.breakpoints):
         size = _noise_size(s - point)
-        (m0, c0), (m1, c1) = ((phi.slopes[k], phi.intercepts[k]) for k in (i, i + 1))
-        if m1 != m0:
-            total = total + (m1 - m0) * norm.cdf((s - point) / size)
-        jump = ((m1 * point if m1 else 0.0) + c1) - ((m0 * point if m0 else 0.0) + c0)
+        before, after = phi.line(i), phi.line(i + 1)
+        if after[0] != before[0]:
+            total = total + (after[0] - before[0]) * norm.cdf((s - point) / size)
+        jump = at(after, point) - at(before, point)
         if np.isfinite(jump) and jump:
             total = total + jump * norm.pdf((s - point) / size) / size
     return total
@@ -78,36 +74,19 @@ def expected_slope(phi: Callable[[Array], Array], s: Float[Array, "*shape"]) -> 
 
 
 def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
-    """Whether a jump lies between the least and the largest of the arguments.
-
-    **Arguments:**
-
-    - `jumps`: the places, as `jumps_of` finds them.
-    - `s`: the arguments. Those that are not finite are left out.
-
-    **Returns:**
-
-    A boolean. True where there may be more jumps than `jumps_of` finds.
-    """
+    """Whether a jump that `jumps_of` found lies between the least and the largest finite argument, or may lie there."""
     if len(jumps) >= _SUSPECTS:
         return jnp.asarray(True)
     finite = jnp.isfinite(s)
     low, high = jnp.min(s, initial=jnp.inf, where=finite), jnp.max(s, initial=-jnp.inf, where=finite)
-    at = jnp.asarray(jumps, s.dtype)
-    return jnp.any((at >= low) & (at <= high))
+    places = jnp.asarray(jumps, s.dtype)
+    return jnp.any((places >= low) & (places <= high))
 
 
 def jumps_of(phi: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any) -> tuple[float, ...]:
     """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step.
 
-    **Arguments:**
-
-    - `phi`: the function, of arrays of this shape and dtype.
-    - `shape`, `dtype`: of its argument.
-
-    **Returns:**
-
-    The places, no more than eight, in ascending order.
+    `shape` and `dtype` are those of its argument. The places ascend, and are no more than eight.
     """
     size = max(1, int(np.prod(shape)))
 
@@ -129,11 +108,11 @@ def jumps_of(phi: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any) 
             if len(rough) < _SUSPECTS and all(abs(first - other) > 4 for other in rough):
                 rough.append(int(first))
         for i in sorted({i for first in rough for i in range(first, first + 4)}):
-            at, near = values(s[i], s[i + 1], _FINE)
+            places, near = values(s[i], s[i + 1], _FINE)
             fine = np.abs(np.diff(near))
             fine = np.where(np.isfinite(fine), fine, 0.0)
             around = np.max(rise[max(i - 1, 0) : i + 2])
             rounding = 1e3 * float(jnp.finfo(dtype).eps) * np.max(np.abs(y[i : i + 2]))
             if np.max(fine) > max(0.25 * around, rounding):
-                found.append(float(at[np.argmax(fine)]))
+                found.append(float(places[np.argmax(fine)]))
     return tuple(found)

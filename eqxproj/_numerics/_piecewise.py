@@ -2,14 +2,16 @@
 
 [`PiecewiseAffine`][] holds a function that is affine on finitely many open intervals, together with its values at the
 breakpoints between them, in float64 and without any JAX. [`apply_primitive`][] interprets one elementwise JAX primitive
-on such functions, so that walking through the equations of `jax.nn.relu6`, of `jnp.sign` or of a user's own
-`jnp.where` yields the function in closed form. `_piecewise_dual.py` then solves the scalar node exactly.
+on such functions, so that the equations of `jax.nn.relu6` or of a user's own `jnp.where` yield the function in closed
+form. `_piecewise_dual.py` then solves the scalar node exactly.
 
 Limits: at most 32 pieces; no function with infinitely many pieces (rounding); values are real numbers, so integer
 division and bitwise operations on anything else than 0 and 1 are not represented.
 """
 
+import itertools
 import math
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,11 @@ _SAME_POINT = 1e-13  # relative distance below which two float64 breakpoints are
 _SAME_VALUE = 1e-14  # relative distance below which two float64 values are one
 _SAME_LIMIT = 1e-7  # relative size of a jump that float32 constants cannot resolve: the function counts as continuous
 _Line = tuple[float, float]  # slope, intercept
-_Operation = Callable[[Sequence["PiecewiseAffine"]], "PiecewiseAffine | None"]
+_Operation = Callable[[Sequence["PiecewiseAffine"]], "PiecewiseAffine"]
+
+
+class _NotRepresentable(Exception):
+    """The result is not piecewise affine, not known to be, or has too many pieces."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,8 @@ class PiecewiseAffine:
     """A function of one scalar, affine on finitely many open intervals.
 
     Piece $j$ is $m_j s + c_j$ on the open interval $(b_{j-1}, b_j)$, with $b_{-1} = -\\infty$ and $b_k = \\infty$. A
-    boolean function is one with the values 0 and 1. Hashable and comparable, hence usable as a static argument.
-
-    **Arguments:**
-
-    - `breakpoints`: the $k$ breakpoints, increasing.
-    - `slopes`: the $k + 1$ slopes.
-    - `intercepts`: the $k + 1$ intercepts. An infinite one, with slope 0, is an infinite constant.
-    - `values`: the $k$ values at the breakpoints themselves.
+    boolean function is one with the values 0 and 1. An infinite intercept, with slope 0, is an infinite constant;
+    `values` holds the values at the breakpoints themselves. Hashable and comparable, hence usable as a static argument.
     """
 
     breakpoints: tuple[float, ...]
@@ -63,16 +63,7 @@ class PiecewiseAffine:
         return not any(self.slopes)
 
     def __call__(self, s: ArrayLike) -> np.ndarray:
-        """Evaluates the function in NumPy and float64.
-
-        **Arguments:**
-
-        - `s`: the points, of any shape.
-
-        **Returns:**
-
-        The values, of the same shape.
-        """
+        """Evaluates the function in NumPy and float64."""
         s = np.asarray(s, np.float64)
         piece = np.searchsorted(self.breakpoints, s, side="left")
         out = np.asarray(self.slopes)[piece] * s + np.asarray(self.intercepts)[piece]
@@ -82,19 +73,14 @@ class PiecewiseAffine:
 
     def jumps(self, i: int) -> tuple[bool, bool]:
         """Whether the limit from the left, and the one from the right, differ from the value at breakpoint `i`."""
-        point, value = self.breakpoints[i], self.values[i]
-        left, right = self._limits(i)
-        tolerance = _SAME_LIMIT * _scale(point, self.line(i), self.line(i + 1))
-        return not abs(left - value) <= tolerance, not abs(right - value) <= tolerance
+        left, right, tolerance = self._limits(i)
+        return not abs(left - self.values[i]) <= tolerance, not abs(right - self.values[i]) <= tolerance
 
     @property
     def has_jumps(self) -> bool:
         """Whether the limits from the left and from the right differ at some breakpoint."""
-        return any(
-            abs(right - left) > _SAME_LIMIT * _scale(point, self.line(i), self.line(i + 1))
-            for i, point in enumerate(self.breakpoints)
-            for left, right in [self._limits(i)]
-        )
+        limits = map(self._limits, range(len(self.breakpoints)))
+        return any(abs(right - left) > tolerance for left, right, tolerance in limits)
 
     def describe(self) -> str:
         """A short name for people to read, such as `relu`, `clip` or `piecewise affine (4 pieces)`."""
@@ -118,17 +104,17 @@ class PiecewiseAffine:
     def line(self, j: int) -> _Line:
         return self.slopes[j], self.intercepts[j]
 
-    def _limits(self, i: int) -> tuple[float, float]:
-        return at(self.line(i), self.breakpoints[i]), at(self.line(i + 1), self.breakpoints[i])
+    def _limits(self, i: int) -> tuple[float, float, float]:
+        """The limits from the left and from the right at breakpoint `i`, and how far apart equal ones may be."""
+        point, left, right = self.breakpoints[i], self.line(i), self.line(i + 1)
+        return at(left, point), at(right, point), _SAME_LIMIT * _scale(point, left, right)
 
     def _line_at(self, s: float) -> _Line:
         return self.line(bisect_left(self.breakpoints, s))
 
     def _value_at(self, s: float) -> float:
-        for point, value in zip(self.breakpoints, self.values, strict=True):
-            if _same_point(point, s):
-                return value
-        return at(self._line_at(s), s)
+        known = (value for point, value in zip(self.breakpoints, self.values, strict=True) if _same_point(point, s))
+        return next(known, at(self._line_at(s), s))
 
 
 def at(line: _Line, s: Any) -> Any:
@@ -154,7 +140,7 @@ def _interior(low: float, high: float) -> float:
 
 def _crossings(f: PiecewiseAffine, g: PiecewiseAffine) -> list[float]:
     """The points strictly inside their common pieces where the two functions cross."""
-    out = []
+    found = []
     edges = [-math.inf, *sorted({*f.breakpoints, *g.breakpoints}), math.inf]
     for low, high in zip(edges, edges[1:], strict=False):
         middle = _interior(low, high)
@@ -162,17 +148,17 @@ def _crossings(f: PiecewiseAffine, g: PiecewiseAffine) -> list[float]:
         if m1 != m2 and math.isfinite(c1) and math.isfinite(c2):
             s = (c2 - c1) / (m1 - m2)
             if low < s < high:
-                out.append(s)
-    return out
+                found.append(s)
+    return found
 
 
 def _combine(
     functions: Sequence[PiecewiseAffine],
-    line: Callable[[float, list[_Line]], _Line | None],
+    line: Callable[[float, list[_Line]], _Line],
     value: Callable[[float, list[float]], float],
     cuts: Sequence[float] = (),
-) -> PiecewiseAffine | None:
-    """Combines functions piece by piece on their common refinement, cut at further points; None if some piece is."""
+) -> PiecewiseAffine:
+    """Combines functions piece by piece on their common refinement, cut at further points."""
     points: list[float] = []
     for point in sorted([p for f in functions for p in f.breakpoints] + list(cuts)):
         if not points or not _same_point(points[-1], point):
@@ -180,18 +166,15 @@ def _combine(
     edges = [-math.inf, *points, math.inf]
     middles = [_interior(low, high) for low, high in zip(edges, edges[1:], strict=False)]
     lines = [line(s, [f._line_at(s) for f in functions]) for s in middles]
+    lines = [(0.0, float(c)) if math.isinf(c) else (float(m), float(c)) for m, c in lines]
     values = [float(value(s, [f._value_at(s) for f in functions])) for s in points]
-    kept_lines = [x for x in lines if x is not None]
-    if len(kept_lines) < len(lines):
-        return None
-    kept_lines = [(0.0, float(c)) if math.isinf(c) else (float(m), float(c)) for m, c in kept_lines]
-    if any(math.isnan(x) for pair in kept_lines for x in pair) or any(map(math.isnan, values)):
-        return None
-    return _simplify(points, kept_lines, values)
+    if any(math.isnan(x) for x in itertools.chain(values, *lines)):
+        raise _NotRepresentable
+    return _simplify(points, lines, values)
 
 
-def _simplify(points: list[float], lines: list[_Line], values: list[float]) -> PiecewiseAffine | None:
-    """Drops the breakpoints at which nothing happens; None where too many pieces remain."""
+def _simplify(points: list[float], lines: list[_Line], values: list[float]) -> PiecewiseAffine:
+    """Drops the breakpoints at which nothing happens."""
     kept, kept_lines, kept_values = [], [lines[0]], []
     for point, line, value in zip(points, lines[1:], values, strict=True):
         last = kept_lines[-1]
@@ -204,12 +187,12 @@ def _simplify(points: list[float], lines: list[_Line], values: list[float]) -> P
             kept_lines.append(line)
             kept_values.append(value)
     if len(kept_lines) > MAX_PIECES:
-        return None
+        raise _NotRepresentable
     slopes, intercepts = zip(*kept_lines, strict=True)
     return PiecewiseAffine(tuple(kept), slopes, intercepts, tuple(kept_values))
 
 
-def _compare(f: PiecewiseAffine, g: PiecewiseAffine) -> PiecewiseAffine | None:
+def _compare(f: PiecewiseAffine, g: PiecewiseAffine) -> PiecewiseAffine:
     """The sign of `f - g`, with the values at points compared up to float64 rounding."""
 
     def line(s: float, lines: list[_Line]) -> _Line:
@@ -241,89 +224,80 @@ def _sum(*signs: float) -> _Operation:
     )
 
 
-def _product(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
-    def line(_: float, lines: list[_Line]) -> _Line | None:
+def _product(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
+    def line(_: float, lines: list[_Line]) -> _Line:
         (m1, c1), (m2, c2) = lines
         if m1 and m2:
-            return None
+            raise _NotRepresentable
         return (m1 * c2 if m1 else m2 * c1), c1 * c2
 
     return _combine(args, line, lambda _, values: values[0] * values[1])
 
 
-def _quotient(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
+def _quotient(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
     if not args[1].is_piecewise_constant or 0.0 in (*args[1].intercepts, *args[1].values):
-        return None
+        raise _NotRepresentable
     return _combine(args, lambda _, x: (x[0][0] / x[1][1], x[0][1] / x[1][1]), lambda _, x: x[0] / x[1])
 
 
-def _select(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
-    which = args[0]
-    if not which.is_piecewise_constant or not _in_set(which, range(len(args) - 1)):
-        return None
+def _select(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
+    if not _in_set(args[0], range(len(args) - 1)):
+        raise _NotRepresentable
     return _combine(args, lambda _, x: x[1 + int(x[0][1])], lambda _, x: x[1 + int(x[0])])
 
 
 def _extremum(sign: float) -> _Operation:
-    return lambda args: (
-        None if (order := _compare(*args)) is None else _select((_where(order, lambda x: x * sign < 0), *args))
-    )
+    return lambda args: _select((_where(_compare(*args), lambda x: x * sign < 0), *args))
 
 
 def _where(f: PiecewiseAffine, test: Callable[[float], bool]) -> PiecewiseAffine:
     """The boolean function `test(f)` of a piecewise constant `f`."""
-    out = _pointwise((f,), lambda x: float(test(x)))
-    assert out is not None
-    return out
+    return _pointwise((f,), lambda x: float(test(x)))
 
 
-def _pointwise(args: Sequence[PiecewiseAffine], fn: Callable[..., float]) -> PiecewiseAffine | None:
-    """Any function of piecewise constant functions."""
-    if not all(f.is_piecewise_constant for f in args):
-        return None
+def _pointwise(args: Sequence[PiecewiseAffine], fn: Callable[..., float]) -> PiecewiseAffine:
+    """Any function of piecewise constant functions. (Of an affine piece, finiteness is that of its intercept.)"""
     return _combine(args, lambda _, lines: (0.0, fn(*(c for _, c in lines))), lambda _, values: fn(*values))
 
 
-def _comparison(test: Callable[[float], bool]) -> _Operation:
-    return lambda args: None if (order := _compare(*args)) is None else _where(order, test)
+def _comparison(test: Callable[[float, float], bool]) -> _Operation:
+    return lambda args: _where(_compare(*args), lambda sign: test(sign, 0))
 
 
 def _logical(fn: Callable[..., float]) -> _Operation:
-    return lambda args: _pointwise(args, fn) if all(_in_set(f, (0, 1)) for f in args) else None
+    def apply(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
+        if not all(_in_set(f, (0, 1)) for f in args):
+            raise _NotRepresentable
+        return _pointwise(args, fn)
+
+    return apply
 
 
 def _in_set(f: PiecewiseAffine, allowed: Sequence[int]) -> bool:
     return f.is_piecewise_constant and all(x in allowed for x in (*f.intercepts, *f.values))
 
 
-def _abs(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
-    sign = _compare(args[0], PiecewiseAffine.constant(0.0))
-    return None if sign is None else _product((sign, args[0]))
+def _sign(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
+    return _compare(args[0], PiecewiseAffine.constant(0.0))
 
 
-def _clamp(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
+def _clamp(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
     low, x, high = args
-    raised = _extremum(1.0)((x, low))
-    return None if raised is None else _extremum(-1.0)((raised, high))
+    return _extremum(-1.0)((_extremum(1.0)((x, low)), high))
 
 
-def _is_finite(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine | None:
-    return _combine(args, lambda _, x: (0.0, float(math.isfinite(x[0][1]))), lambda _, x: float(math.isfinite(x[0])))
-
-
-def _convert(f: PiecewiseAffine, dtype: Any) -> PiecewiseAffine | None:
+def _convert(f: PiecewiseAffine, dtype: Any) -> PiecewiseAffine:
     """A conversion keeps the values, unless it would round, wrap around or discard part of them."""
-    dtype = np.dtype(dtype)
+    dtype, values = np.dtype(dtype), (*f.intercepts, *f.values)
     if jnp.issubdtype(dtype, jnp.floating):
         return f
-    if not f.is_piecewise_constant or not all(math.isfinite(x) and x == int(x) for x in (*f.intercepts, *f.values)):
-        return None
-    if dtype == np.bool_:
-        return _where(f, lambda x: x != 0)
-    if not jnp.issubdtype(dtype, jnp.integer):
-        return None
-    info = jnp.iinfo(dtype)
-    return f if all(info.min <= x <= info.max for x in (*f.intercepts, *f.values)) else None
+    if f.is_piecewise_constant and all(math.isfinite(x) and x == int(x) for x in values):
+        if dtype == np.bool_:
+            return _where(f, bool)
+        info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else None
+        if info and all(info.min <= x <= info.max for x in values):
+            return f
+    raise _NotRepresentable
 
 
 _OPERATIONS: dict[str, _Operation] = {
@@ -335,21 +309,16 @@ _OPERATIONS: dict[str, _Operation] = {
     "div": _quotient,
     "max": _extremum(1.0),
     "min": _extremum(-1.0),
-    "abs": _abs,
-    "sign": lambda args: _compare(args[0], PiecewiseAffine.constant(0.0)),
+    "abs": lambda args: _product((_sign(args), args[0])),
+    "sign": _sign,
     "clamp": _clamp,
     "select_n": _select,
-    "eq": _comparison(lambda x: x == 0),
-    "ne": _comparison(lambda x: x != 0),
-    "lt": _comparison(lambda x: x < 0),
-    "le": _comparison(lambda x: x <= 0),
-    "gt": _comparison(lambda x: x > 0),
-    "ge": _comparison(lambda x: x >= 0),
+    **{name: _comparison(getattr(operator, name)) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "and": _logical(lambda x, y: x * y),
     "or": _logical(max),
     "xor": _logical(lambda x, y: float(x != y)),
     "not": _logical(lambda x: 1.0 - x),
-    "is_finite": _is_finite,
+    "is_finite": lambda args: _pointwise(args, math.isfinite),
     "copy": lambda args: args[0],
 }
 
@@ -357,24 +326,16 @@ _OPERATIONS: dict[str, _Operation] = {
 def apply_primitive(
     name: str, params: Mapping[str, Any], args: Sequence[PiecewiseAffine | float]
 ) -> PiecewiseAffine | None:
-    """Interprets one elementwise JAX primitive on piecewise affine functions.
+    """Interprets one elementwise JAX primitive, with these parameters, on functions of one common scalar or numbers.
 
-    **Arguments:**
-
-    - `name`: the name of the primitive, such as `"max"`.
-    - `params`: the parameters of its equation.
-    - `args`: its operands: functions of one common scalar, or numbers (infinite ones included).
-
-    **Returns:**
-
-    The resulting function, or None where it is not piecewise affine, not known to be, or has more than 32 pieces.
+    The answer is None where the result is not piecewise affine, not known to be, or has more than 32 pieces.
     """
-    functions = []
-    for arg in args:
-        function = arg if isinstance(arg, PiecewiseAffine) else PiecewiseAffine.constant(float(arg))
-        if any(math.isnan(c) for c in function.intercepts):
-            return None
-        functions.append(function)
-    if name == "convert_element_type":
-        return _convert(functions[0], params["new_dtype"])
-    return _OPERATIONS[name](functions) if name in _OPERATIONS else None
+    functions = [f if isinstance(f, PiecewiseAffine) else PiecewiseAffine.constant(float(f)) for f in args]
+    if any(math.isnan(c) for f in functions for c in f.intercepts):
+        return None
+    try:
+        if name == "convert_element_type":
+            return _convert(functions[0], params["new_dtype"])
+        return _OPERATIONS[name](functions) if name in _OPERATIONS else None
+    except _NotRepresentable:
+        return None

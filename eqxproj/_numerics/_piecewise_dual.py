@@ -12,23 +12,15 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ._piecewise import PiecewiseAffine, at
 
+Elements = Float[Array, "*shape"]
+Weights = Float[ArrayLike, "*#shape"]
 
-def piecewise_affine_dual(
-    phi: PiecewiseAffine,
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-) -> Float[Array, "*shape"]:
-    r"""Solves $\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$ exactly, for a piecewise affine $\phi$, in duals.
 
-    With $\lambda = (s - s_0)/\sigma$, $\mu = \kappa (y_0 - \phi(s_0))$, $q = \kappa\sigma$ and
-    $d = (\phi(s) - \phi(s_0))/\sigma$, the objective minus its value at $s_0$, over $\sigma$, is
+def piecewise_affine_dual(phi: PiecewiseAffine, s0: Elements, mu: Elements, sigma: Weights, q: Weights) -> Elements:
+    r"""Solves the problem of `_scalar.py` exactly, for a piecewise affine $\phi$.
 
-    $$E = \lambda^2 + q d^2 - 2 \mu d,$$
-
-    which holds neither $y_0$ nor a difference of large numbers. On piece $j$, $\phi(s) = m s + c$, hence
-    $d = m \lambda + g/\sigma$ with $g = m s_0 + c - \phi(s_0)$, and $E$ is smallest at
+    On piece $j$, $\phi(s) = m s + c$, hence $d = m \lambda + g/\sigma$ with $g = m s_0 + c - \phi(s_0)$, and $E$ is
+    smallest at
 
     $$\lambda_j = m (\mu - q g/\sigma)/(1 + m^2 q), \qquad l \le s_0 + \sigma \lambda_j \le h,$$
 
@@ -36,17 +28,6 @@ def piecewise_affine_dual(
     zero: $\lambda = m \mu/(1 + m^2 q)$ at any magnitude. The answer is the $\lambda_j$ of lowest $E$; they are compared
     after division by $\mu^2$, so that nothing underflows. At an end where $\phi$ jumps, the bound lies inside the piece
     by a few units in the last place of $s_0$ and of the end, and by at least 1e-12: rounding does not undo the jump.
-
-    **Arguments:**
-
-    - `phi`: the function.
-    - `s0`: the present points.
-    - `mu`: the duals of the output.
-    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
     """
     dtype = jnp.result_type(s0)
     work = jnp.promote_types(dtype, jnp.float32)
@@ -119,17 +100,7 @@ def _candidate(
     return lam, cost
 
 
-def finite_cast(lam: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
-    """Casts to a floating dtype, saturating where the value exceeds its range.
-
-    **Arguments:**
-
-    - `lam`: the values, not NaN.
-    - `dtype`: the dtype wanted.
-
-    **Returns:**
-
-    The finite values in that dtype.
-    """
+def finite_cast(lam: Elements, dtype: Any) -> Elements:
+    """Casts to a floating dtype, saturating where the value exceeds its range."""
     large = float(jnp.finfo(dtype).max)
     return jnp.clip(lam, -large, large).astype(dtype)

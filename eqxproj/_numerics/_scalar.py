@@ -5,8 +5,9 @@ Every function here, and in `_search.py`, `_smooth.py` and `_piecewise_dual.py`,
 $$\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$$
 
 given $s_0$, the dual $\mu = \kappa (y_0 - \phi(s_0))$, the weight $\sigma$ and the exact product $q = \kappa\sigma$. It
-returns the dual $\lambda = (s - s_0)/\sigma$. With $d = (\phi(s) - \phi(s_0))/\sigma$, the objective minus its value at
-$s_0$, over $\sigma$, is $E = \lambda^2 + q d^2 - 2 \mu d$: neither $y_0$ nor $\kappa$ is needed.
+returns the dual $\lambda = (s - s_0)/\sigma$ in the dtype of `s0`. With $d = (\phi(s) - \phi(s_0))/\sigma$, the
+objective minus its value at $s_0$, over $\sigma$, is $E = \lambda^2 + q d^2 - 2 \mu d$: neither $y_0$ nor $\kappa$ is
+needed.
 
 Limits: a rounding is exact as long as half-integers are representable next to $s_0$.
 """
@@ -14,21 +15,15 @@ Limits: a rounding is exact as long as half-integers are representable next to $
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike
 
 from ._newton import bracketed_root
-from ._piecewise_dual import finite_cast
+from ._piecewise_dual import Elements, Weights, finite_cast
 
-Rounding = Literal["round", "floor", "ceil"]
 _STEPS = 30
 
 
-def square_dual(
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-) -> Float[Array, "*shape"]:
+def square_dual(s0: Elements, mu: Elements, sigma: Weights, q: Weights) -> Elements:
     r"""The dual for $\phi(s) = s^2$, exactly.
 
     By symmetry the minimum lies on the side of $s_0$; let $s_0 \ge 0$. Stationarity reads
@@ -39,16 +34,6 @@ def square_dual(
     $$\lambda = 2 s \mu/(1 + 2 q s (s + s_0)),$$
 
     where nothing cancels. At $s_0 = 0$ the positive root is preferred.
-
-    **Arguments:**
-
-    - `s0`: the present points.
-    - `mu`: the duals of the output.
-    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
     """
     dtype, s0, mu, sigma, q = widen(s0, mu, sigma, q)
     start = jnp.abs(s0)
@@ -74,30 +59,15 @@ def square_dual(
 
 
 def round_dual(
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-    method: Rounding = "round",
-) -> Float[Array, "*shape"]:
-    r"""The dual for a rounding to integers, exactly.
+    s0: Elements, mu: Elements, sigma: Weights, q: Weights, method: Literal["round", "floor", "ceil"] = "round"
+) -> Elements:
+    r"""The dual for a rounding to integers (`"round"` is half to even, as `jnp.round`), exactly.
 
     Only the side to which $\mu$ points can pay. With $1 - f \in [0, 1]$ the distance from $s_0$ to the end of its cell
     on that side, the nearest point of the cell $j \ge 1$ steps away lies at the distance $j - f$, and the objective
     changes by $((j - f)^2 + q j^2 - 2 \sigma|\mu| j)/\sigma$. It is convex in $j$ and smallest at
     $j^* = (f + \sigma|\mu|)/(1 + q)$, so that $j$ is one of the two integers around $j^*$, at least one; or $s_0$
     stays. The new point lies inside its cell by a few units in the last place, so that rounding does not undo the step.
-
-    **Arguments:**
-
-    - `s0`: the present points.
-    - `mu`: the duals of the output.
-    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
-    - `method`: `"round"` (half to even, as `jnp.round`), `"floor"` or `"ceil"`.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`; zero where staying is best.
     """
     narrow = s0
     dtype, s0, mu, sigma, q = widen(s0, mu, sigma, q)

@@ -1,8 +1,8 @@
 r"""The scalar node $y = \phi(s)$ for any elementwise function, by a search without derivatives.
 
-It solves $\min_s (s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2$ as described in `_scalar.py`. In units of what it
-costs to stay, $\mu^2/\kappa$, and with the step $t = (s - s_0)/\sigma\mu$ and the rise
-$\rho = (\phi(s) - \phi(s_0))\,\kappa/\mu$ (one if $y_0$ is reached), the objective exceeds that of $s_0$ by
+It solves the problem of `_scalar.py`. In units of what it costs to stay, $\mu^2/\kappa$, and with the step
+$t = (s - s_0)/\sigma\mu$ and the rise $\rho = (\phi(s) - \phi(s_0))\,\kappa/\mu$ (one if $y_0$ is reached), the
+objective exceeds that of $s_0$ by
 
 $$D = q t^2 + \rho(\rho - 2) \ge -1 .$$
 
@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike
 
 from ._differences import WideFunction, differences, slope_and_step
-from ._piecewise_dual import finite_cast
+from ._piecewise_dual import Elements, Weights, finite_cast
 from ._scalar import widen
 
 _SCANNED = 8  # points on each side
@@ -29,8 +29,7 @@ _SECTIONS = 8
 _GOLDEN = 0.381966
 _FAR = 1e18  # saturation of quantities that are squared afterwards
 
-_Point = tuple[Array, Array, Array]
-"""The step $t$, an upper bound on $D$, and the value of the function."""
+_Point = tuple[Array, Array, Array]  # the step t, an upper bound on D, and the value of the function
 
 
 class _Problem(NamedTuple):
@@ -61,13 +60,7 @@ class _Problem(NamedTuple):
         return 2 * self.f.eps * (jnp.abs(self.now) + jnp.where(jnp.isfinite(value), jnp.abs(value), 0))
 
 
-def generic_dual(
-    phi: Callable[[Array], Array],
-    s0: Float[Array, "*shape"],
-    mu: Float[Array, "*shape"],
-    sigma: Float[ArrayLike, "*#shape"],
-    q: Float[ArrayLike, "*#shape"],
-) -> Float[Array, "*shape"]:
+def generic_dual(phi: Callable[[Array], Array], s0: Elements, mu: Elements, sigma: Weights, q: Weights) -> Elements:
     r"""The dual for any elementwise function, from about 45 evaluations of it and no derivative.
 
     1. The slope $m$ at $s_0$, by differences, gives the linear step $t = m/(1 + m^2 q)$, exact where steps are small.
@@ -77,18 +70,8 @@ def generic_dual(
     3. Two Newton steps on the stationarity condition $t = \phi'(s)(1 - \rho)$, with differences for derivatives.
     4. The answer is dropped where it does not pay. Costs are compared with a bound on their rounding errors.
 
-    Values that are not finite count as infinitely bad; where `phi(s0)` is not finite, $s_0$ stays.
-
-    **Arguments:**
-
-    - `phi`: the function, called on arrays of the shape and dtype of `s0`.
-    - `s0`: the present points.
-    - `mu`: the duals of the output.
-    - `sigma`, `q`: the weight $\sigma$ and the exact product $\kappa\sigma$.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
+    Values that are not finite count as infinitely bad; where `phi(s0)` is not finite, $s_0$ stays. `phi` is called on
+    arrays of the shape and dtype of `s0`.
     """
     dtype, s0, mu, sigma, q = widen(s0, mu, sigma, q)
     f, tiny = WideFunction.of(phi, dtype), float(jnp.finfo(s0.dtype).tiny)

@@ -1,23 +1,16 @@
 r"""The scalar node $y = \phi(s)$ for smooth functions, where a step is moderate: Newton's method on a convex problem.
 
-As in `_search.py`, with the same arguments, the dual $\lambda = (s - s_0)/\sigma$ of the minimum of
+It solves the problem of `_scalar.py`, with the same arguments, in single or double precision. Let $|\phi'| \le L$ and
+$|\phi''| \le B$. At the minimum the residual is at most that of $s_0$, $|\mu|/\kappa$. The move alone costs no more
+than that, so that it is no longer than $\sigma|\mu|/\sqrt q$. As $\lambda = \kappa\phi'(s)(y_0 - \phi(s))$ there, it is
+no longer than $\sigma|\mu|L$ either. Let $r$ be the shorter of the two. Half of the second derivative of the objective,
+times $\sigma$, is $1 + q\phi'^2 + q(\phi - y_0)\phi''$. Within $r$ the residual is at most $|\mu|/\kappa + Lr$, and so
+that is at least $1 - \sigma|\mu|B(1 + \min(L\sqrt q, L^2q))$. Where this is positive, the objective is convex on all of
+the interval that the minimum lies in, and has no other there. Where $\phi$ rises or falls throughout, the residual
+between $s_0$ and a better point is at most $|\mu|/\kappa$, and $1 - \sigma|\mu|B$ is enough.
 
-$$(s - s_0)^2/\sigma + \kappa (\phi(s) - y_0)^2 .$$
-
-Let $|\phi'| \le L$ and $|\phi''| \le B$. At the minimum the residual is at most that of $s_0$, $|\mu|/\kappa$. The
-move alone costs no more than that, so that it is no longer than $\sigma|\mu|/\sqrt q$. As
-$\lambda = \kappa\phi'(s)(y_0 - \phi(s))$ there, it is no longer than $\sigma|\mu|L$ either. Let $r$ be the shorter
-of the two. Half of the second derivative of the objective, times $\sigma$, is
-$1 + q\phi'^2 + q(\phi - y_0)\phi''$. Within $r$ the residual is at most $|\mu|/\kappa + Lr$, and so that is at least
-$1 - \sigma|\mu|B(1 + \min(L\sqrt q, L^2q))$. Where this is positive, the objective is convex on all of the interval
-that the minimum lies in, and has no other there.
-
-Where $\phi$ rises or falls throughout, the residual between $s_0$ and a better point is at most $|\mu|/\kappa$, and
-$1 - \sigma|\mu|B$ is enough.
-
-Limits: the bounds are found on a grid of 1/128 between -32 and 32. They hold there only, and for functions without
-finer structure. The same grid shows whether a function is smooth: its values must rise by the integral of its slope,
-and its slope by the integral of its second derivative.
+Limits: the bounds are found on a grid of 1/128 between -32 and 32, and hold there only, for functions without finer
+structure.
 """
 
 from __future__ import annotations
@@ -33,51 +26,37 @@ from jaxtyping import Array, Float
 from ._newton import bracketed_root
 
 _RANGE, _GRID = 32.0, 128
-_KINK = 1e-5
-"""How far a slope may be from the integral of the second derivative, relative to one or to the largest slope."""
-_CONVEX = 0.5
-"""How much of the one in a convex objective's second derivative may be lost: Newton's steps then converge anyway."""
+_KINK = 1e-5  # how far a slope may be from the integral of its derivative, relative to one or to the largest slope
+_CONVEX = 0.5  # how much of the one in the objective's second derivative may be lost: Newton's steps converge anyway
 _STEPS = 8
-_SHORT = 0.05
-"""Up to this length of a step the rise is integrated; the error, of the fourth power, is below rounding."""
+_SHORT = 0.05  # up to this length of a step the rise is integrated; the error, of the fourth power, is below rounding
 
 
 class Bounds(NamedTuple):
-    """What is known of a smooth function between -32 and 32.
+    """What is known of a smooth function between -32 and 32."""
 
-    - `slope`, `bend`: bounds of the sizes of its slope and of its second derivative.
-    - `monotone`: whether it rises or falls throughout.
-    """
-
-    slope: float
-    bend: float
-    monotone: bool
+    slope: float  # bounds the size of its slope
+    bend: float  # bounds the size of its second derivative
+    monotone: bool  # whether it rises or falls throughout
 
 
 def bounds_of(phi: Callable[[Array], Array], dtype: Any) -> Bounds | None:
     """The bounds of a smooth elementwise function, with a tenth to spare; `None` of all others.
 
-    **Arguments:**
-
-    - `phi`: the function, of a vector of any length.
-    - `dtype`: of the vector.
-
-    **Returns:**
-
-    The bounds. `None` also where the function has no second derivative in JAX, or one that is not finite.
+    `None` also where the function has no second derivative in JAX, or one that is not finite.
     """
     # Between the points where functions written with cases have their seams.
     grid = (np.arange(int(2 * _RANGE * _GRID)) + 0.5) / _GRID - _RANGE
     with jax.ensure_compile_time_eval():
         s = jnp.asarray(grid, dtype)
         try:
-            found = _derivatives(phi, s)
+            value, slope, bend = (np.asarray(x, float) for x in _derivatives(phi, s))
         except Exception:  # what a primitive without a derivative raises is its own choice
             return None
-        value, slope, bend = (np.asarray(x, float) for x in found)
     if not all(np.all(np.isfinite(x)) for x in (value, slope, bend)):
         return None
     steepest = max(1.0, float(np.max(np.abs(slope))))
+    # Of a smooth function, the values rise by the integral of the slope, and the slope by that of its derivative.
     for x, derivative in ((value, slope), (slope, bend)):
         gap = np.diff(x) - (derivative[1:] + derivative[:-1]) / (2 * _GRID)
         rounding = 4 * float(jnp.finfo(s.dtype).eps) * np.max(np.abs(x))
@@ -90,11 +69,7 @@ def bounds_of(phi: Callable[[Array], Array], dtype: Any) -> Bounds | None:
 def _derivatives(phi: Callable[[Array], Array], s: Array) -> tuple[Array, Array, Array]:
     """An elementwise function, its slope, and its second derivative."""
     one = jnp.ones_like(s)
-
-    def with_slope(s):
-        return jax.jvp(phi, (s,), (one,))
-
-    (value, slope), (_, bend) = jax.jvp(with_slope, (s,), (one,))
+    (value, slope), (_, bend) = jax.jvp(lambda s: jax.jvp(phi, (s,), (one,)), (s,), (one,))
     return value, slope, bend
 
 
@@ -107,18 +82,7 @@ def smooth_dual(
     q: Float[Array, "*#shape"],
     otherwise: Callable[[], Float[Array, "*shape"]],
 ) -> Float[Array, "*shape"]:
-    r"""The dual, to rounding, where every element's problem is convex by the bounds; else what `otherwise` answers.
-
-    **Arguments:**
-
-    - `phi`, `s0`, `mu`, `sigma`, `q`: as for `generic_dual`, but in single or double precision.
-    - `bounds`: of the function.
-    - `otherwise`: called without arguments.
-
-    **Returns:**
-
-    The duals $\lambda$, of the shape and dtype of `s0`.
-    """
+    r"""The dual, to rounding, where every element's problem is convex by the bounds; else what `otherwise` answers."""
     gain = bounds.slope * jnp.sqrt(q)
     least = sigma * jnp.abs(mu) * bounds.bend * (1.0 if bounds.monotone else 1.0 + jnp.minimum(gain, gain * gain))
     most = jnp.abs(mu) * (bounds.slope / jnp.maximum(gain, 1.0))

@@ -2,11 +2,9 @@ r"""The level of water in basins, and the projection onto the graph of the maxim
 
 [`water_level`][] is what the projection onto a simplex, the hinge and the maximum have in common. Of a maximum
 ([`max_dual`][]), the largest entries sink together to a common level; upward, one entry rises alone. Time and memory
-are linear in the size of the input: no sort, and nothing of size n x n.
-
-The answer comes as duals, the weights times the displacements, from an incoming dual. Where the step is small only the
-ratio of output to input weight enters, so that weights clamped at a large constant still give the right duals, and a
-step of 1e-20 on entries of size 1 is not lost to rounding.
+are linear in the size of the input: no sort. The answer comes as duals, the weights times the displacements, from an
+incoming dual. Where the step is small only the ratio of output to input weight enters, so that a step of 1e-20 on
+entries of size 1 is not lost to rounding.
 
 Limits: the set is not convex. Upward, ties at the maximum have several nearest points, and the first is returned. The
 incoming dual must be finite. The while-loop cannot be differentiated in reverse mode.
@@ -21,10 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Num
 
-# Up to this size, `water_level` tries every active set, which fuses into one pass over the array.
-_ENUMERATE_UP_TO = 4
-# Ratios of weights outside this range act like its ends: infinitely stiff, or infinitely soft.
-_SMALLEST, _LARGEST = 1e-30, 1e30
+_ENUMERATE_UP_TO = 4  # up to this size, `water_level` tries every active set, which fuses into one pass over the array
 
 
 @jax.jit  # a loop traced anew in every call would be compiled anew
@@ -35,26 +30,15 @@ def water_level(
 ) -> Float[Array, "*batch"]:
     r"""The level at which one unit of water stands in a set of basins.
 
-    Solves $\rho L + \sum_i a_i \max(L - e_i, 0) = 1$ for $L$. Both the projection onto the simplex and the
-    proximal map of a maximum reduce to this equation.
+    Solves $\rho L + \sum_i a_i \max(L - e_i, 0) = 1$ for $L > 0$, with $\rho, a_i, e_i \ge 0$ and finite, and at
+    least one depth zero with a positive area. Without `areas`, all are one.
 
     The left side is convex and increases in $L$, and it is the largest of the lines
     $\rho L + \sum_{i \in S} a_i (L - e_i)$ over all sets $S$, so the root is the smallest of theirs,
     $L_S = (1 + \sum_S a_i e_i) / (\rho + \sum_S a_i)$. Newton's method from above, $S = \{i : e_i < L\}$ and then
     $L = L_S$, descends to it and is exact as soon as $S$ stops shrinking. With $f$ the excess and $k$ the slope,
     convexity gives $f_{j+1}/f_j + k_{j+1}/k_j \le 1$, so that $f k$ falls at least by a factor of 4 in each
-    iteration: $O(\log(n / \epsilon))$ iterations of $O(n)$, usually 2 to 6. A sort with prefix sums gives the same
-    level, but was 5 to 40 times slower on a CPU.
-
-    **Arguments:**
-
-    - `depths`: $e_i \ge 0$, finite, at least one of them zero with a positive area.
-    - `rate`: $\rho \ge 0$.
-    - `areas`: $a_i \ge 0$, by default all 1.
-
-    **Returns:**
-
-    $L > 0$, for each element of the leading axes.
+    iteration: $O(\log(n / \epsilon))$ iterations of $O(n)$, usually 2 to 6.
     """
     n = depths.shape[-1]
     rate = jnp.broadcast_to(jnp.asarray(rate, depths.dtype), depths.shape[:-1])
@@ -92,19 +76,12 @@ def max_dual(
 ) -> Float[Array, "*batch n"]:
     r"""The duals of the projection onto $y = \max_i x_i$.
 
-    Minimizes $\sum_i w_i (x_i - x^0_i)^2 + \kappa (\max_i x_i - y_0)^2$. Where the maximum is unique and the dual
-    small, the answer is $\mu / (1 + \kappa / w)$ at the largest entry and zero elsewhere.
+    Minimizes $\sum_i w_i (x_i - x^0_i)^2 + \kappa (\max_i x_i - y_0)^2$, given the dual
+    $\mu = \kappa (y_0 - \max_i x^0_i)$ and the ratio $\kappa / w_i$, and returns $w_i (x_i - x^0_i)$. `weights` and
+    `ratio` are each one for all entries, or one for each. Entries that are not finite are padding, and stay.
 
-    **Arguments:**
-
-    - `x0`: the entries. Those that are not finite are padding, and stay.
-    - `mu`: the incoming dual $\kappa (y_0 - \max_i x^0_i)$, finite.
-    - `weights`: $w_i > 0$, one number for all entries or a tuple with one for each.
-    - `ratio`: $\kappa / w_i$, one for all entries or, where `weights` is a tuple, one for each.
-
-    **Returns:**
-
-    $w_i (x_i - x^0_i)$, with the shape and dtype of `x0`.
+    Where the maximum is unique and the dual small, the answer is $\mu / (1 + \kappa / w)$ at the largest entry and zero
+    elsewhere.
     """
     work = jnp.promote_types(x0.dtype, jnp.float32)
     n = x0.shape[-1]
@@ -136,7 +113,6 @@ def steep_max_dual(
     r"""[`max_dual`][] in the gradient regime: $\kappa / w \to 0$, and no gap but zero is as small as a step.
 
     Upward the first of the largest entries gets all of $\mu$; downward they share it, in proportion to their weights.
-    Arguments and result as there.
     """
     work = jnp.promote_types(x0.dtype, jnp.float32)
     finite = jnp.isfinite(x0)
@@ -151,14 +127,12 @@ def steep_max_dual(
 
 
 def _clip(ratio: ArrayLike, dtype: jnp.dtype) -> Array:
-    return jnp.clip(jnp.asarray(ratio, dtype), _SMALLEST, _LARGEST)
+    """The ratio of weights within a range whose ends act as infinitely soft and infinitely stiff."""
+    return jnp.clip(jnp.asarray(ratio, dtype), 1e-30, 1e30)
 
 
 def _stack(
-    weights: tuple[float, ...],
-    ratio: ArrayLike | Sequence[ArrayLike],
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
+    weights: tuple[float, ...], ratio: ArrayLike | Sequence[ArrayLike], shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Float[Array, "*batch n"]:
     """One ratio per entry, along the last axis."""
     if not isinstance(ratio, Sequence) or not len(weights) == len(ratio) == shape[-1]:

@@ -19,16 +19,10 @@ def reads(
     base_dilation: Sequence[int],
     window_dilation: Sequence[int],
 ) -> np.ndarray:
-    """The number of windows that each element is in: the product of the numbers along each axis.
+    """The number of windows that each element is in, as an array that broadcasts to `shape`.
 
-    **Arguments:** one entry an axis.
-
-    - `shape`: of the array. `windows`: how many there are. `sizes`: of a window.
-    - `strides`, `padding`, `base_dilation`, `window_dilation`: as `jax.lax.reduce_window` has them.
-
-    **Returns:**
-
-    An array that broadcasts to `shape`.
+    All arguments have one entry an axis: `windows` how many there are, `sizes` those of a window, the others as
+    `jax.lax.reduce_window` has them.
     """
     found = np.ones((1,) * len(shape))
     axes = (shape, windows, sizes, strides, padding, base_dilation, window_dilation)
