@@ -36,7 +36,7 @@ def projected(rule, ctx, inputs, duals):
     outputs = rule.evaluate(ctx, inputs)
     answer = rule.project(ctx, inputs, duals)
     input_duals = eqxproj.rules.as_duals(answer)
-    return input_duals, eqxproj.rules.outputs_after(rule, ctx, inputs, duals, outputs, answer)
+    return input_duals, eqxproj.rules.outputs_after(rule, ctx, inputs, outputs, answer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -486,9 +486,9 @@ def test_a_derivative_that_is_not_finite_stops_training():
 @pytest.mark.parametrize(
     "losses", [eqxproj.losses.cross_entropy, optax.softmax_cross_entropy_with_integer_labels], ids=["own", "optax"]
 )
-@pytest.mark.parametrize("tau, loops", [(None, False), (0.5, True)])
-def test_the_defaults_compile_no_loops(losses, tau, loops):
-    """A loop costs more to compile than a small network, and by default the objective's answer is its slope."""
+@pytest.mark.parametrize("tau", [None, 0.5])
+def test_the_defaults_compile_no_loops(losses, tau):
+    """A loop costs more to compile than a small network, and in the gradient regime the objective answers its slope."""
     parameters, static = eqx.partition(MODEL, eqx.is_inexact_array)
 
     def moved(parameters, x, y):
@@ -497,4 +497,4 @@ def test_the_defaults_compile_no_loops(losses, tau, loops):
 
         return eqxproj.filter_displacement(mean, tau=tau)(eqx.combine(parameters, static), x, y)
 
-    assert ("while" in set(primitives(jax.make_jaxpr(moved)(parameters, X, Y).jaxpr))) is loops
+    assert "while" not in set(primitives(jax.make_jaxpr(moved)(parameters, X, Y).jaxpr))

@@ -56,7 +56,7 @@ def test_the_readme_is_short():
 
 
 def test_the_reference_names_all_that_is_public():
-    modules = {"datasets", "flax", "losses", "sets"}
+    modules = {"datasets", "flax", "losses", "readers", "sets"}
     public = {"eqxproj": eqxproj, "eqxproj.rules": eqxproj.rules, "eqxproj.solvers": eqxproj.solvers}
     names = {f"eqxproj.{name}" for name in modules}
     for prefix, module in public.items():

@@ -87,7 +87,7 @@ class Projector(AbstractProjector):
         found = (node.rule.pullback if gradient_regime else node.rule.project)(ctx, inputs, duals)
         if keeps or not node.outputs:
             return as_duals(found), written
-        return as_duals(found), outputs_after(node.rule, ctx, inputs, duals, outputs, found)
+        return as_duals(found), outputs_after(node.rule, ctx, inputs, outputs, found)
 
 
 Incoming = dict[int, Array | None]

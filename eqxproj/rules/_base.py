@@ -127,12 +127,12 @@ class Projected(NamedTuple):
     """The answer of a rule that owns several copies of an operand without holding them.
 
     - `input_duals`: for each operand the sum of its copies' duals.
-    - `multipliers`: for each output the part of its dual that is left at the projection, $\\kappa (f(x) + r - y')$. The
-        outputs cannot be evaluated at the operands, since each output was reached with copies of its own.
+    - `output_moves`: how far each output moves. It cannot be evaluated at the operands, since each of its elements was
+        reached with copies of its own.
     """
 
     input_duals: Sequence[Array]
-    multipliers: Sequence[Array]
+    output_moves: Sequence[Array]
 
 
 class AbstractRule(abc.ABC):
@@ -229,24 +229,22 @@ def outputs_after(
     rule: AbstractRule,
     ctx: Context,
     inputs: Sequence[Array],
-    duals: Sequence[Array],
     outputs: Sequence[Array],
     answer: Sequence[Array] | Projected,
 ) -> list[Array]:
-    r"""The outputs after the operands have moved by a rule's answer.
+    """The outputs after the operands have moved by a rule's answer.
 
-    With multipliers $\lambda$ at hand, an output $y$ moves by $(\mu - \lambda)/\kappa$. Else the function is evaluated
-    at the moved operands. Of copies that are not stored the dual is a sum, and their mean moves.
+    Where the answer does not say, the function is evaluated at the moved operands. Of copies that are not stored the
+    dual is a sum, and their mean moves.
 
     **Arguments:**
 
-    - `rule`, `ctx`, `inputs`, `duals`: as given to the rule.
+    - `rule`, `ctx`, `inputs`: the rule, and what it was given.
     - `outputs`: the function of `inputs`.
     - `answer`: what the rule returned.
     """
     if isinstance(answer, Projected):
-        parts = zip(outputs, duals, answer.multipliers, ctx.output_weights, strict=True)
-        return [y + step(kappa, mu - left).astype(y.dtype) for y, mu, left, kappa in parts]
+        return [y + move.astype(y.dtype) for y, move in zip(outputs, answer.output_moves, strict=True)]
     moved = []
     for i, (x, nu) in enumerate(zip(inputs, answer, strict=True)):
         count = 1.0 if ctx.store_copies else rule.copy_counts(ctx.equation, ctx.unknown, i, ctx.copies)

@@ -71,7 +71,7 @@ class Bilinear(AbstractRule):
             multiplier = _of_affine(form, a, w, dual, ratios[0], first=ctx.unknown[0])
             input_duals = [_back(form, a, w, multiplier, first=ctx.unknown[0])]
         holds_all = stored is not None or _layout(ctx.equation, ctx.copies) is None
-        return input_duals if holds_all else Projected(input_duals, [multiplier])
+        return input_duals if holds_all else Projected(input_duals, [step(kappa, dual - multiplier)])
 
     def both(
         self, ctx: Context, form: BilinearForm, a: Array, w: Array, dual: Array, kappa: Scale, ratios: Sequence[Scale]

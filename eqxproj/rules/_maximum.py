@@ -155,7 +155,7 @@ class Maximum(AbstractRule):
             return input_duals
         scale = jnp.asarray(ctx.weights, x.dtype) if two else ctx.weights[0]
         change = jnp.max(x + nu / scale, -1) - jnp.max(x, -1)
-        return Projected(input_duals, [duals[0] - ctx.output_weights[0] * sign * change])
+        return Projected(input_duals, [sign * change])
 
     def nearest(self, x: Array, mu: Array, weights, ratio) -> Array:
         """The duals of the candidates on the last axis. Of tied maxima the first rises."""
