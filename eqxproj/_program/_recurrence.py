@@ -94,11 +94,7 @@ class Recurrence:
     def unknowns(self, unknown: Sequence[bool]) -> Unknowns:
         """Which operands of the body depend on unknowns, given which operands of the `scan` are unknown."""
         constants, _, slices = self.split(unknown)
-        return Unknowns(constants, self.unknown_carries(unknown), slices)
-
-    def unknown_carries(self, unknown: Sequence[bool]) -> list[bool]:
-        """Which carries depend on unknown operands."""
-        return self.unknown_outputs(unknown)[: self.carries]
+        return Unknowns(constants, self.unknown_outputs(unknown)[: self.carries], slices)
 
     def scan(self, body: Any, init: Any, xs: Any, backward: bool = False) -> tuple[Any, Any]:
         """Runs a body over time in this recurrence's order, or against it."""
@@ -107,16 +103,10 @@ class Recurrence:
     def walk(
         self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any], with_residuals: bool = False
     ) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
-        """Runs the recurrence through time.
+        """Runs the recurrence through time, with the operands of the `scan` by kind.
 
-        **Arguments:**
-
-        - `constants`, `carries`, `slices`: the operands of the `scan`, by kind.
-        - `with_residuals`: whether to stack what the way back needs again of each step.
-
-        **Returns:**
-
-        The last carries, the stacked outputs, the carries that enter each step, and the residuals of the body.
+        Returns the last carries, the stacked outputs, the carries that enter each step, and the residuals of the body
+        at each step, if asked for.
         """
         program = self.program()
         wanted = residuals_of(program) if with_residuals else ()

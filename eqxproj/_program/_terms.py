@@ -11,7 +11,7 @@ tau is the factor of the prox of *one sample's* loss, whatever the batch size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,18 +64,10 @@ def _size(variable: Variable) -> int:
 def terms(
     program: Program, loss: Variable, unknown: frozenset[int], of_data: frozenset[int], custom: Sequence[str]
 ) -> list[Term]:
-    """The terms of a loss.
+    """The terms of a loss, the scalar of a program.
 
-    **Arguments:**
-
-    - `program`, `loss`: the program and the variable of its scalar value.
-    - `unknown`: the variables that depend on a parameter. `of_data`: the variables that depend on data.
-    - `custom`: names of primitives that have a prox of their own.
-
-    **Returns:**
-
-    One [`Term`][] for each summand. A summand that ends at no such primitive is cut as near to the scalar as it was
-    added.
+    `unknown` and `of_data` are the variables that depend on a parameter or on data, and `custom` names the primitives
+    that have a prox of their own. A term that ends at none of them is cut as near to the scalar as it was added.
     """
     makers = {v.index: e for e in program.equations for v in e.outputs}
     done: list[Term] = []
@@ -84,9 +76,9 @@ def terms(
         term = queue.pop(0)
         maker = makers.get(term.variable.index)
         if maker is not None and maker.name in custom:
-            done.append(Term(term.variable, term.coefficient, term.factors, maker))
-            continue
-        stepped = None if maker is None else _step(term, maker, program, unknown, of_data)
+            stepped, term = None, replace(term, custom=maker)
+        else:
+            stepped = None if maker is None else _step(term, maker, program, unknown, of_data)
         if stepped is None:
             done.append(term)
         else:
