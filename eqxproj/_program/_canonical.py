@@ -27,10 +27,8 @@ from jaxtyping import Array, PyTree
 from ._equations import Equation, Program
 
 _CONVOLUTION = "conv_general_dilated"
-_REPEATED = ("while", "scan", "cond")
-"""Operations that own computations of their own."""
-_FEW = 8
-"""Channels of a group below which the plain program, as it is in a loop, is the faster one."""
+_REPEATED = ("while", "scan", "cond")  # operations that own computations of their own
+_FEW = 8  # channels of a group below which the plain program, as it is in a loop, is the faster one
 
 
 def canonicalised(function: Callable[[], Any], program: Program) -> Any:

@@ -14,21 +14,16 @@ from jax.extend.core import primitives as jp
 
 from ._equations import Equation, Fresh, Program, Variable, dependents
 
-_COMPARISONS = ("gt", "ge", "lt", "le")
-
 
 def with_differences(program: Program, seeds: Sequence[Variable]) -> Program:
     """The program with its comparisons of unknowns rewritten; itself where it has none. `seeds` are unknown inputs."""
     unknown = dependents(program.equations, seeds)
-    readers: dict[int, list[str]] = {v.index: ["output"] for v in program.outputs}
-    for equation in program.equations:
-        for v in equation.inputs:
-            readers.setdefault(v.index, []).append(equation.name)
+    others = (e for e in program.equations if e.name != "convert_element_type")
+    chosen = {v.index for v in (*program.outputs, *(v for e in others for v in e.inputs))}
 
     def compares(equation: Equation) -> bool:
         both = all(v.index in unknown and v.is_float for v in equation.inputs)
-        numbers = all(name == "convert_element_type" for name in readers.get(equation.outputs[0].index, ()))
-        return equation.name in _COMPARISONS and both and numbers
+        return equation.name in ("gt", "ge", "lt", "le") and both and equation.outputs[0].index not in chosen
 
     if not any(map(compares, program.equations)):
         return program

@@ -32,11 +32,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Call:
-    """One call of a function with a rule: the function on flat arrays, and the rule on flat arrays.
+    """One call of a function with a rule, both on flat arrays: `function(*inputs) -> [outputs]`.
 
-    - `function(*inputs) -> [outputs]`.
-    - `rule(ctx, inputs, targets) -> [new inputs]`, or for a loss `rule(inputs, tau) -> displacement of the first
-        input`.
+    `rule(ctx, inputs, targets) -> [new inputs]`, or for a loss `rule(inputs, tau) -> displacement of the first input`.
     """
 
     name: str
@@ -105,6 +103,7 @@ class CustomProjection(Generic[_P, _T]):
 
     def __init__(self, function: Callable[_P, _T]):
         self.function = function
+        self._name = getattr(function, "__name__", "function")
         self.rule: Callable[..., Any] | None = None
         update_wrapper(self, function)
 
@@ -172,10 +171,6 @@ class CustomProjection(Generic[_P, _T]):
                 f"arguments: it can have no keyword-only ones, but got {', '.join(bound.kwargs)}."
             )
         return bound.args
-
-    @property
-    def _name(self) -> str:
-        return getattr(self.function, "__name__", "function")
 
     def _completed(self, new: Any, old: tuple[Any, ...]) -> tuple[Any, ...]:
         """The new arguments as a tuple like the old ones; `None` for an argument stands for the old one."""

@@ -64,8 +64,7 @@ class Equation:
 class Program:
     """A flat program: equations in order, with the constants lifted out.
 
-    `static` holds the Python value of every variable that is one number known while tracing (a literal, or a
-    broadcast or conversion of one). Functions such as `max(x, 0)` are recognized by these values.
+    `static` holds the variables that are one number known while tracing, by which functions as `max(x, 0)` are known.
     """
 
     inputs: tuple[Variable, ...]

@@ -5,13 +5,11 @@ Transforms a closed jaxpr into a [`Program`][]. Limits: control flow other than 
 
 In the normal form,
 
-- calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, and the constants of inner jaxprs are lifted
-  to the program's own; a `custom_jvp_call` of what has no other derivative, such as a loop, stays one equation;
-- every variable is numbered afresh, so that an inner jaxpr that is called twice gives two sets of variables;
-- implicit broadcasting of elementwise operations is made explicit: a vmapped `add f32[4,8] f32[1,8]` is a
-  `broadcast_in_dim` and an addition of equal shapes;
-- a short `scan` of elementwise operations over constants is unrolled: JAX writes the polynomials in its special
-  functions in this way, and without the `scan` such a function is elementwise throughout;
+- calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, except a `custom_jvp_call` of what has no other
+  derivative, such as a loop; constants are the program's own, and each call has variables of its own;
+- implicit broadcasting of elementwise operations is a `broadcast_in_dim`;
+- a short `scan` of elementwise operations over constants, as in JAX's special functions, is unrolled, so that such a
+  function is elementwise throughout;
 - a product that is only read transposed, as `vmap` of a matrix times a vector leaves it, is computed transposed;
 - dead code is dropped.
 """
@@ -39,8 +37,7 @@ _CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of 
 _ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _KEEPS_NUMBERS = ("broadcast_in_dim", "convert_element_type", "copy", "neg", "reshape", "squeeze", "stop_gradient")
-_UNROLLED = 32
-"""Steps up to which a `scan` of elementwise operations is unrolled."""
+_UNROLLED = 32  # steps up to which a `scan` of elementwise operations is unrolled
 
 
 class _Builder:
@@ -182,16 +179,11 @@ def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple
     """The equations, without transposes of products that are read nowhere else: the operands are exchanged instead."""
     reads = Counter(v.index for v in (*outputs, *(v for e in equations for v in e.inputs)))
     transposes = {e.inputs[0].index: e for e in equations if e.name == "transpose"}
-    turned: dict[int, Equation] = {}
-    dropped: set[int] = set()
-    for equation in equations:
-        index = equation.outputs[0].index
-        if equation.name == "dot_general" and index in transposes and reads[index] == 1:
-            found = _exchanged(equation, transposes[index])
-            if found is not None:
-                turned[found.outputs[0].index] = found
-                dropped.add(index)
-    return tuple(turned.get(e.outputs[0].index, e) for e in equations if e.outputs[0].index not in dropped)
+    products = [e for e in equations if e.name == "dot_general" and reads[e.outputs[0].index] == 1]
+    pairs = [(e, transposes[e.outputs[0].index]) for e in products if e.outputs[0].index in transposes]
+    found = {e.outputs[0].index: _exchanged(e, after) for e, after in pairs}
+    turned = {e.outputs[0].index: e for e in found.values() if e is not None}
+    return tuple(turned.get(e.outputs[0].index, e) for e in equations if found.get(e.outputs[0].index) is None)
 
 
 def _exchanged(equation: Equation, after: Equation) -> Equation | None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
-from ._equations import Equation, Program, dependents
+from ._equations import Equation, dependents
 from ._fragment import forward, residuals_of
 from ._normal_form import normal_form, scan_counts
 
@@ -60,8 +60,7 @@ class Recurrence:
     @classmethod
     def of(cls, equation: Equation) -> Recurrence:
         params = equation.params
-        constants, carries = scan_counts(params)
-        return cls(params["jaxpr"], constants, carries, params["length"], params["reverse"])
+        return cls(params["jaxpr"], *scan_counts(params), params["length"], params["reverse"])
 
     def body(self, *operands: Any) -> tuple[list[Array], list[Array]]:
         """The next carries and the outputs to be stacked."""
@@ -73,13 +72,9 @@ class Recurrence:
         first, second = self.constants, self.constants + self.carries
         return list(items[:first]), list(items[first:second]), list(items[second:])
 
-    def program(self) -> Program:
-        """The body in normal form."""
-        return normal_form(self.jaxpr)
-
     def unknown_outputs(self, unknown: Sequence[bool]) -> list[bool]:
         """Which carries and stacked outputs depend on unknown operands. What is no float counts as known."""
-        program = self.program()
+        program = normal_form(self.jaxpr)
         constants, carries, slices = self.split(unknown)
         while True:
             flags = [*constants, *carries, *slices]
@@ -108,7 +103,7 @@ class Recurrence:
         Returns the last carries, the stacked outputs, the carries that enter each step, and the residuals of the body
         at each step, if asked for.
         """
-        program = self.program()
+        program = normal_form(self.jaxpr)
         wanted = residuals_of(program) if with_residuals else ()
 
         def step(carry, x):

@@ -3,17 +3,15 @@ r"""Splits the end of a loss into terms, each of which has a prox.
 Transforms the scalar of a loss into $L = \sum_k \sum_i c_{ki} l_k(z)_i$. Limits: it walks back through additions, known
 factors, sums and changes of shape; what is none of these stays whole.
 
-A loss is usually a sum or mean over samples of something per sample, perhaps with further terms beside it. Each $l_k$
-is either a loss with a projection or prox of its own, or anything else. What a mean divides by ends up in $c$, so that
-tau is the factor of the prox of *one sample's* loss, whatever the batch size.
+Each $l_k$ is either a loss with a projection or prox of its own, or anything else. What a mean over samples divides by
+ends up in $c$, so that tau is the factor of the prox of *one sample's* loss, whatever the batch size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from ._affine import affine_terms
 from ._equations import Equation, Program, Variable
@@ -43,10 +41,10 @@ def _step(
     term: Term, equation: Equation, program: Program, unknown: frozenset[int], of_data: frozenset[int]
 ) -> list[Term] | None:
     """One step back from a term through the equation that made its variable; `None` where it ends there."""
-    name, inputs = equation.name, equation.inputs
+    name, inputs, size = equation.name, equation.inputs, math.prod(term.variable.shape)
     if any(factor.shape != () for factor, _ in term.factors) and name not in _ELEMENT_BY_ELEMENT:
         return None
-    if name == "reduce_sum" or (name in _SAME_SUM and _size(inputs[0]) == _size(equation.outputs[0])):
+    if name == "reduce_sum" or (name in _SAME_SUM and math.prod(inputs[0].shape) == size):
         return [Term(inputs[0], term.coefficient, term.factors)]
     if name in ("add", "add_any", "sub") and term.variable.shape:
         if any(v.index in unknown and v.index not in of_data for v in inputs):
@@ -55,10 +53,6 @@ def _step(
     if found is None:
         return None
     return [Term(t.variable, term.coefficient * t.scale, term.factors + t.factors) for t in found]
-
-
-def _size(variable: Variable) -> int:
-    return int(np.prod(variable.shape))
 
 
 def terms(

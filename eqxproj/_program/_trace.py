@@ -1,8 +1,7 @@
 """From a loss function and a model to a program, with the model's inexact arrays as the unknowns.
 
-Transforms `loss(model, *args, **kwargs)`, called once with abstract values, into a [`Trace`][]. Limits: what is known
-while tracing (Python numbers, functions, frozen leaves given as `None`, integer arrays of the model) is part of the
-trace, as in `equinox.filter_value_and_grad`.
+Transforms `loss(model, *args, **kwargs)`, called once with abstract values, into a [`Trace`][]. Limits: all else that
+is no argument's array is part of the trace (Python numbers, functions, integer arrays of the model).
 """
 
 from __future__ import annotations
@@ -101,10 +100,11 @@ def trace(
     names = tuple(jtu.keystr(path).lstrip(".") or "parameter" for path, _ in paths)
     parameters = tuple(jnp.asarray(leaf) for _, leaf in paths)
     _check_parameters(model, names, parameters)
-    inputs = _as_arrays((tuple(args), dict(kwargs or {})))
+    arrays, static_inputs = eqx.partition(_as_arrays((tuple(args), dict(kwargs or {}))), eqx.is_array)
 
-    def checked(unknown: PyTree, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Array, PyTree]:
-        out = loss(eqx.combine(unknown, static_model), *inputs[0], **inputs[1])
+    def checked(unknown: PyTree, arrays: PyTree) -> tuple[Array, PyTree]:
+        full_args, full_kwargs = eqx.combine(arrays, static_inputs)
+        out = loss(eqx.combine(unknown, static_model), *full_args, **full_kwargs)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise ValueError(
                 f"`loss` must return `(value, auxiliary)` with `has_aux=True`, but it returned {_kind(out)}."
@@ -113,10 +113,10 @@ def trace(
         _check_value(value)
         return jnp.asarray(value), _as_arrays(aux)
 
-    jaxpr, (_, aux), (_, aux_static) = eqx.filter_make_jaxpr(checked)(jtu.tree_unflatten(treedef, parameters), inputs)
+    jaxpr, (_, aux), (_, aux_static) = eqx.filter_make_jaxpr(checked)(jtu.tree_unflatten(treedef, parameters), arrays)
     return Trace(
         parameters=parameters,
-        arguments=tuple(jtu.tree_leaves(eqx.filter(inputs, eqx.is_array))),
+        arguments=tuple(jtu.tree_leaves(arrays)),
         static_model=static_model,
         treedef=treedef,
         names=names,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as jp
 
 from ._equations import Equation, Fresh, Program, Variable, dependents
@@ -61,10 +61,7 @@ class Delayed:
 
 @dataclass(frozen=True, eq=False)
 class Unrolled:
-    """A program without the recurrences that were unrolled.
-
-    `program` runs forward. `delayed` maps the number of each delayed variable to what shows it.
-    """
+    """A program that runs forward, and what shows each delayed variable, by its number."""
 
     program: Program
     delayed: Mapping[int, Delayed]
@@ -88,10 +85,9 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
         if recurrence is not None and recurrence.length > 0:
             carries = recurrence.unknown_outputs(flags)[: recurrence.carries]
             if not (in_order and any(carries)):
-                steps = _unrolled(equation, recurrence, carries, fresh)
-                queue[:0] = steps.equations
-                delayed |= steps.delayed
-                replaced |= steps.replaced
+                queue[:0], shown, stacked = _unrolled(equation, recurrence, carries, fresh)
+                delayed |= shown
+                replaced |= stacked
                 continue
             equation = _walked(equation, recurrence, fresh)
         done.append(equation)
@@ -101,13 +97,13 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
             replaced |= {stop.inputs[0].index: stop.outputs[0] for stop in stops}
         unknown |= dependents([equation], [v for v in equation.inputs if v.index in unknown])
     outputs = tuple(_resolved(v, replaced) for v in program.outputs)
-    shown = {i: replace(d, equations=tuple(_renamed(e, replaced) for e in d.equations)) for i, d in delayed.items()}
-    return Unrolled(Program(program.inputs, tuple(done), outputs, fresh.constants, fresh.static), shown)
+    delayed = {i: replace(d, equations=tuple(_renamed(e, replaced) for e in d.equations)) for i, d in delayed.items()}
+    return Unrolled(Program(program.inputs, tuple(done), outputs, fresh.constants, fresh.static), delayed)
 
 
 def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:
     """The same `scan`, which keeps its residuals."""
-    each = (*recurrence.split(equation.inputs)[1], *residuals_of(recurrence.program()))
+    each = (*recurrence.split(equation.inputs)[1], *residuals_of(normal_form(recurrence.jaxpr)))
     residuals = tuple(fresh.variable((recurrence.length, *v.shape), v.dtype) for v in each)
     fields = (equation.primitive, equation.params, equation.inputs, equation.outputs, equation.source)
     return Walked(*fields, residuals=residuals, recurrence=recurrence)
@@ -115,9 +111,8 @@ def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:
 
 def _stopped(equation: Equation, flags: Sequence[bool], fresh: Fresh) -> list[Equation]:
     """Stops the outputs that depend on no unknown, or are no floats: counters, predicates, positions."""
-    unknown = [v.is_float for v in equation.outputs]
-    if equation.name == "scan":
-        unknown = Recurrence.of(equation).unknown_outputs(flags)
+    is_scan = equation.name == "scan"
+    unknown = Recurrence.of(equation).unknown_outputs(flags) if is_scan else [v.is_float for v in equation.outputs]
     known = [v for v, is_unknown in zip(equation.outputs, unknown, strict=True) if not is_unknown]
     return [Equation(jp.stop_gradient_p, {}, (v,), (fresh.like(v),), equation.source) for v in known]
 
@@ -133,17 +128,13 @@ def _renamed(equation: Equation, replaced: Mapping[int, Variable]) -> Equation:
     return equation if inputs == equation.inputs else replace(equation, inputs=inputs)
 
 
-@dataclass(frozen=True, eq=False)
-class _Steps:
-    """What takes the place of a `scan`: its equations, its delayed variables, and new names of its stacked outputs."""
+def _unrolled(
+    equation: Equation, recurrence: Recurrence, carries: Sequence[bool], fresh: Fresh
+) -> tuple[list[Equation], dict[int, Delayed], dict[int, Variable]]:
+    """All steps of a `scan` at once: equations, delayed variables, and new names of the stacked outputs.
 
-    equations: tuple[Equation, ...]
-    delayed: Mapping[int, Delayed]
-    replaced: Mapping[int, Variable]
-
-
-def _unrolled(equation: Equation, recurrence: Recurrence, carries: Sequence[bool], fresh: Fresh) -> _Steps:
-    """All steps of a `scan` at once. `carries` says which carries depend on unknowns."""
+    `carries` says which carries depend on unknowns.
+    """
     initial = recurrence.split(equation.inputs)[1]
     entering = [fresh.variable((recurrence.length, *v.shape), v.dtype) for v in initial]
     body, outputs = _body(equation, recurrence, entering, fresh)
@@ -160,7 +151,7 @@ def _unrolled(equation: Equation, recurrence: Recurrence, carries: Sequence[bool
         row = _slice(leave, last, last + 1, equation.source, fresh)
         equations += [row, _reshape(row.outputs[0], equation.outputs[i], equation.source)]
     stacked = zip(equation.outputs[recurrence.carries :], outputs[recurrence.carries :], strict=True)
-    return _Steps(tuple(equations), delayed, {out.index: y for out, y in stacked})
+    return equations, delayed, {out.index: y for out, y in stacked}
 
 
 def _runs(
@@ -183,12 +174,7 @@ def _body(
     constants, _, slices = recurrence.split(equation.inputs)
     inputs = [*constants, *entering, *slices]
     axes = [None] * recurrence.constants + [0] * (recurrence.carries + len(slices))
-
-    def body(*operands):
-        carries, ys = recurrence.body(*operands)
-        return (*carries, *ys)
-
-    over_time = jax.vmap(body, in_axes=axes, out_axes=0, axis_size=recurrence.length)
+    over_time = jax.vmap(jaxpr_as_fun(recurrence.jaxpr), in_axes=axes, axis_size=recurrence.length)
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
     return fresh.splice(normal_form(jax.make_jaxpr(over_time)(*shapes)), inputs)
 
