@@ -95,7 +95,7 @@ def dependents(equations: Sequence[Equation], seeds: Sequence[Variable]) -> froz
 
 @dataclass(eq=False)
 class Fresh:
-    """Makes variables with new numbers, and collects the constants and known numbers that come with them."""
+    """Makes variables with new numbers, and collects their constants and known numbers."""
 
     count: int = 0
     constants: dict[int, Any] = field(default_factory=dict)

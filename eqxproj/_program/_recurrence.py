@@ -21,6 +21,10 @@ from ._normal_form import normal_form, scan_counts
 _T = TypeVar("_T")
 
 
+def _split(items: Sequence[_T], first: int, second: int) -> tuple[list[_T], list[_T], list[_T]]:
+    return list(items[:first]), list(items[first : first + second]), list(items[first + second :])
+
+
 class Unknowns(NamedTuple):
     """Which operands of a recurrence's body depend on unknowns, one flag each, by kind.
 
@@ -37,9 +41,7 @@ class Unknowns(NamedTuple):
 
     def split(self, values: Sequence[_T]) -> tuple[list[_T], list[_T], list[_T]]:
         """Values, one an unknown operand, by kind: constants, carries, slices."""
-        first = sum(self.constants)
-        second = first + sum(self.carries)
-        return list(values[:first]), list(values[first:second]), list(values[second:])
+        return _split(values, sum(self.constants), sum(self.carries))
 
     def chosen(self, constants: Sequence[_T], carries: Sequence[_T], slices: Sequence[_T]) -> list[_T]:
         """Of values, one an operand, those of the unknown operands in order."""
@@ -69,8 +71,7 @@ class Recurrence:
 
     def split(self, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Items, one for each operand, by kind: constants, carries, slices."""
-        first, second = self.constants, self.constants + self.carries
-        return list(items[:first]), list(items[first:second]), list(items[second:])
+        return _split(items, self.constants, self.carries)
 
     def unknown_outputs(self, unknown: Sequence[bool]) -> list[bool]:
         """Which carries and stacked outputs depend on unknown operands. What is no float counts as known."""

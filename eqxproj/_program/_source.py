@@ -11,9 +11,7 @@ from typing import Any
 
 import jax.extend as jex
 
-_LIBRARIES = tuple(
-    os.sep + name + os.sep for name in ("jax", "jaxlib", "equinox", "optax", "flax", "jaxtyping", "beartype")
-)
+_LIBRARIES = [os.sep + name + os.sep for name in "jax jaxlib equinox optax flax jaxtyping beartype".split()]
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 

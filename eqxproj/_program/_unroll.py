@@ -190,9 +190,9 @@ def _shows(
 ) -> tuple[Equation, ...]:
     """The entering carry as a view of the initial and the leaving ones."""
     first = _reshape(initial, fresh.variable((1, *initial.shape), initial.dtype), source)
-    start, reverse, n = int(recurrence.reverse), recurrence.reverse, recurrence.length
-    found = [first, _slice(leave, start, start + n - 1, source, fresh)] if n > 1 else [first]
-    inputs = tuple(e.outputs[0] for e in (reversed(found) if reverse else found))
+    start, steps = int(recurrence.reverse), recurrence.length - 1
+    found = [first, _slice(leave, start, start + steps, source, fresh)] if steps else [first]
+    inputs = tuple(e.outputs[0] for e in (reversed(found) if recurrence.reverse else found))
     return (*found, Equation(jp.concatenate_p, dict(dimension=0), inputs, (enter,), source))
 
 
