@@ -122,25 +122,22 @@ def _transposed(equation: JaxprEqn) -> list[JaxprEqn]:
 
 
 def _convolution(params: dict[str, Any], x: Array, w: Array) -> Array:
-    """A convolution in the canonical order, and its result in the order that was asked for.
-
-    Groups of the batch, as of the transpose of a grouped convolution, become groups of channels.
-    """
+    """A convolution in the canonical order, with its result in the order that was asked for."""
     lhs, (out_channels, in_channels, *window), (out_batch, out_last, *out_space) = params["dimension_numbers"]
     groups, ndim = params["batch_group_count"], x.ndim
     x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
-    if groups > 1:
+    if groups > 1:  # groups of the batch become groups of channels
         apart = x.reshape(groups, -1, *x.shape[1:])
         x = jnp.moveaxis(apart, 0, -2).reshape(*apart.shape[1:-1], -1)
     w = jnp.transpose(w, (*window, in_channels, out_channels))
-    last, kernel_last = (0, ndim - 1, *range(1, ndim - 1)), (ndim - 1, ndim - 2, *range(ndim - 2))
+    channels_last, kernel_last = (0, ndim - 1, *range(1, ndim - 1)), (ndim - 1, ndim - 2, *range(ndim - 2))
     kept = "window_strides padding lhs_dilation rhs_dilation precision preferred_element_type".split()
     out = jax.lax.conv_general_dilated(
         x,
         w,
-        dimension_numbers=jax.lax.ConvDimensionNumbers(last, kernel_last, last),
+        dimension_numbers=jax.lax.ConvDimensionNumbers(channels_last, kernel_last, channels_last),
         feature_group_count=groups * params["feature_group_count"],
         **{name: params[name] for name in kept},
     )
     order = (out_batch, *out_space, out_last)
-    return jnp.transpose(out, sorted(range(ndim), key=lambda i: order[i]))
+    return jnp.transpose(out, sorted(range(ndim), key=order.__getitem__))

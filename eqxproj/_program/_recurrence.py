@@ -26,10 +26,7 @@ def _split(items: Sequence[_T], first: int, second: int) -> tuple[list[_T], list
 
 
 class Unknowns(NamedTuple):
-    """Which operands of a recurrence's body depend on unknowns, one flag each, by kind.
-
-    Carries may be known at the start and become unknown on the way.
-    """
+    """Which operands of a recurrence's body depend on unknowns, by kind. Carries may become unknown on the way."""
 
     constants: Sequence[bool]
     carries: Sequence[bool]

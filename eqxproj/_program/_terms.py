@@ -19,15 +19,12 @@ from ._equations import Equation, Program, Variable
 
 @dataclass(frozen=True)
 class Term:
-    """`coefficient` times the product of the known `factors` times the sum over all elements of `variable`.
-
-    `custom` is the equation of a loss with a prox of its own, if the term ends at one.
-    """
+    """`coefficient` times the product of the known `factors` times the sum over all elements of `variable`."""
 
     variable: Variable
     coefficient: float = 1.0
     factors: tuple[tuple[Variable, int], ...] = ()
-    custom: Equation | None = None
+    custom: Equation | None = None  # of a loss with a prox of its own, if the term ends at one
 
 
 _SAME_SUM = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim")
@@ -50,9 +47,8 @@ def _step(
         if any(v.index in unknown and v.index not in of_data for v in inputs):
             return None  # a parameter that is added to the states is part of the model
     found = affine_terms(equation, unknown, program.static)
-    if found is None:
-        return None
-    return [Term(t.variable, term.coefficient * t.scale, term.factors + t.factors) for t in found]
+    scale, factors = term.coefficient, term.factors
+    return None if found is None else [Term(t.variable, scale * t.scale, factors + t.factors) for t in found]
 
 
 def terms(
