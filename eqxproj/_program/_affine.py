@@ -36,17 +36,9 @@ class AffineTerm:
 def affine_terms(
     equation: Equation, unknown: frozenset[int], static: Mapping[int, float]
 ) -> tuple[AffineTerm, ...] | None:
-    """The terms of an equation that is affine in its unknown operands.
+    """One term for each unknown operand of an equation, with `static` factors in its scale.
 
-    **Arguments:**
-
-    - `equation`: any equation.
-    - `unknown`: the numbers of the unknown variables.
-    - `static`: the variables that are one number, as in [`Program`][]. Such a factor goes into the scale.
-
-    **Returns:**
-
-    One term for each unknown operand; `None` where the equation is not affine in them, or divides by the number zero.
+    `None` where the equation is not affine in its unknown operands, or divides by the number zero.
     """
     name, inputs = equation.name, equation.inputs
     if name not in AFFINE or not equation.outputs[0].is_float:

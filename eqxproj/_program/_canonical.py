@@ -4,18 +4,16 @@ Transforms a traced program: convolutions get the order (batch, space, channels)
 of channels. The results are the same, to rounding. Limits: programs for accelerators stay as they are, and so do
 convolutions of groups with few channels, which are slow in that order too.
 
-XLA brings convolutions into that order by itself where they stand in the outermost computation. In the body of a
-`while_loop` or `scan`, or a branch of a `cond`, it does not. There, a convolution in another order, such as the
-transpose of any, takes up to fifty times as long; sweeps of a solver are such a loop. And wherever it stands, the
-transpose of a grouped convolution to its kernel, whose groups are parts of the batch, takes up to a hundred times as
-long as the same with groups of channels.
+XLA does so by itself in the outermost computation, but not in the body of a loop, such as a solver's, nor in a branch:
+there another order, such as a transpose has, is much slower. Wherever it stands, the transpose of a grouped convolution
+to its kernel, whose groups are parts of the batch, is much slower than the same with groups of channels.
 """
 
 from __future__ import annotations
 
 import functools as ft
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -29,37 +27,19 @@ from jaxtyping import Array, PyTree
 from ._equations import Equation, Program
 
 _CONVOLUTION = "conv_general_dilated"
-_REPEATED = ("while", "scan", "cond")
-"""Operations that own computations of their own."""
-_FEW = 8
-"""Channels of a group below which the plain program, as it is in a loop, is the faster one."""
+_REPEATED = ("while", "scan", "cond")  # operations that own computations of their own
+_FEW = 8  # channels of a group below which the plain program, as it is in a loop, is the faster one
 
 
 def canonicalised(function: Callable[[], Any], program: Program) -> Any:
-    """Calls a function with its convolutions canonicalised.
+    """Calls a function that works on a program, with its convolutions canonicalised.
 
     To be called inside of a `jit`: outside of one, the function would be traced on each call.
-
-    **Arguments:**
-
-    - `function`: a function without arguments, which computes from what it closes over.
-    - `program`: the program that it works on. Without a convolution in it, the function is called as it is.
-
-    **Returns:**
-
-    What the function returns, any pytree.
     """
     if jax.default_backend() != "cpu" or not _has_convolution(program.equations):
         return function()
-    fixed: list[Any] = []  # what is no array is known while tracing, but tracing returns arrays alone
-
-    def pure():
-        arrays, others = eqx.partition(function(), eqx.is_array)
-        fixed.append(others)
-        return arrays
-
-    closed, shape = jax.make_jaxpr(pure, return_shape=True)()
-    return eqx.combine(_evaluated(_rewritten(closed, inside=False), shape)(), fixed[0])
+    closed, shape, others = eqx.filter_make_jaxpr(function)()
+    return eqx.combine(_evaluated(_rewritten(closed, inside=False), shape)(), others)
 
 
 def lowered(function: Callable[..., Any], *args: PyTree) -> jax.stages.Lowered:
@@ -81,37 +61,38 @@ def _evaluated(closed: ClosedJaxpr, shape: PyTree) -> Callable[..., Any]:
     return function
 
 
-def _has_convolution(equations: Iterable[Equation] | Iterable[JaxprEqn]) -> bool:
-    for equation in equations:
-        if equation.primitive.name == _CONVOLUTION:
-            return True
-        inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
-        if any(_has_convolution(x.eqns) for x in inner if isinstance(x, (ClosedJaxpr, Jaxpr))):
-            return True
-    return False
+def _has_convolution(equations: Sequence[Equation] | Sequence[JaxprEqn]) -> bool:
+    params = [value for e in equations for value in e.params.values()]
+    inner = [x for value in params for x in (value if isinstance(value, tuple) else (value,))]
+    return any(e.primitive.name == _CONVOLUTION for e in equations) or any(
+        _has_convolution(x.eqns) for x in inner if isinstance(x, (ClosedJaxpr, Jaxpr))
+    )
 
 
-def _rewritten(closed: ClosedJaxpr, inside: bool) -> ClosedJaxpr:
-    """A program with its slow convolutions rewritten; the program itself where it has none.
+def _rewritten(value: Any, inside: bool) -> Any:
+    """A program, or a parameter that holds some, with slow convolutions rewritten; itself where it has none.
 
     `inside` says whether it belongs to a loop or branch.
     """
-    jaxpr = _rewritten_open(closed.jaxpr, inside)
-    return closed if jaxpr is closed.jaxpr else closed.replace(jaxpr=jaxpr)
-
-
-def _rewritten_open(jaxpr: Jaxpr, inside: bool) -> Jaxpr:
+    if isinstance(value, ClosedJaxpr):
+        jaxpr = _rewritten(value.jaxpr, inside)
+        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
+    if isinstance(value, tuple):
+        new = tuple(_rewritten(x, inside) for x in value)
+        return value if all(map(operator.is_, new, value)) else new
+    if not isinstance(value, Jaxpr):
+        return value
     equations: list[JaxprEqn] = []
-    for equation in jaxpr.eqns:
+    for equation in value.eqns:
         if equation.primitive.name == _CONVOLUTION and _is_slow(equation, inside):
             equations.extend(_transposed(equation))
             continue
         inner = inside or equation.primitive.name in _REPEATED
-        params = {name: _rewritten_param(value, inner) for name, value in equation.params.items()}
-        same = all(value is equation.params[name] for name, value in params.items())
+        params = {name: _rewritten(x, inner) for name, x in equation.params.items()}
+        same = all(x is equation.params[name] for name, x in params.items())
         equations.append(equation if same else equation.replace(params=params))
-    same = len(equations) == len(jaxpr.eqns) and all(map(operator.is_, equations, jaxpr.eqns))
-    return jaxpr if same else jaxpr.replace(eqns=equations)
+    same = len(equations) == len(value.eqns) and all(map(operator.is_, equations, value.eqns))
+    return value if same else value.replace(eqns=equations)
 
 
 def _is_slow(equation: JaxprEqn, inside: bool) -> bool:
@@ -123,17 +104,6 @@ def _is_slow(equation: JaxprEqn, inside: bool) -> bool:
         return inside or shape[batch] > params["batch_group_count"]
     groups = params["feature_group_count"]
     return inside and (groups == 1 or shape[channels] // groups >= _FEW)
-
-
-def _rewritten_param(value: Any, inside: bool) -> Any:
-    if isinstance(value, ClosedJaxpr):
-        return _rewritten(value, inside)
-    if isinstance(value, Jaxpr):
-        return _rewritten_open(value, inside)
-    if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
-        new = tuple(_rewritten_param(x, inside) for x in value)
-        return value if all(map(operator.is_, new, value)) else new
-    return value
 
 
 def _transposed(equation: JaxprEqn) -> list[JaxprEqn]:
@@ -152,32 +122,22 @@ def _transposed(equation: JaxprEqn) -> list[JaxprEqn]:
 
 
 def _convolution(params: dict[str, Any], x: Array, w: Array) -> Array:
-    """A convolution in the canonical order, and its result in the order that was asked for.
-
-    Groups of the batch, as of the transpose of a grouped convolution, become groups of channels.
-    """
-    (batch, channels, *space), (out_channels, in_channels, *window), (out_batch, out_last, *out_space) = params[
-        "dimension_numbers"
-    ]
+    """A convolution in the canonical order, with its result in the order that was asked for."""
+    lhs, (out_channels, in_channels, *window), (out_batch, out_last, *out_space) = params["dimension_numbers"]
     groups, ndim = params["batch_group_count"], x.ndim
-    x = jnp.transpose(x, (batch, *space, channels))
-    if groups > 1:
+    x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
+    if groups > 1:  # groups of the batch become groups of channels
         apart = x.reshape(groups, -1, *x.shape[1:])
         x = jnp.moveaxis(apart, 0, -2).reshape(*apart.shape[1:-1], -1)
-    batch_first = (0, ndim - 1, *range(1, ndim - 1))
+    w = jnp.transpose(w, (*window, in_channels, out_channels))
+    channels_last, kernel_last = (0, ndim - 1, *range(1, ndim - 1)), (ndim - 1, ndim - 2, *range(ndim - 2))
+    kept = "window_strides padding lhs_dilation rhs_dilation precision preferred_element_type".split()
     out = jax.lax.conv_general_dilated(
         x,
-        jnp.transpose(w, (*window, in_channels, out_channels)),
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=jax.lax.ConvDimensionNumbers(
-            batch_first, (ndim - 1, ndim - 2, *range(ndim - 2)), batch_first
-        ),
+        w,
+        dimension_numbers=jax.lax.ConvDimensionNumbers(channels_last, kernel_last, channels_last),
         feature_group_count=groups * params["feature_group_count"],
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
+        **{name: params[name] for name in kept},
     )
     order = (out_batch, *out_space, out_last)
-    return jnp.transpose(out, sorted(range(ndim), key=lambda i: order[i]))
+    return jnp.transpose(out, sorted(range(ndim), key=order.__getitem__))

@@ -14,35 +14,20 @@ from jax.extend.core import primitives as jp
 
 from ._equations import Equation, Fresh, Program, Variable, dependents
 
-_COMPARISONS = ("gt", "ge", "lt", "le")
-
 
 def with_differences(program: Program, seeds: Sequence[Variable]) -> Program:
-    """The program with its comparisons of two unknowns rewritten.
-
-    **Arguments:**
-
-    - `program`: any program.
-    - `seeds`: its unknown inputs.
-
-    **Returns:**
-
-    A program that computes the same; the same one where it has no such comparison.
-    """
+    """The program with its comparisons of unknowns rewritten; itself where it has none. `seeds` are unknown inputs."""
     unknown = dependents(program.equations, seeds)
-    readers: dict[int, list[str]] = {v.index: ["output"] for v in program.outputs}
-    for equation in program.equations:
-        for v in equation.inputs:
-            readers.setdefault(v.index, []).append(equation.name)
+    others = (e for e in program.equations if e.name != "convert_element_type")
+    chosen = {v.index for v in (*program.outputs, *(v for e in others for v in e.inputs))}
 
     def compares(equation: Equation) -> bool:
         both = all(v.index in unknown and v.is_float for v in equation.inputs)
-        numbers = all(name == "convert_element_type" for name in readers.get(equation.outputs[0].index, ()))
-        return equation.name in _COMPARISONS and both and numbers
+        return equation.name in ("gt", "ge", "lt", "le") and both and equation.outputs[0].index not in chosen
 
     if not any(map(compares, program.equations)):
         return program
-    fresh = Fresh(program)
+    fresh = Fresh.after(program)
     equations = [x for e in program.equations for x in (_of_difference(e, fresh) if compares(e) else [e])]
     return Program(program.inputs, tuple(equations), program.outputs, fresh.constants, fresh.static)
 
@@ -51,7 +36,8 @@ def _of_difference(equation: Equation, fresh: Fresh) -> list[Equation]:
     """The equations of one comparison: the difference, a zero of its shape, and the comparison of the two."""
     difference = fresh.like(equation.inputs[0])
     zero = fresh.constant(np.zeros((), difference.dtype))
-    full = fresh.static_variable(difference.shape, difference.dtype, 0.0)
+    full = fresh.like(difference)
+    fresh.static[full.index] = 0.0
     params = dict(shape=full.shape, broadcast_dimensions=(), sharding=None)
     return [
         Equation(jp.sub_p, {}, equation.inputs, (difference,), equation.source),

@@ -5,13 +5,13 @@ operations, views, reductions and cumulative ones are joined; products of two un
 
 A *junction* is an equation that brings together several functions of one variable $d$, its dominator. Where one of
 them has passed through a reduction ($x - \bar x$, $e_i/\sum_j e_j$), all from $d$ to the junction is one function of
-one array. As a chain, it would be one constraint for each equation, and their copies of the same array would pull apart
-what belongs together. A composite is one constraint, which the local solver projects. An exponential before a reduction
-belongs to it.
+one array, with an exponential before the reduction. As a chain of constraints, their copies of the same array would
+pull apart. A composite is one constraint, which the local solver projects.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,81 +72,50 @@ def _dominators(equations: Sequence[Equation], unknown: frozenset[int]) -> dict[
 def _common(a: int | None, b: int | None, parent: Mapping[int, int], depth: Mapping[int, int]) -> int | None:
     """The nearest variable through which all ways to both lead; `None` where there is none."""
     while a is not None and b is not None and a != b:
-        if depth[a] >= depth[b]:
-            a = parent.get(a)
-        else:
-            b = parent.get(b)
+        a, b = (parent.get(a), b) if depth[a] >= depth[b] else (a, parent.get(b))
     return a if a == b else None
 
 
 def with_composites(
     equations: Sequence[Equation], unknown: frozenset[int], ends: Sequence[Variable]
 ) -> tuple[Equation, ...]:
-    """Joins equations to composites.
-
-    **Arguments:**
-
-    - `equations`: the equations of a program, in order.
-    - `unknown`: the numbers of the variables that depend on parameters.
-    - `ends`: variables that must still be computed.
-
-    **Returns:**
-
-    Equations that compute the same `ends`.
-    """
+    """Equations that compute the same `ends`, with those joined that make one composite."""
     makers = {v.index: e for e in equations for v in e.outputs}
     dominators = _dominators(equations, unknown)
-    readers: dict[int, int] = {}
-    for equation in equations:
-        for index in {v.index for v in equation.inputs}:
-            readers[index] = readers.get(index, 0) + 1
-    done = []
-    for equation in equations:
-        inputs = {v.index for v in equation.inputs if v.index in unknown}
-        out = equation.outputs[0]
-        joined = None
-        if len(inputs) > 1 and equation.name in ELEMENTWISE and out.index in dominators and out.is_float:
-            start = _prepared(dominators[out.index], makers, readers, unknown)
-            joined = _joined(equation, start, equations, makers, unknown)
-        done.append(equation if joined is None else joined)
-    return live(done, ends)
+    readers = Counter(index for e in equations for index in {v.index for v in e.inputs})
+
+    def joined(equation: Equation) -> Equation:
+        out, inputs = equation.outputs[0], {v.index for v in equation.inputs if v.index in unknown}
+        if len(inputs) < 2 or equation.name not in ELEMENTWISE or out.index not in dominators or not out.is_float:
+            return equation
+        start = _prepared(dominators[out.index], makers, readers, unknown)
+        return _joined(equation, start, equations, unknown) or equation
+
+    return live([joined(e) for e in equations], ends)
 
 
-def _prepared(start: int, makers: Mapping[int, Equation], readers: Mapping[int, int], unknown: frozenset[int]) -> int:
+def _prepared(start: int, makers: Mapping[int, Equation], readers: Counter[int], unknown: frozenset[int]) -> int:
     """The start of a composite, moved back through what prepares its reduction."""
-    exponential = False
-    at = start
+    exponential, at = False, start
     while at in makers and makers[at].name in _PREPARES:
         inputs = [v for v in makers[at].inputs if v.index in unknown]
-        if len(inputs) != 1 or not inputs[0].is_float or (readers.get(at, 0) > 1 and at != start):
+        if len(inputs) != 1 or not inputs[0].is_float or (readers[at] > 1 and at != start):
             break
         exponential = exponential or makers[at].name in ("exp", "exp2")
         at = inputs[0].index
     return at if exponential else start
 
 
-def _joined(
-    junction: Equation,
-    start: int,
-    equations: Sequence[Equation],
-    makers: Mapping[int, Equation],
-    unknown: frozenset[int],
-) -> Composite | None:
+def _joined(junction: Equation, start: int, equations: Sequence[Equation], unknown: frozenset[int]) -> Composite | None:
     """The composite from a variable to a junction; `None` where no reduction lies between."""
-    inside: dict[int, Equation] = {}
-    stack = [junction]
-    while stack:
-        equation = stack.pop()
-        if id(equation) not in inside:
-            inside[id(equation)] = equation
-            stack.extend(
-                makers[v.index]
-                for v in equation.inputs
-                if v.index in unknown and v.index != start and v.index in makers
-            )
-    inner = tuple(e for e in equations if id(e) in inside)
+    needed = {v.index for v in junction.outputs}
+    inner: list[Equation] = []
+    for equation in reversed(equations):
+        if any(v.index in needed for v in equation.outputs):
+            inner.insert(0, equation)
+            needed.update(v.index for v in equation.inputs if v.index in unknown and v.index != start)
     if not any(e.name in _REDUCTIONS for e in inner):
         return None
     made = {v.index for e in inner for v in e.outputs}
     reads = tuple({v.index: v for e in inner for v in e.inputs if v.index not in made}.values())
-    return Composite(_composite_p, {}, reads, junction.outputs, junction.source, inner=inner)
+    return Composite(_composite_p, {}, reads, junction.outputs, junction.source, inner=tuple(inner))

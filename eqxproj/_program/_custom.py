@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -28,37 +30,30 @@ _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Call:
-    """One call of a function with a rule: the function on flat arrays, and the rule on flat arrays.
+    """One call of a function with a rule, both on flat arrays: `function(*inputs) -> [outputs]`.
 
-    - `function(*inputs) -> [outputs]`.
-    - `rule(ctx, inputs, targets) -> [new inputs]`, or for a loss `rule(inputs, tau) -> displacement of the first
-        input`.
+    `rule(ctx, inputs, targets) -> [new inputs]`, or for a loss `rule(inputs, tau) -> displacement of the first input`.
     """
 
-    def __init__(self, name: str, function: Callable[..., list[Array]], rule: Callable[..., Any], hard: bool = False):
-        self.name, self.function, self.rule, self.hard = name, function, rule, hard
+    name: str
+    function: Callable[..., list[Array]]
+    rule: Callable[..., Any]
+    hard: bool = False
 
     def __repr__(self) -> str:
         return self.name
 
-    def batched(self, dims: Sequence[Any], is_loss: bool) -> Call:
+    def batched(self, dims: Sequence[Any]) -> Call:
         """The same call over a batch. `dims` are the batch dimensions of the inputs; outputs have it in front."""
-        function = jax.vmap(self.function, in_axes=tuple(dims), out_axes=0)
-        if is_loss:
 
-            def loss_rule(inputs, tau):
-                return _front(jax.vmap(self.rule, in_axes=(list(dims), 0))(inputs, tau), dims[0])
+        def rule(*args):
+            *ctx, inputs, given = args
+            new = jax.vmap(lambda *each: self.rule(*ctx, *each), in_axes=(list(dims), 0))(list(inputs), given)
+            return [_front(n, d) for n, d in zip(new, dims, strict=True)] if ctx else _front(new, dims[0])
 
-            return Call(self.name, function, loss_rule, self.hard)
-
-        def rule(ctx, inputs, targets):
-            new = jax.vmap(lambda i, t: list(self.rule(ctx, i, t)), in_axes=(list(dims), 0))(
-                list(inputs), list(targets)
-            )
-            return [_front(n, d) for n, d in zip(new, dims, strict=True)]
-
-        return Call(self.name, function, rule, self.hard)
+        return replace(self, function=jax.vmap(self.function, in_axes=tuple(dims)), rule=rule)
 
 
 def _front(x: Array, dim: int | None) -> Array:
@@ -69,25 +64,27 @@ def _front(x: Array, dim: int | None) -> Array:
 def _primitive(name: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(lambda *args, call: call.function(*args))
+
+    def evaluate(*args, call):
+        return call.function(*args)
 
     def abstract(*avals, call):
         shapes = jax.eval_shape(call.function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
         return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
 
     def batch(args, dims, *, call):
-        out = primitive.bind(*args, call=call.batched(list(dims), name == "custom_loss"))
+        out = primitive.bind(*args, call=call.batched(dims))
         return out, [0] * len(out)
 
     def jvp(primals, tangents, *, call):
         full = [_zero(p) if isinstance(t, ad.Zero) else t for p, t in zip(primals, tangents, strict=True)]
         return jax.jvp(call.function, tuple(primals), tuple(full))
 
+    primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batch
     ad.primitive_jvps[primitive] = jvp
-    lowered = mlir.lower_fun(lambda *args, call: call.function(*args), multiple_results=True)
-    mlir.register_lowering(primitive, lowered)
+    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
     return primitive
 
 
@@ -106,6 +103,7 @@ class CustomProjection(Generic[_P, _T]):
 
     def __init__(self, function: Callable[_P, _T]):
         self.function = function
+        self._name = getattr(function, "__name__", "function")
         self.rule: Callable[..., Any] | None = None
         update_wrapper(self, function)
 
@@ -135,30 +133,30 @@ class CustomProjection(Generic[_P, _T]):
                 f"with `@{self._name}.def_projection` before the first call."
             )
         positional = self._positional(args, kwargs)
-        leaves, treedef = jtu.tree_flatten(positional)
-        is_array = [isinstance(x, jax.Array | np.ndarray | np.generic) for x in leaves]
+        is_array = jtu.tree_map(_is_array, positional)
+        arrays, others = eqx.partition(positional, is_array)
+        leaves, treedef = jtu.tree_flatten(arrays)
         out_treedef: list[Any] = []
         call: Callable[..., Any] = self.function
 
         def join(flat: Sequence[Any]) -> Any:
-            arrays = iter(flat)
-            full = [next(arrays) if picked else x for x, picked in zip(leaves, is_array, strict=True)]
-            return jtu.tree_unflatten(treedef, full)
+            return eqx.combine(jtu.tree_unflatten(treedef, flat), others)
 
         def function(*flat):
-            found, out_treedef[:] = _flattened(call(*join(flat)))
+            found, structure = jtu.tree_flatten(jtu.tree_map(jnp.asarray, call(*join(flat))))
+            out_treedef[:] = [structure]
             return found
 
         def rule(ctx, inputs, targets):
             assert self.rule is not None
             old = join(inputs)
-            new = self.rule(ctx, old, jtu.tree_unflatten(out_treedef[0], list(targets)))
-            new = new if isinstance(new, tuple) and len(new) == len(positional) else (new,)
-            picked = [x for x, picked in zip(self._leaves(new, old), is_array, strict=True) if picked]
-            return self._checked(picked, inputs, ctx.unknown)
+            new = self._completed(self.rule(ctx, old, jtu.tree_unflatten(out_treedef[0], targets)), old)
+            moved = jtu.tree_leaves(eqx.filter(new, is_array))
+            kept = [n if unknown else o for n, o, unknown in zip(moved, inputs, ctx.unknown, strict=True)]
+            check_shapes(kept, inputs, f"The projection of {self._name!r}")
+            return [jnp.asarray(x) for x in kept]
 
-        arrays = [jnp.asarray(x) for x, picked in zip(leaves, is_array, strict=True) if picked]
-        out = projection_p.bind(*arrays, call=Call(self._name, function, rule))
+        out = projection_p.bind(*map(jnp.asarray, leaves), call=Call(self._name, function, rule))
         return jtu.tree_unflatten(out_treedef[0], out)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -174,12 +172,9 @@ class CustomProjection(Generic[_P, _T]):
             )
         return bound.args
 
-    @property
-    def _name(self) -> str:
-        return getattr(self.function, "__name__", "function")
-
-    def _leaves(self, new: tuple[Any, ...], old: tuple[Any, ...]) -> list[Any]:
-        """The leaves of the new arguments; `None` for an argument stands for the old one."""
+    def _completed(self, new: Any, old: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The new arguments as a tuple like the old ones; `None` for an argument stands for the old one."""
+        new = new if isinstance(new, tuple) and len(new) == len(old) else (new,)
         if len(new) != len(old):
             raise ValueError(
                 f"The projection of {self._name!r} must return {len(old)} new inputs, a tuple like the arguments; it "
@@ -192,17 +187,11 @@ class CustomProjection(Generic[_P, _T]):
                 f"The projection of {self._name!r} must return new inputs structured like the arguments, {wanted}; it "
                 f"returned {found}."
             )
-        return jtu.tree_leaves(new)
-
-    def _checked(self, new: Sequence[Any], old: Sequence[Array], unknown: Sequence[bool]) -> list[Array]:
-        kept = [n if is_unknown else o for n, o, is_unknown in zip(new, old, unknown, strict=True)]
-        check_shapes(kept, old, f"The projection of {self._name!r}")
-        return [jnp.asarray(x) for x in kept]
+        return new
 
 
-def _flattened(tree: Any) -> tuple[list[Array], tuple[Any]]:
-    leaves, treedef = jtu.tree_flatten(jtu.tree_map(jnp.asarray, tree))
-    return leaves, (treedef,)
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def custom_projection(function: Callable[_P, _T]) -> CustomProjection[_P, _T]:

@@ -7,10 +7,11 @@ and inner programs (of a `scan`, say) are parameters of their equation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
@@ -63,8 +64,7 @@ class Equation:
 class Program:
     """A flat program: equations in order, with the constants lifted out.
 
-    `static` holds the Python value of every variable that is one number known while tracing (a literal, or a
-    broadcast or conversion of one). Functions such as `max(x, 0)` are recognized by these values.
+    `static` holds the variables that are one number known while tracing, by which functions as `max(x, 0)` are known.
     """
 
     inputs: tuple[Variable, ...]
@@ -76,8 +76,7 @@ class Program:
 
 def live(equations: Sequence[Equation], wanted: Sequence[Variable]) -> tuple[Equation, ...]:
     """The equations that `wanted` depends on, in order."""
-    needed = {v.index for v in wanted}
-    kept: list[Equation] = []
+    needed, kept = {v.index for v in wanted}, []
     for equation in reversed(equations):
         if any(v.index in needed for v in equation.outputs):
             kept.append(equation)
@@ -94,48 +93,47 @@ def dependents(equations: Sequence[Equation], seeds: Sequence[Variable]) -> froz
     return frozenset(found)
 
 
+@dataclass(eq=False)
 class Fresh:
-    """Makes variables that are new to a program, and collects the constants that come with them."""
+    """Makes variables with new numbers, and collects their constants and known numbers."""
 
-    def __init__(self, program: Program):
+    count: int = 0
+    constants: dict[int, Any] = field(default_factory=dict)
+    static: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def after(cls, program: Program) -> Fresh:
+        """Variables that are new to a program."""
         used = [v.index for e in program.equations for v in (*e.inputs, *e.outputs)]
-        used += [v.index for v in (*program.inputs, *program.outputs)] + list(program.constants)
-        self.count = max(used, default=0) + 1
-        self.constants = dict(program.constants)
-        self.static = dict(program.static)
+        used += [*(v.index for v in (*program.inputs, *program.outputs)), *program.constants]
+        return cls(max(used, default=0) + 1, dict(program.constants), dict(program.static))
 
     def variable(self, shape: Sequence[int], dtype: Any) -> Variable:
         self.count += 1
         return Variable(self.count - 1, tuple(shape), dtype)
 
-    def static_variable(self, shape: Sequence[int], dtype: Any, value: float) -> Variable:
-        """A variable all of whose elements are one known number."""
-        variable = self.variable(shape, dtype)
-        self.static[variable.index] = value
-        return variable
-
     def like(self, variable: Variable) -> Variable:
         return self.variable(variable.shape, variable.dtype)
 
-    def constant(self, value: np.ndarray) -> Variable:
-        variable = self.variable(value.shape, value.dtype)
-        self.constants[variable.index] = value
-        if value.size == 1:
-            self.static[variable.index] = float(value.reshape(()))
+    def constant(self, value: Any) -> Variable:
+        array = value
+        if not isinstance(value, jax.Array):  # kept out of JAX, so that it stays a number inside of a `jit`
+            array = np.asarray(value)
+            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        variable = self.variable(array.shape, array.dtype)
+        self.constants[variable.index] = array
+        is_number = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
+        if not isinstance(array, jax.core.Tracer) and array.size == 1 and is_number:
+            self.note(variable, array)
         return variable
 
+    def note(self, variable: Variable, number: Any) -> None:
+        """Notes the value of a constant of one element, if it is real."""
+        if not np.iscomplexobj(number):
+            self.static[variable.index] = float(np.asarray(number).reshape(()))
+
     def splice(self, program: Program, inputs: Sequence[Variable]) -> tuple[list[Equation], list[Variable]]:
-        """Takes over another program.
-
-        **Arguments:**
-
-        - `program`: a program in normal form.
-        - `inputs`: what takes the place of its inputs.
-
-        **Returns:**
-
-        Its equations and its outputs, with all other variables renumbered.
-        """
+        """The equations and outputs of a program in normal form, renumbered, with `inputs` in place of its own."""
         new: dict[int, Variable] = {v.index: w for v, w in zip(program.inputs, inputs, strict=True)}
 
         def renamed(v: Variable) -> Variable:
@@ -148,7 +146,7 @@ class Fresh:
             return new[v.index]
 
         equations = [
-            Equation(e.primitive, e.params, tuple(map(renamed, e.inputs)), tuple(map(renamed, e.outputs)), e.source)
+            replace(e, inputs=tuple(map(renamed, e.inputs)), outputs=tuple(map(renamed, e.outputs)))
             for e in program.equations
         ]
         return equations, [renamed(v) for v in program.outputs]

@@ -18,17 +18,16 @@ from jaxtyping import Array
 from ._equations import Equation, Program, Variable
 
 
-def evaluate(equations: Iterable[Equation], env: Mapping[int, Any]) -> dict[int, Any]:
-    """`env` with the values of all results of `equations`, which are evaluated in order."""
+def evaluate(
+    equations: Iterable[Equation], env: Mapping[int, Any], bind: Callable[..., list[Any]] | None = None
+) -> dict[int, Any]:
+    """`env` with all results of `equations`, evaluated in order, each by `bind(equation, *operands)` or its own."""
     found = dict(env)
     for equation in equations:
-        found.update(_results(equation, found))
+        operands = [found[v.index] for v in equation.inputs]
+        results = equation.bind(*operands) if bind is None else bind(equation, *operands)
+        found.update((v.index, r) for v, r in zip((*equation.outputs, *equation.residuals), results, strict=True))
     return found
-
-
-def _results(equation: Equation, env: Mapping[int, Any]) -> dict[int, Any]:
-    results = equation.bind(*(env[v.index] for v in equation.inputs))
-    return {v.index: r for v, r in zip((*equation.outputs, *equation.residuals), results, strict=True)}
 
 
 def residuals_of(program: Program) -> tuple[Variable, ...]:
@@ -36,24 +35,17 @@ def residuals_of(program: Program) -> tuple[Variable, ...]:
 
     There are none where the program holds a `scan`: once that is unrolled over time, other products take their place.
     """
-    if any(equation.name == "scan" for equation in program.equations):
+    if any(e.name == "scan" for e in program.equations):
         return ()
     names = ("dot_general", "conv_general_dilated")
-    return tuple(v for equation in program.equations if equation.name in names for v in equation.outputs)
+    return tuple(v for e in program.equations if e.name in names for v in e.outputs)
 
 
 def forward(program: Program, inputs: Sequence[Array], residuals: Sequence[Array] = ()) -> dict[int, Any]:
-    """The value of every variable of the program at these inputs.
+    """The values of all variables of the program, by number, from one array for each of its inputs.
 
-    **Arguments:**
-
-    - `program`, `inputs`: the program, and one array for each of its inputs.
-    - `residuals`: the values of [`residuals_of`][] from another evaluation at the same inputs. They are not computed
-        again, unless their shapes do not fit: fewer of the products may be alive in this program than in that one.
-
-    **Returns:**
-
-    A dictionary from the number of each variable to its value.
+    `residuals` are the values of [`residuals_of`][] from another evaluation at the same inputs. They are not computed
+    again, unless their shapes do not fit: fewer of the products may be alive in this program than in that one.
     """
     env: dict[int, Any] = {
         i: jnp.asarray(x) if isinstance(x, np.ndarray) and x.ndim else x for i, x in program.constants.items()
@@ -85,16 +77,9 @@ class Fragment:
         return frozenset(v.index for e in self.equations for v in e.inputs if v.index not in inside)
 
     def of_one(self, static: Mapping[int, float], shape: tuple[int, ...]) -> Callable[[Array], Array]:
-        """An elementwise fragment as a function of its one operand, of any shape.
+        """An elementwise fragment as a function of its one operand, whose shape need not be the one in the program.
 
-        **Arguments:**
-
-        - `static`: all numbers that the fragment reads from outside, by the number of their variable.
-        - `shape`: the shape of the operand, which need not be the one in the program.
-
-        **Returns:**
-
-        A function of one array of that shape.
+        `static` holds all numbers that the fragment reads from outside, by the number of their variable.
         """
         variables = {v.index: v for e in self.equations for v in e.inputs}
         known = {i: np.full(shape if variables[i].shape else (), static[i], variables[i].dtype) for i in self.known}
@@ -103,25 +88,20 @@ class Fragment:
     def __call__(self, known: Mapping[int, Any], values: Sequence[Array]) -> list[Array]:
         env = {index: known[index] for index in self.known}
         env.update((v.index, x) for v, x in zip(self.operands, values, strict=True))
-        for equation in self.equations:
-            if equation.name == "max":
-                env[equation.outputs[0].index] = self._maximum(equation, env)
-            else:
-                env.update(_results(equation, env))
+        env = evaluate(self.equations, env, self._bind)
         return [env[v.index] for v in self.outputs]
 
-    def _maximum(self, equation: Equation, env: Mapping[int, Any]) -> Array:
-        """A maximum. One over a known operand is written as a choice, which has the same value.
+    def _bind(self, equation: Equation, *operands: Any) -> list[Any]:
+        """The results of an equation. A maximum over a known operand is written as a choice, which has the same value.
 
         Its derivative is zero where the known operand is chosen, even if a derivative of what follows is not finite
         there (as of the root of a relu). The derivative of `jax.nn.relu` is the same.
         """
-        flags = [v.index in self.known for v in equation.inputs]
-        x, y = (env[v.index] for v in equation.inputs)
-        if flags[0] == flags[1]:
-            return equation.bind(x, y)[0]
-        known, unknown = (x, y) if flags[0] else (y, x)
-        return jnp.where(unknown <= known, known, unknown)
+        is_known = [v.index in self.known for v in equation.inputs] if equation.name == "max" else []
+        if sum(is_known) != 1:
+            return equation.bind(*operands)
+        known, unknown = operands if is_known[0] else reversed(operands)
+        return [jnp.where(unknown <= known, known, unknown)]
 
 
 @dataclass(frozen=True, eq=False)

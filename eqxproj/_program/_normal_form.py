@@ -5,13 +5,11 @@ Transforms a closed jaxpr into a [`Program`][]. Limits: control flow other than 
 
 In the normal form,
 
-- calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, and the constants of inner jaxprs are lifted
-  to the program's own; a `custom_jvp_call` of what has no other derivative, such as a loop, stays one equation;
-- every variable is numbered afresh, so that an inner jaxpr that is called twice gives two sets of variables;
-- implicit broadcasting of elementwise operations is made explicit: a vmapped `add f32[4,8] f32[1,8]` is a
-  `broadcast_in_dim` and an addition of equal shapes;
-- a short `scan` of elementwise operations over constants is unrolled: JAX writes the polynomials in its special
-  functions in this way, and without the `scan` such a function is elementwise throughout;
+- calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, except a `custom_jvp_call` of what has no other
+  derivative, such as a loop; constants are the program's own, and each call has variables of its own;
+- implicit broadcasting of elementwise operations is a `broadcast_in_dim`;
+- a short `scan` of elementwise operations over constants, as in JAX's special functions, is unrolled, so that such a
+  function is elementwise throughout;
 - a product that is only read transposed, as `vmap` of a matrix times a vector leaves it, is computed transposed;
 - dead code is dropped.
 """
@@ -30,7 +28,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
-from ._equations import Equation, Program, Variable, live
+from ._equations import Equation, Fresh, Program, Variable, live
 from ._primitives import ELEMENTWISE, OWN_DERIVATIVE, VIEWS
 from ._source import source_of
 
@@ -38,6 +36,8 @@ _CALLS = ("jit", "pjit", "custom_jvp_call", "remat2", "checkpoint", "remat")
 _CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
 _ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_KEEPS_NUMBERS = ("broadcast_in_dim", "convert_element_type", "copy", "neg", "reshape", "squeeze", "stop_gradient")
+_UNROLLED = 32  # steps up to which a `scan` of elementwise operations is unrolled
 
 
 class _Builder:
@@ -45,52 +45,23 @@ class _Builder:
 
     def __init__(self) -> None:
         self.equations: list[Equation] = []
-        self.constants: dict[int, Any] = {}
-        self.static: dict[int, float] = {}
-        self.count = 0
+        self.fresh = Fresh()
 
-    def variable(self, shape: Sequence[int], dtype: Any) -> Variable:
-        self.count += 1
-        return Variable(self.count - 1, tuple(shape), dtype)
-
-    def constant(self, value: Any, dtype: Any = None) -> Variable:
-        array = value
-        if not isinstance(value, jax.Array):  # kept out of JAX, so that it stays a number inside of a `jit`
-            array = np.asarray(value, dtype)
-            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
-        variable = self.variable(array.shape, array.dtype)
-        self.constants[variable.index] = array
-        is_number = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
-        if not isinstance(array, jax.core.Tracer) and array.size == 1 and is_number:
-            self._note(variable, array)
-        return variable
-
-    def literal(self, literal: Literal) -> Variable:
-        variable = self.variable(np.shape(literal.val), literal.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        self.constants[variable.index] = np.asarray(literal.val, literal.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    def _literal(self, literal: Any) -> Variable:
+        variable = self.fresh.constant(np.asarray(literal.val, literal.aval.dtype))
         if np.size(literal.val) == 1:
-            self._note(variable, literal.val)
+            self.fresh.note(variable, literal.val)  # before it was rounded to the dtype
         return variable
-
-    def _note(self, variable: Variable, number: Any) -> None:
-        """Notes the value of a constant of one element, if it is real."""
-        if not np.iscomplexobj(number):
-            self.static[variable.index] = float(np.asarray(number).reshape(()))
 
     def _emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str):
-        outputs = tuple(self.variable(aval.shape, aval.dtype) for aval in avals)
+        outputs = tuple(self.fresh.variable(aval.shape, aval.dtype) for aval in avals)
         self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source))
-        self._propagate_static(self.equations[-1])
+        static = self.fresh.static
+        if primitive.name in _KEEPS_NUMBERS and inputs[0].index in static:
+            value = static[inputs[0].index] * (-1 if primitive.name == "neg" else 1)
+            kind = np.dtype(outputs[0].dtype).kind if hasattr(outputs[0].dtype, "kind") else "f"
+            static[outputs[0].index] = float(int(value)) if kind in "iu" else value
         return outputs
-
-    def _propagate_static(self, equation: Equation) -> None:
-        passes_on = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "stop_gradient")
-        if equation.name == "neg" and equation.inputs[0].index in self.static:
-            self.static[equation.outputs[0].index] = -self.static[equation.inputs[0].index]
-        if equation.name in passes_on and equation.inputs[0].index in self.static:
-            value = self.static[equation.inputs[0].index]
-            kind = np.dtype(equation.outputs[0].dtype).kind if hasattr(equation.outputs[0].dtype, "kind") else "f"
-            self.static[equation.outputs[0].index] = float(int(value)) if kind in "iu" else value
 
     def _broadcast(self, variable: Variable, shape: tuple[int, ...], source: str) -> Variable:
         """An explicit broadcast of `variable` to `shape`, of the same rank or from a scalar."""
@@ -100,17 +71,12 @@ class _Builder:
         return self._emit(jp.broadcast_in_dim_p, params, [variable], [aval], source)[0]
 
     def walk(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Variable], outer: str | None = None):
-        """Takes over the equations of a jaxpr; returns its outputs.
-
-        - `consts`, `inputs`: what its constants are, and what takes the place of its inputs.
-        - `outer`: where the call stands that is inlined.
-        """
+        """Takes over the equations of a jaxpr, inlined at the place `outer`; returns its outputs."""
         env: dict[Any, Variable] = dict(zip(jaxpr.invars, inputs, strict=True))
-        for var, value in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = self.constant(value)
+        env.update((var, self.fresh.constant(value)) for var, value in zip(jaxpr.constvars, consts, strict=True))
 
         def read(atom: Any) -> Variable:
-            return self.literal(atom) if isinstance(atom, Literal) else env[atom]
+            return self._literal(atom) if isinstance(atom, Literal) else env[atom]
 
         for equation in jaxpr.eqns:
             operands = [read(atom) for atom in equation.invars]
@@ -125,40 +91,31 @@ class _Builder:
             return operands
         if inner is not None:
             return self.walk(inner[0], inner[1], operands, source)
-        if self._is_polynomial(equation, operands):
-            return self._polynomial(equation, operands, source)
+        polynomial = self._polynomial(equation, operands, source) if name == "scan" else None
+        if polynomial is not None:
+            return polynomial
         if name in ELEMENTWISE:
             shape = equation.outvars[0].aval.shape
-            operands = [
-                v if v.shape == shape or v.index in self.static else self._broadcast(v, shape, source) for v in operands
-            ]
+            same = [v.shape == shape or v.index in self.fresh.static for v in operands]
+            operands = [v if s else self._broadcast(v, shape, source) for v, s in zip(operands, same, strict=True)]
         avals = [v.aval for v in equation.outvars]
         return self._emit(equation.primitive, equation.params, operands, avals, source)
 
-    def _is_polynomial(self, equation: Any, operands: Sequence[Variable]) -> bool:
-        """Whether an equation is a short `scan` of elementwise operations over constants that keeps its end alone."""
-        if equation.primitive.name != "scan":
-            return False
+    def _polynomial(self, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable] | None:
+        """The last carries of a short `scan` of elementwise operations over constants; `None` of any other `scan`."""
         params = equation.params
-        held, carried = scan_counts(params)
-        scanned = [self.constants.get(v.index) for v in operands[held + carried :]]
+        closed, (held, carried) = params["jaxpr"], scan_counts(params)
+        scanned = [self.fresh.constants.get(v.index) for v in operands[held + carried :]]
         known = all(x is not None and not isinstance(x, jax.core.Tracer) for x in scanned)
         short = params["length"] <= _UNROLLED and len(equation.outvars) == carried
-        names = ELEMENTWISE | {"broadcast_in_dim"}
-        return known and short and bool(scanned) and _holds_only(params["jaxpr"].jaxpr, names)
-
-    def _polynomial(self, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable]:
-        """The last carries of a short `scan` over constants, step by step."""
-        params = equation.params
-        held, carried = scan_counts(params)
-        start = held + carried
-        carry = list(operands[held:start])
-        scanned = [np.asarray(self.constants[v.index]) for v in operands[start:]]
+        if not (known and short and scanned and _holds_only(closed.jaxpr, ELEMENTWISE | {"broadcast_in_dim"})):
+            return None
+        carry = list(operands[held : held + carried])
+        rows = [np.asarray(x) for x in scanned]
         steps = range(params["length"])
         for i in reversed(steps) if params["reverse"] else steps:
-            elements = [self.constant(x[i], x.dtype) for x in scanned]
-            inputs = [*operands[:held], *carry, *elements]
-            carry = self.walk(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs, source)
+            elements = [self.fresh.constant(x[i]) for x in rows]
+            carry = self.walk(closed.jaxpr, closed.consts, [*operands[:held], *carry, *elements], source)
         return carry
 
 
@@ -201,10 +158,6 @@ def is_transposable(function: Callable[..., Any], operands: Sequence[Any], known
     return True
 
 
-_UNROLLED = 32
-"""Steps up to which a `scan` of elementwise operations is unrolled."""
-
-
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """How many of the operands of a `scan` are constants, and how many carries."""
     if "num_consts" in params:
@@ -226,16 +179,11 @@ def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple
     """The equations, without transposes of products that are read nowhere else: the operands are exchanged instead."""
     reads = Counter(v.index for v in (*outputs, *(v for e in equations for v in e.inputs)))
     transposes = {e.inputs[0].index: e for e in equations if e.name == "transpose"}
-    turned: dict[int, Equation] = {}
-    dropped: set[int] = set()
-    for equation in equations:
-        index = equation.outputs[0].index
-        if equation.name == "dot_general" and index in transposes and reads[index] == 1:
-            found = _exchanged(equation, transposes[index])
-            if found is not None:
-                turned[found.outputs[0].index] = found
-                dropped.add(index)
-    return tuple(turned.get(e.outputs[0].index, e) for e in equations if e.outputs[0].index not in dropped)
+    products = [e for e in equations if e.name == "dot_general" and reads[e.outputs[0].index] == 1]
+    pairs = [(e, transposes[e.outputs[0].index]) for e in products if e.outputs[0].index in transposes]
+    found = {e.outputs[0].index: _exchanged(e, after) for e, after in pairs}
+    turned = {e.outputs[0].index: e for e in found.values() if e is not None}
+    return tuple(turned.get(e.outputs[0].index, e) for e in equations if found.get(e.outputs[0].index) is None)
 
 
 def _exchanged(equation: Equation, after: Equation) -> Equation | None:
@@ -254,18 +202,9 @@ def _exchanged(equation: Equation, after: Equation) -> Equation | None:
 
 
 def normal_form(jaxpr: ClosedJaxpr) -> Program:
-    """Transforms a closed jaxpr into its normal form.
-
-    **Arguments:**
-
-    - `jaxpr`: what `jax.make_jaxpr` returns.
-
-    **Returns:**
-
-    A [`Program`][] that computes the same outputs.
-    """
+    """The normal form of a closed jaxpr."""
     builder = _Builder()
-    inputs = [builder.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    inputs = [builder.fresh.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
     outputs = builder.walk(jaxpr.jaxpr, jaxpr.consts, inputs)
     equations = _turned(live(builder.equations, outputs), outputs)
-    return Program(tuple(inputs), equations, tuple(outputs), builder.constants, builder.static)
+    return Program(tuple(inputs), equations, tuple(outputs), builder.fresh.constants, builder.fresh.static)

@@ -33,10 +33,7 @@ VIEW_DATA: dict[str, slice] = {
 ONE_TO_ONE: frozenset[str] = frozenset(
     "concatenate expand_dims reshape rev split squeeze stack transpose unstack".split()
 )
-"""The views that show every element exactly once, so that the number of copies is one and need not be computed.
-
-(`split` and `unstack` show it once over all their outputs.)
-"""
+"""The views that show every element exactly once (over all their outputs), so that no copies need be counted."""
 
 AT_MOST_ONCE: frozenset[str] = ONE_TO_ONE | frozenset("dynamic_slice dynamic_update_slice pad select_n slice".split())
 """The views that show no element more than once."""

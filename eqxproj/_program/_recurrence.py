@@ -14,18 +14,19 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
-from ._equations import Equation, Program, dependents
+from ._equations import Equation, dependents
 from ._fragment import forward, residuals_of
 from ._normal_form import normal_form, scan_counts
 
 _T = TypeVar("_T")
 
 
-class Unknowns(NamedTuple):
-    """Which operands of a recurrence's body depend on unknowns, one flag each, by kind.
+def _split(items: Sequence[_T], first: int, second: int) -> tuple[list[_T], list[_T], list[_T]]:
+    return list(items[:first]), list(items[first : first + second]), list(items[first + second :])
 
-    Carries may be known at the start and become unknown on the way.
-    """
+
+class Unknowns(NamedTuple):
+    """Which operands of a recurrence's body depend on unknowns, by kind. Carries may become unknown on the way."""
 
     constants: Sequence[bool]
     carries: Sequence[bool]
@@ -37,9 +38,7 @@ class Unknowns(NamedTuple):
 
     def split(self, values: Sequence[_T]) -> tuple[list[_T], list[_T], list[_T]]:
         """Values, one an unknown operand, by kind: constants, carries, slices."""
-        first = sum(self.constants)
-        second = first + sum(self.carries)
-        return list(values[:first]), list(values[first:second]), list(values[second:])
+        return _split(values, sum(self.constants), sum(self.carries))
 
     def chosen(self, constants: Sequence[_T], carries: Sequence[_T], slices: Sequence[_T]) -> list[_T]:
         """Of values, one an operand, those of the unknown operands in order."""
@@ -60,8 +59,7 @@ class Recurrence:
     @classmethod
     def of(cls, equation: Equation) -> Recurrence:
         params = equation.params
-        constants, carries = scan_counts(params)
-        return cls(params["jaxpr"], constants, carries, params["length"], params["reverse"])
+        return cls(params["jaxpr"], *scan_counts(params), params["length"], params["reverse"])
 
     def body(self, *operands: Any) -> tuple[list[Array], list[Array]]:
         """The next carries and the outputs to be stacked."""
@@ -70,16 +68,11 @@ class Recurrence:
 
     def split(self, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Items, one for each operand, by kind: constants, carries, slices."""
-        first, second = self.constants, self.constants + self.carries
-        return list(items[:first]), list(items[first:second]), list(items[second:])
-
-    def program(self) -> Program:
-        """The body in normal form."""
-        return normal_form(self.jaxpr)
+        return _split(items, self.constants, self.carries)
 
     def unknown_outputs(self, unknown: Sequence[bool]) -> list[bool]:
         """Which carries and stacked outputs depend on unknown operands. What is no float counts as known."""
-        program = self.program()
+        program = normal_form(self.jaxpr)
         constants, carries, slices = self.split(unknown)
         while True:
             flags = [*constants, *carries, *slices]
@@ -94,11 +87,7 @@ class Recurrence:
     def unknowns(self, unknown: Sequence[bool]) -> Unknowns:
         """Which operands of the body depend on unknowns, given which operands of the `scan` are unknown."""
         constants, _, slices = self.split(unknown)
-        return Unknowns(constants, self.unknown_carries(unknown), slices)
-
-    def unknown_carries(self, unknown: Sequence[bool]) -> list[bool]:
-        """Which carries depend on unknown operands."""
-        return self.unknown_outputs(unknown)[: self.carries]
+        return Unknowns(constants, self.unknown_outputs(unknown)[: self.carries], slices)
 
     def scan(self, body: Any, init: Any, xs: Any, backward: bool = False) -> tuple[Any, Any]:
         """Runs a body over time in this recurrence's order, or against it."""
@@ -107,18 +96,12 @@ class Recurrence:
     def walk(
         self, constants: Sequence[Any], carries: Sequence[Any], slices: Sequence[Any], with_residuals: bool = False
     ) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
-        """Runs the recurrence through time.
+        """Runs the recurrence through time, with the operands of the `scan` by kind.
 
-        **Arguments:**
-
-        - `constants`, `carries`, `slices`: the operands of the `scan`, by kind.
-        - `with_residuals`: whether to stack what the way back needs again of each step.
-
-        **Returns:**
-
-        The last carries, the stacked outputs, the carries that enter each step, and the residuals of the body.
+        Returns the last carries, the stacked outputs, the carries that enter each step, and the residuals of the body
+        at each step, if asked for.
         """
-        program = self.program()
+        program = normal_form(self.jaxpr)
         wanted = residuals_of(program) if with_residuals else ()
 
         def step(carry, x):

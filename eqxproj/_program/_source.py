@@ -11,18 +11,12 @@ from typing import Any
 
 import jax.extend as jex
 
-_LIBRARIES = tuple(
-    os.sep + name + os.sep for name in ("jax", "jaxlib", "equinox", "optax", "flax", "jaxtyping", "beartype")
-)
+_LIBRARIES = [os.sep + name + os.sep for name in "jax jaxlib equinox optax flax jaxtyping beartype".split()]
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 def source_of(source_info: Any, outer: str | None = None) -> str:
-    """The place in the user's own code: the innermost frame that belongs to no library of the stack.
-
-    An equation of an inlined function whose own frames are all a library's stands where the function is called,
-    `outer`.
-    """
+    """The innermost frame in the user's own code; else `outer`, where the function that is inlined is called."""
     traceback = getattr(source_info, "traceback", None)
     for frame in getattr(traceback, "frames", ()) or ():
         if "trace_to_jaxpr" in frame.function_name and outer is not None:

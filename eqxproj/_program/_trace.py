@@ -1,8 +1,7 @@
 """From a loss function and a model to a program, with the model's inexact arrays as the unknowns.
 
-Transforms `loss(model, *args, **kwargs)`, called once with abstract values, into a [`Trace`][]. Limits: what is known
-while tracing (Python numbers, functions, frozen leaves given as `None`, integer arrays of the model) is part of the
-trace, as in `equinox.filter_value_and_grad`.
+Transforms `loss(model, *args, **kwargs)`, called once with abstract values, into a [`Trace`][]. Limits: all else that
+is no argument's array is part of the trace (Python numbers, functions, integer arrays of the model).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -92,55 +90,38 @@ def trace(
     has_aux: bool = False,
     is_parameter: Sequence[bool] | None = None,
 ) -> Trace:
-    """Traces `loss(model, *args, **kwargs)`.
+    """Traces `loss(model, *args, **kwargs)`, which returns a scalar, or `(scalar, auxiliary)` with `has_aux`.
 
-    **Arguments:**
-
-    - `loss`: returns a scalar, or `(scalar, auxiliary)` with `has_aux`.
-    - `model`: any pytree; its inexact arrays are the unknowns.
-    - `args`, `kwargs`: the further arguments of the loss.
-    - `has_aux`: as in `equinox.filter_value_and_grad`.
-    - `is_parameter`: for each unknown whether it is a parameter; all are, by default.
-
-    **Returns:**
-
-    A [`Trace`][].
-
-    **Raises:** `ValueError` where the model holds no inexact array or the loss returns no scalar.
+    The unknowns are the inexact arrays of `model`, all of them parameters unless `is_parameter` says otherwise. Raises
+    a `ValueError` where there are none, or the loss returns no scalar.
     """
     unknown, static_model = eqx.partition(model, eqx.is_inexact_array)
     paths, treedef = jtu.tree_flatten_with_path(unknown)
     names = tuple(jtu.keystr(path).lstrip(".") or "parameter" for path, _ in paths)
     parameters = tuple(jnp.asarray(leaf) for _, leaf in paths)
     _check_parameters(model, names, parameters)
-    arrays, static_args = eqx.partition(_as_arrays((tuple(args), dict(kwargs or {}))), eqx.is_array)
-    leaves, args_treedef = jtu.tree_flatten(arrays)
-    box: dict[str, Any] = {}  # the structure of the auxiliary output is found while tracing, which returns arrays alone
+    arrays, static_inputs = eqx.partition(_as_arrays((tuple(args), dict(kwargs or {}))), eqx.is_array)
 
-    def flat(parameters: Sequence[Array], leaves: Sequence[Array]) -> Any:
-        full = eqx.combine(jtu.tree_unflatten(treedef, parameters), static_model)
-        full_args, full_kwargs = eqx.combine(jtu.tree_unflatten(args_treedef, leaves), static_args)
-        out = loss(full, *full_args, **full_kwargs)
+    def checked(unknown: PyTree, arrays: PyTree) -> tuple[Array, PyTree]:
+        full_args, full_kwargs = eqx.combine(arrays, static_inputs)
+        out = loss(eqx.combine(unknown, static_model), *full_args, **full_kwargs)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise ValueError(
                 f"`loss` must return `(value, auxiliary)` with `has_aux=True`, but it returned {_kind(out)}."
             )
         value, aux = out if has_aux else (out, None)
         _check_value(value)
-        dynamic, box["static"] = eqx.partition(_as_arrays(aux), eqx.is_array)
-        aux_leaves, box["treedef"] = jtu.tree_flatten(dynamic)
-        return [jnp.asarray(value), *aux_leaves]
+        return jnp.asarray(value), _as_arrays(aux)
 
-    jaxpr = jax.make_jaxpr(flat)(list(parameters), leaves)
-    program = normal_form(jaxpr)
+    jaxpr, (_, aux), (_, aux_static) = eqx.filter_make_jaxpr(checked)(jtu.tree_unflatten(treedef, parameters), arrays)
     return Trace(
         parameters=parameters,
-        arguments=tuple(leaves),
+        arguments=tuple(jtu.tree_leaves(arrays)),
         static_model=static_model,
         treedef=treedef,
         names=names,
-        program=program,
-        aux_treedef=box["treedef"],
-        aux_static=box["static"],
+        program=normal_form(jaxpr),
+        aux_treedef=jtu.tree_structure(aux),
+        aux_static=aux_static,
         is_parameter=(True,) * len(parameters) if is_parameter is None else tuple(is_parameter),
     )

@@ -1,15 +1,12 @@
 r"""Unrolls the recurrences of a program: from a `scan` to equations with an axis of time.
 
 The body of a `scan` becomes equations over all time steps at once, by `jax.vmap`, so that the size of the graph does
-not depend on the number of steps. Limits: the forward pass still goes through time in order.
+not depend on the number of steps. Limits: the forward pass still goes through time in order, by an equation that
+stacks the entering carries ([`Entering`][]).
 
 The carry that enters step $t$ is the one that leaves step $t - 1$. It is a *delayed* variable: no result of its own,
-but a view of the initial carry and of all leaving carries except the last. This closes a cycle in the graph. The
-two-color solvers need not know of it, since they project all time steps at once. For the forward pass there is an
-equation that runs the recurrence and stacks the entering carries ([`Entering`][]).
-
-A `scan` none of whose carries depends on unknowns (`lax.map`) has no cycle and is always unrolled. Recurrences inside
-of a body are unrolled in turn.
+but a view of the initial carry and of all leaving carries except the last. This closes a cycle in the graph, unless no
+carry depends on unknowns (`lax.map`): then a `scan` is always unrolled. Recurrences inside of a body are too, in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as jp
 
 from ._equations import Equation, Fresh, Program, Variable, dependents
@@ -29,7 +26,6 @@ from ._primitives import VIEWS
 from ._recurrence import Recurrence
 
 _enter_p = Primitive("entering_carries")
-_copy_p = jp.copy_p
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,29 +61,18 @@ class Delayed:
 
 @dataclass(frozen=True, eq=False)
 class Unrolled:
-    """A program without the recurrences that were unrolled.
-
-    `program` runs forward. `delayed` maps the number of each delayed variable to what shows it.
-    """
+    """A program that runs forward, and what shows each delayed variable, by its number."""
 
     program: Program
     delayed: Mapping[int, Delayed]
 
 
 def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrolled:
-    """Unrolls the recurrences of a program.
+    """Unrolls the recurrences of a program in normal form; `seeds` are its unknown inputs.
 
-    **Arguments:**
-
-    - `program`: in normal form.
-    - `seeds`: its unknown inputs.
-    - `in_order`: leave recurrences whose carries depend on unknowns as they are.
-
-    **Returns:**
-
-    An [`Unrolled`][].
+    `in_order` leaves recurrences whose carries depend on unknowns as they are.
     """
-    fresh = Fresh(program)
+    fresh = Fresh.after(program)
     delayed: dict[int, Delayed] = {}
     replaced: dict[int, Variable] = {}
     done: list[Equation] = []
@@ -98,12 +83,11 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
         flags = [v.index in unknown and v.is_float for v in equation.inputs]
         recurrence = Recurrence.of(equation) if equation.name == "scan" and any(flags) else None
         if recurrence is not None and recurrence.length > 0:
-            carries = recurrence.unknown_carries(flags)
+            carries = recurrence.unknown_outputs(flags)[: recurrence.carries]
             if not (in_order and any(carries)):
-                steps = _unrolled(equation, recurrence, carries, fresh)
-                queue[:0] = steps.equations
-                delayed |= steps.delayed
-                replaced |= steps.replaced
+                queue[:0], shown, stacked = _unrolled(equation, recurrence, carries, fresh)
+                delayed |= shown
+                replaced |= stacked
                 continue
             equation = _walked(equation, recurrence, fresh)
         done.append(equation)
@@ -113,15 +97,13 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
             replaced |= {stop.inputs[0].index: stop.outputs[0] for stop in stops}
         unknown |= dependents([equation], [v for v in equation.inputs if v.index in unknown])
     outputs = tuple(_resolved(v, replaced) for v in program.outputs)
-    shown = {
-        i: Delayed(tuple(_renamed(e, replaced) for e in found.equations), found.leaving) for i, found in delayed.items()
-    }
-    return Unrolled(Program(program.inputs, tuple(done), outputs, fresh.constants, fresh.static), shown)
+    delayed = {i: replace(d, equations=tuple(_renamed(e, replaced) for e in d.equations)) for i, d in delayed.items()}
+    return Unrolled(Program(program.inputs, tuple(done), outputs, fresh.constants, fresh.static), delayed)
 
 
 def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:
     """The same `scan`, which keeps its residuals."""
-    each = (*recurrence.split(equation.inputs)[1], *residuals_of(recurrence.program()))
+    each = (*recurrence.split(equation.inputs)[1], *residuals_of(normal_form(recurrence.jaxpr)))
     residuals = tuple(fresh.variable((recurrence.length, *v.shape), v.dtype) for v in each)
     fields = (equation.primitive, equation.params, equation.inputs, equation.outputs, equation.source)
     return Walked(*fields, residuals=residuals, recurrence=recurrence)
@@ -129,9 +111,8 @@ def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:
 
 def _stopped(equation: Equation, flags: Sequence[bool], fresh: Fresh) -> list[Equation]:
     """Stops the outputs that depend on no unknown, or are no floats: counters, predicates, positions."""
-    unknown = [v.is_float for v in equation.outputs]
-    if equation.name == "scan":
-        unknown = Recurrence.of(equation).unknown_outputs(flags)
+    is_scan = equation.name == "scan"
+    unknown = Recurrence.of(equation).unknown_outputs(flags) if is_scan else [v.is_float for v in equation.outputs]
     known = [v for v, is_unknown in zip(equation.outputs, unknown, strict=True) if not is_unknown]
     return [Equation(jp.stop_gradient_p, {}, (v,), (fresh.like(v),), equation.source) for v in known]
 
@@ -147,38 +128,30 @@ def _renamed(equation: Equation, replaced: Mapping[int, Variable]) -> Equation:
     return equation if inputs == equation.inputs else replace(equation, inputs=inputs)
 
 
-# The equations that take the place of one `scan`.
+def _unrolled(
+    equation: Equation, recurrence: Recurrence, carries: Sequence[bool], fresh: Fresh
+) -> tuple[list[Equation], dict[int, Delayed], dict[int, Variable]]:
+    """All steps of a `scan` at once: equations, delayed variables, and new names of the stacked outputs.
 
-
-@dataclass(frozen=True, eq=False)
-class _Steps:
-    """What takes the place of a `scan`: its equations, its delayed variables, and new names of its stacked outputs."""
-
-    equations: tuple[Equation, ...]
-    delayed: Mapping[int, Delayed]
-    replaced: Mapping[int, Variable]
-
-
-def _unrolled(equation: Equation, recurrence: Recurrence, carries: Sequence[bool], fresh: Fresh) -> _Steps:
-    """All steps of a `scan` at once. `carries` says which carries depend on unknowns."""
+    `carries` says which carries depend on unknowns.
+    """
     initial = recurrence.split(equation.inputs)[1]
     entering = [fresh.variable((recurrence.length, *v.shape), v.dtype) for v in initial]
     body, outputs = _body(equation, recurrence, entering, fresh)
     equations = [*_runs(equation, recurrence, entering, carries), *body]
     delayed: dict[int, Delayed] = {}
     last = 0 if recurrence.reverse else recurrence.length - 1
-    for i, enter in enumerate(entering):
-        leave = outputs[i]
+    for i, (enter, leave) in enumerate(zip(entering, outputs, strict=False)):
         if carries[i]:
             if not _is_result(leave, equations):
-                equations.append(Equation(_copy_p, {}, (leave,), (fresh.like(leave),), equation.source))
+                equations.append(Equation(jp.copy_p, {}, (leave,), (fresh.like(leave),), equation.source))
                 leave = equations[-1].outputs[0]
             shows = _shows(initial[i], leave, enter, recurrence, equation.source, fresh)
             delayed[enter.index] = Delayed(shows, leave.index)
         row = _slice(leave, last, last + 1, equation.source, fresh)
         equations += [row, _reshape(row.outputs[0], equation.outputs[i], equation.source)]
     stacked = zip(equation.outputs[recurrence.carries :], outputs[recurrence.carries :], strict=True)
-    return _Steps(tuple(equations), delayed, {out.index: y for out, y in stacked})
+    return equations, delayed, {out.index: y for out, y in stacked}
 
 
 def _runs(
@@ -186,12 +159,10 @@ def _runs(
 ) -> list[Equation]:
     """The equations that compute the entering carries: the known ones apart from the unknown ones."""
     found: list[Equation] = []
-    for is_unknown in (False, True):
+    for primitive, is_unknown in ((jp.stop_gradient_p, False), (_enter_p, True)):
         picked = tuple(i for i, c in enumerate(carries) if c == is_unknown)
-        if picked:
-            outputs = tuple(entering[i] for i in picked)
-            primitive = _enter_p if is_unknown else jp.stop_gradient_p  # nothing unknown passes a `stop_gradient`
-            args = (primitive, {}, equation.inputs, outputs, equation.source)
+        if picked:  # nothing unknown passes a `stop_gradient`
+            args = (primitive, {}, equation.inputs, tuple(entering[i] for i in picked), equation.source)
             found.append(Entering(*args, recurrence=recurrence, picked=picked))
     return found
 
@@ -203,12 +174,7 @@ def _body(
     constants, _, slices = recurrence.split(equation.inputs)
     inputs = [*constants, *entering, *slices]
     axes = [None] * recurrence.constants + [0] * (recurrence.carries + len(slices))
-
-    def body(*operands):
-        carries, ys = recurrence.body(*operands)
-        return (*carries, *ys)
-
-    over_time = jax.vmap(body, in_axes=axes, out_axes=0, axis_size=recurrence.length)
+    over_time = jax.vmap(jaxpr_as_fun(recurrence.jaxpr), in_axes=axes, axis_size=recurrence.length)
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
     return fresh.splice(normal_form(jax.make_jaxpr(over_time)(*shapes)), inputs)
 
@@ -224,18 +190,15 @@ def _shows(
 ) -> tuple[Equation, ...]:
     """The entering carry as a view of the initial and the leaving ones."""
     first = _reshape(initial, fresh.variable((1, *initial.shape), initial.dtype), source)
-    found = [first]
-    if recurrence.length > 1:
-        start, stop = (1, recurrence.length) if recurrence.reverse else (0, recurrence.length - 1)
-        found.append(_slice(leave, start, stop, source, fresh))
-    parts = [e.outputs[0] for e in found]
-    inputs = tuple(reversed(parts) if recurrence.reverse else parts)
+    start, steps = int(recurrence.reverse), recurrence.length - 1
+    found = [first, _slice(leave, start, start + steps, source, fresh)] if steps else [first]
+    inputs = tuple(e.outputs[0] for e in (reversed(found) if recurrence.reverse else found))
     return (*found, Equation(jp.concatenate_p, dict(dimension=0), inputs, (enter,), source))
 
 
 def _slice(variable: Variable, start: int, stop: int, source: str, fresh: Fresh) -> Equation:
     rest = variable.shape[1:]
-    params = dict(start_indices=(start, *(0 for _ in rest)), limit_indices=(stop, *rest), strides=None)
+    params = dict(start_indices=(start, *[0] * len(rest)), limit_indices=(stop, *rest), strides=None)
     output = fresh.variable((stop - start, *rest), variable.dtype)
     return Equation(jp.slice_p, params, (variable,), (output,), source)
 
