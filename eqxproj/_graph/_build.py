@@ -1,13 +1,13 @@
 """From a traced loss to its factor graph.
 
 Transforms a trace into a [`Graph`][], from the objective back: views become the maps of edges, elementwise operations
-are fused, and what remains is one node for each equation. Limits: the graph is not two-colored yet.
-
-An equation that depends on no parameter is evaluated once, on the forward pass, and so is the result of a
-`stop_gradient`.
+are fused, and what remains is one node for each equation. What depends on no parameter, or is the result of a
+`stop_gradient`, is evaluated once, on the forward pass. Limits: the graph is not two-colored yet.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from .._errors import Unsupported, UnsupportedPrimitiveError
 from .._program._composites import with_composites
@@ -16,7 +16,7 @@ from .._program._trace import Trace
 from ._fusion import Fusion, is_view
 from ._graph import Edge, Graph, Node
 from ._live import LiveProgram, live_program
-from ._nodes import Draft, draft_of, input_draft
+from ._nodes import Draft, draft_of
 from ._objective_region import Objective, pin, split_objective
 from ._views import shown
 
@@ -33,21 +33,11 @@ def check_dependence(trace: Trace) -> None:
 
 
 def build(trace: Trace, data: str = "constant", in_order: bool = False, composites: bool = True) -> Graph:
-    """Builds the factor graph of a traced loss.
+    """Builds the factor graph of a traced loss, which is not two-colored yet.
 
-    **Arguments:**
-
-    - `trace`: the traced loss.
-    - `data`: `"constant"` (data is known) or `"pinned"` (data is a variable that is held in place).
-    - `in_order`: whether a recurrence is one node, which goes through time in order, or its steps are nodes.
-    - `composites`: whether softmax, normalization and the like are one node each.
-
-    **Returns:**
-
-    A [`Graph`][], not yet two-colored.
-
-    **Raises:** `UnsupportedPrimitiveError` naming every operation without a rule; `ValueError` where the loss does not
-    depend on the model.
+    `data` is `"constant"` (known), or `"pinned"` (a variable that is held in place). With `in_order` a recurrence is
+    one node, which goes through time in order; its steps are nodes otherwise. With `composites` softmax, normalization
+    and the like are one node each. Raises an `UnsupportedPrimitiveError` naming every operation without a rule.
     """
     if data not in ("constant", "pinned"):
         raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
@@ -104,20 +94,7 @@ class _Builder:
         edges = tuple(self._edge(v) for v in draft.operands)
         outputs = tuple(self._value(v) for v in draft.outputs)
         self.missing.extend(draft.missing)
-        self.nodes.append(
-            Node(
-                kind=draft.kind,
-                operation=draft.operation,
-                source=draft.source,
-                rule=draft.rule,
-                function=draft.function,
-                edges=edges,
-                outputs=outputs,
-                equation=draft.equation,
-                unknown=draft.unknown,
-                scale=draft.scale,
-            )
-        )
+        self.nodes.append(replace(draft.node, edges=edges, outputs=outputs))
 
     def add_producers(self) -> None:
         """Adds the nodes that compute the values, which bring further values, until all have one."""
@@ -125,9 +102,9 @@ class _Builder:
         for variable in self.values:  # each node may add to them
             index = variable.index
             if index in self.names:
-                self.add(input_draft("parameter", self.names[index], variable))
+                self.add(Draft(Node("parameter", self.names[index], "", None), (), (variable,)))
             elif variable in self.program.pinned:
-                self.add(input_draft("data", "data", variable))
+                self.add(Draft(Node("data", "data", "", None), (), (variable,)))
             elif index not in done:
                 done |= {v.index for v in self.fusion.makers[index].outputs}
                 self.add(draft_of(variable, self.fusion))
@@ -140,9 +117,9 @@ class _Builder:
 
     def _edge(self, variable: Variable) -> int:
         """A new edge of the next node, which shows a variable."""
-        found = shown(variable, self.program, self.fusion)
-        delayed = frozenset(self._value(v) for v in found.sources if v.index in found.late)
-        sources = tuple(self._value(v) for v in found.sources)
-        is_parameter = all(v.index in self.parameters for v in found.sources)
-        self.edges.append(Edge(variable, found.view, sources, len(self.nodes), is_parameter, delayed))
+        view, late = shown(variable, self.program, self.fusion)
+        delayed = frozenset(self._value(v) for v in view.operands if v.index in late)
+        sources = tuple(self._value(v) for v in view.operands)
+        is_parameter = all(v.index in self.parameters for v in view.operands)
+        self.edges.append(Edge(variable, view, sources, len(self.nodes), is_parameter, delayed))
         return len(self.edges) - 1

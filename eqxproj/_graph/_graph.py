@@ -10,16 +10,31 @@ of a node, through a view. A *node* constrains its operands and its outputs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from .._program._equations import Equation, Program, Variable
 from .._program._fragment import Fragment, View
 from ..rules._base import AbstractRule
 
 Kind = Literal["parameter", "data", "operation", "objective", "identity"]
+T = TypeVar("T", bound=Hashable)
+
+
+def after_sources(ends: Iterable[T], sources: Callable[[T], Iterable[T]]) -> tuple[T, ...]:
+    """`ends` and what leads to them, each once and after its sources."""
+    done: dict[T, None] = {}
+    stack = [(end, False) for end in ends]
+    while stack:
+        item, is_ready = stack.pop()
+        if is_ready:
+            done[item] = None
+        elif item not in done:
+            stack.append((item, True))
+            stack.extend((source, False) for source in sources(item))
+    return tuple(done)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +63,9 @@ class Node:
     operation: str
     source: str
     rule: AbstractRule | None
-    function: Fragment | None
-    edges: tuple[int, ...]
-    outputs: tuple[int, ...]
+    function: Fragment | None = None
+    edges: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
     equation: Equation | None = None
     unknown: tuple[bool, ...] = ()
     scale: float = 1.0
@@ -95,20 +110,17 @@ class Graph:
     @cached_property
     def predecessors(self) -> tuple[tuple[int, ...], ...]:
         """For each node, the nodes whose values it reads."""
-        return tuple(
-            tuple(dict.fromkeys(self.producers[v] for e in node.edges for v in self.edges[e].sources))
-            for node in self.nodes
-        )
+        return self._predecessors(with_delayed=True)
 
     @cached_property
     def prompt_predecessors(self) -> tuple[tuple[int, ...], ...]:
         """For each node, the nodes whose values it reads without delay. These relations have no cycle."""
+        return self._predecessors(with_delayed=False)
 
-        def read(node: Node) -> tuple[int, ...]:
-            edges = [self.edges[e] for e in node.edges]
-            return tuple(dict.fromkeys(self.producers[v] for e in edges for v in e.sources if v not in e.delayed))
-
-        return tuple(map(read, self.nodes))
+    def _predecessors(self, with_delayed: bool) -> tuple[tuple[int, ...], ...]:
+        shown = [[v for v in edge.sources if with_delayed or v not in edge.delayed] for edge in self.edges]
+        reads = [[self.producers[v] for e in node.edges for v in shown[e]] for node in self.nodes]
+        return tuple(tuple(dict.fromkeys(nodes)) for nodes in reads)
 
     @cached_property
     def objectives(self) -> tuple[int, ...]:
@@ -118,16 +130,7 @@ class Graph:
     @cached_property
     def forward_order(self) -> tuple[int, ...]:
         """Every node after those that it reads from."""
-        done: dict[int, None] = {}
-        stack = [(i, False) for i in reversed(range(len(self.nodes)))]
-        while stack:
-            node, ready = stack.pop()
-            if ready:
-                done[node] = None
-            elif node not in done:
-                stack.append((node, True))
-                stack.extend((p, False) for p in self.prompt_predecessors[node] if p not in done)
-        return tuple(done)
+        return after_sources(range(len(self.nodes))[::-1], lambda node: self.prompt_predecessors[node])
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
@@ -207,14 +210,7 @@ def conflicts(graph: Graph) -> tuple[int, ...]:
 def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
     """Puts an identity node on every edge that joins two nodes of one color, until there is none.
 
-    **Arguments:**
-
-    - `graph`: any graph.
-    - `identity`: the rule of the identity nodes.
-
-    **Returns:**
-
-    The graph with two colors. Where only some of the values that an edge shows conflict, the others stay as they are.
+    Where only some of the values that an edge shows conflict, the others stay as they are.
     """
     for _ in range(len(graph.edges) + 1):
         bad = conflicts(graph)
@@ -238,9 +234,8 @@ def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
         sources.append(len(values))
         values.append(variable)
         plain = View((), (variable,), (variable,))
-        edges.append(Edge(variable, plain, (value,), len(nodes), edge.is_parameter, edge.delayed & {value}))
-        fragment, own = Fragment((), (variable,), (variable,)), (len(edges) - 1,)
-        nodes.append(Node("identity", "identity", source, identity, fragment, own, (sources[-1],)))
+        nodes.append(Node("identity", "identity", source, identity, plain, (len(edges),), (sources[-1],)))
+        edges.append(Edge(variable, plain, (value,), len(nodes) - 1, edge.is_parameter, edge.delayed & {value}))
     edges[index] = replace(edge, sources=tuple(sources), delayed=edge.delayed & set(sources))
     return replace(graph, values=tuple(values), edges=tuple(edges), nodes=tuple(nodes))
 

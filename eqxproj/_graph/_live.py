@@ -43,14 +43,9 @@ class LiveProgram:
     unknown: frozenset[int] = frozenset()
     pinned: tuple[Variable, ...] = ()
 
-    @property
-    def loss(self) -> Variable:
-        return self.program.outputs[0]
-
     def with_unknowns(self, pinned: Sequence[Variable] = ()) -> LiveProgram:
         """The same program, in which what depends on a parameter or on `pinned` data is unknown."""
-        unknown = self.dependents([*self.parameters, *pinned])
-        return replace(self, unknown=unknown, pinned=tuple(pinned))
+        return replace(self, unknown=self.dependents([*self.parameters, *pinned]), pinned=tuple(pinned))
 
     def dependents(self, seeds: Sequence[Variable]) -> frozenset[int]:
         """The numbers of the variables that depend on the seeds. Delayed variables count as seeds."""
@@ -61,10 +56,8 @@ class LiveProgram:
         """The numbers of the variables that depend on data: on arguments that are no keys, or on constant arrays."""
         data = [v for v in self.arguments if not jnp.issubdtype(v.dtype, jax.dtypes.prng_key)]
         used = {v.index for e in self.equations for v in e.inputs}
-        constants = self.program.constants.items()
-        return self.dependents(
-            data + [Variable(i, np.shape(c), None) for i, c in constants if i in used and np.size(c) > 1]
-        )
+        arrays = [i for i, c in self.program.constants.items() if i in used and np.size(c) > 1]
+        return self.dependents([*data, *(Variable(i, (), None) for i in arrays)])
 
     def unknown_inputs(self, equation: Equation) -> list[Variable]:
         """The unknown operands of an equation, in order."""
@@ -74,15 +67,8 @@ class LiveProgram:
 def live_program(trace: Trace, pinned: bool, in_order: bool) -> LiveProgram:
     """The live part of a traced loss; its parameters are its unknowns.
 
-    **Arguments:**
-
-    - `trace`: the traced loss.
-    - `pinned`: whether data may become variables later, so that recurrences over data alone are unrolled too.
-    - `in_order`: whether recurrences whose carries depend on unknowns stay whole.
-
-    **Returns:**
-
-    A [`LiveProgram`][].
+    `pinned`: whether data may become variables later, so that recurrences over data alone are unrolled too.
+    `in_order`: whether recurrences whose carries depend on unknowns stay whole.
     """
     count = len(trace.parameters)
     parameters, arguments = trace.program.inputs[:count], trace.program.inputs[count:]

@@ -1,7 +1,6 @@
 """The feasibility problem of a loss: its graph, its metric, and the values of the forward pass.
 
-Transforms nothing: it is what solvers and the projector read. It is a pytree, so that it may be made inside a `jit`, or
-passed into one.
+Solvers and the projector read it. It is a pytree, so that it may be made inside a `jit`, or passed into one.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class AbstractProjector(abc.ABC):
     def project(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         """Projects onto the constraints of `nodes`, no two of which share an edge. Their order does not matter."""
 
-    @abc.abstractmethod
     def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         """The same, for solvers that go through layers one after another."""
+        return self.project(problem, state, nodes)
 
 
 class FeasibilityProblem(eqx.Module):

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._graph._graph import Node
 from .._metric import clamped_output
 from ..rules._base import as_duals, outputs_after
 from ._problem import AbstractProjector, FeasibilityProblem
-from ._readers import collapsed, context, expanded, operand, output_weight, value_of
+from ._readers import collapsed, context, operand, output_weight, shown_marks, value_of
 from ._state import State
 
 
@@ -30,13 +28,10 @@ class Projector(AbstractProjector):
 
     def project(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         incoming = self.incoming(problem, state, nodes)
-        answers = {
-            n: self._answer(problem, state, n, incoming) for n in nodes if problem.graph.nodes[n].rule is not None
-        }
+        with_rules = [n for n in nodes if problem.graph.nodes[n].rule is not None]
+        found = {n: self._answer(problem, state, n, incoming) for n in with_rules}
+        answers = {n: answer for n, answer in found.items() if answer is not None}
         return _written(problem, state, nodes, incoming, answers)
-
-    def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
-        return self.project(problem, state, nodes)
 
     def incoming(self, problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> Incoming:
         r"""The incoming dual of every output of the nodes: the sum of its consumers' duals, through their views.
@@ -44,16 +39,15 @@ class Projector(AbstractProjector):
         It is $\kappa$ times the wanted change; `None` where nothing is wanted.
         """
         values = [v for n in nodes for v in problem.graph.nodes[n].outputs]
-        edges = dict.fromkeys(e for v in values for e in problem.graph.readers[v])
         found: dict[int, list[Array]] = {}
-        for edge in edges:
+        for edge in dict.fromkeys(e for v in values for e in problem.graph.readers[v]):
             spec, dual = problem.graph.edges[edge], collapsed(problem, state, edge)
             if dual is not None:
                 for value, part in zip(spec.sources, spec.view.transpose(problem.known, dual), strict=True):
                     found.setdefault(value, []).append(part)
         return {v: sum(parts[1:], start=parts[0]) if (parts := found.get(v)) else None for v in values}
 
-    def residual(self, problem: FeasibilityProblem, node: Node, value: int, written: Array, output: Array) -> Array:
+    def residual(self, problem: FeasibilityProblem, value: int, written: Array, output: Array) -> Array:
         """The gap between a value as it was last written and what its producer now computes."""
         gap = written - output
         return _above_rounding(gap, output) if problem.metric.is_steep else gap
@@ -71,19 +65,16 @@ class Projector(AbstractProjector):
         ctx = replace(context(problem, number, state.store_copies), residuals_hold=_unmoved(problem, state, number))
         inputs = [operand(problem, state, e) for e in node.edges]
         written = [value_of(problem, state, v) for v in node.outputs]
-        # A jump of the output would look like a huge violation in the gradient regime. Keep the old output; pass on
-        # duals only.
+        # In the gradient regime a jump would look like a huge violation: keep the old output, pass on duals only.
         keeps = gradient_regime and node.rule.is_discontinuous
         known = state.up_to_date[number] or keeps or not node.outputs
         outputs = written if known else node.rule.evaluate(ctx, inputs)
-        duals = []
-        for value, mu, y, now in zip(node.outputs, wanted, written, outputs, strict=True):
-            dual = jnp.zeros_like(y) if mu is None else mu
-            if not known:
+        duals = [jnp.zeros_like(y) if mu is None else mu for y, mu in zip(written, wanted, strict=True)]
+        if not known:
+            for i, value in enumerate(node.outputs):
                 scale, count = output_weight(problem, value)
-                weight = jnp.asarray(count * clamped_output(scale), y.dtype)
-                dual = dual + self.residual(problem, node, value, y, now) * weight
-            duals.append(dual)
+                gap = self.residual(problem, value, written[i], outputs[i])
+                duals[i] = duals[i] + gap * jnp.asarray(count * clamped_output(scale), gap.dtype)
         found = (node.rule.pullback if gradient_regime else node.rule.project)(ctx, inputs, duals)
         if keeps or not node.outputs:
             return as_duals(found), written
@@ -125,32 +116,33 @@ def _written(
     state: State,
     nodes: Sequence[int],
     incoming: Incoming,
-    answers: dict[int, Answer | None],
+    answers: dict[int, Answer],
 ) -> State:
     """The state with the answers of the nodes written to it."""
     graph = problem.graph
     values, shifts, duals = list(state.values), list(state.shifts), list(state.duals)
     changed: set[int] = set()
     for number in nodes:
-        node, answer = graph.nodes[number], answers.get(number)
+        node = graph.nodes[number]
         if node.kind == "parameter" and (mu := incoming[node.outputs[0]]) is not None:
             (value,) = node.outputs
-            before = state.shifts[value]
-            shifts[value] = mu if before is None else before + mu
+            shifts[value] = _added(state.shifts[value], mu)
             changed.add(value)
-        if answer is not None:
-            for edge, nu in zip(node.edges, answer[0], strict=True):
-                before = state.duals[edge]
-                duals[edge] = nu if before is None else before + nu
-            for value, output in zip(node.outputs, answer[1], strict=True):
+        if number in answers:
+            for edge, nu in zip(node.edges, answers[number][0], strict=True):
+                duals[edge] = _added(state.duals[edge], nu)
+            for value, output in zip(node.outputs, answers[number][1], strict=True):
                 values[value] = output
                 changed.add(value)
     cleared = _cleared(problem, state, duals, {v for n in nodes for v in graph.nodes[n].outputs})
-    answered = {n for n, answer in answers.items() if answer is not None}
     stale = {graph.edges[e].consumer for v in changed for e in graph.readers[v]}
     tracked = not state.store_copies and any(state.up_to_date)
-    up_to_date = tuple(tracked and (i in answered or old) and i not in stale for i, old in enumerate(state.up_to_date))
+    up_to_date = tuple(tracked and (i in answers or old) and i not in stale for i, old in enumerate(state.up_to_date))
     return State(tuple(values), tuple(shifts), cleared, up_to_date, state.store_copies)
+
+
+def _added(before: Array | None, dual: Array) -> Array:
+    return dual if before is None else before + dual
 
 
 def _cleared(
@@ -172,18 +164,9 @@ def _cleared(
 
 def _mask(problem: FeasibilityProblem, state: State, edge: int, value: int) -> Array:
     """Ones where an edge shows `value`. What shows no value (known constants) belongs to the first source."""
-    spec = problem.graph.edges[edge]
-
-    def copies(*sources):
-        u = spec.view.show(problem.known, sources)
-        return expanded(problem, edge, u) if state.store_copies else u
-
-    arrays = [problem.graph.values[v] for v in spec.sources]
-    zeros = tuple(jnp.zeros(v.shape, v.dtype) for v in arrays)
-    first = spec.sources[0] == value
-    ones = tuple(
-        jnp.full(v.shape, float((source == value) != first), v.dtype)
-        for source, v in zip(spec.sources, arrays, strict=True)
-    )
-    seen = jax.jvp(copies, zeros, ones)[1]
+    sources = problem.graph.edges[edge].sources
+    first = sources[0] == value
+    variables = [problem.graph.values[v] for v in sources]
+    marks = [jnp.full(v.shape, float((s == value) != first), v.dtype) for s, v in zip(sources, variables, strict=True)]
+    seen = shown_marks(problem, edge, marks, state.store_copies)
     return 1.0 - seen if first else seen

@@ -20,11 +20,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._graph._graph import Graph, Node
+from .._graph._graph import Graph
 from .._metric import clamped, clamped_output
 from .._numerics._multiplier import published_multiplier
 from ..rules._base import AbstractRule, Context, Scale
@@ -34,7 +33,7 @@ from ..rules._maximum import Maximum
 from ..rules._scalar import Scalar
 from ._problem import FeasibilityProblem
 from ._projector import Incoming, Projector
-from ._readers import collapsed, context, expanded, operand, output_weight, shown, value_of
+from ._readers import collapsed, context, expanded, operand, output_weight, shown, shown_marks, value_of
 from ._state import State
 
 
@@ -137,12 +136,11 @@ class PublishedProjector(Projector):
             readers = problem.graph.readers[value]
             duals = [(edge, collapsed(problem, state, edge)) for edge in readers]
             parts = [_part(problem, edge, value, dual) for edge, dual in duals if dual is not None]
-            scale, _ = output_weight(problem, value)
-            mean = sum(parts[1:], start=parts[0]) / len(readers) if parts else None
-            found[value] = None if mean is None else mean * clamped_output(scale)
+            weight = clamped_output(output_weight(problem, value)[0])
+            found[value] = sum(parts[1:], start=parts[0]) / len(readers) * weight if parts else None
         return found
 
-    def residual(self, problem: FeasibilityProblem, node: Node, value: int, written: Array, output: Array) -> Array:
+    def residual(self, problem: FeasibilityProblem, value: int, written: Array, output: Array) -> Array:
         """The gap, for each element times the share of the value's readers that show it."""
         readers = problem.graph.readers[value]
         total: Array | float = 0.0
@@ -174,15 +172,13 @@ def _deciding(problem: FeasibilityProblem, edge: int, value: int) -> Array:
     shape, dtype = spec.variable.shape, spec.variable.dtype
     if not any(e.name == "gather" for e in spec.view.equations):
         return jnp.ones(shape, dtype)
-    arrays = [problem.graph.values[v] for v in spec.sources]
-    zeros = tuple(jnp.zeros(v.shape, v.dtype) for v in arrays)
-    numbers = tuple(
-        (1.0 + jnp.arange(math.prod(v.shape), dtype=v.dtype)).reshape(v.shape) if source == value else zero
-        for source, v, zero in zip(spec.sources, arrays, zeros, strict=True)
-    )
-    seen = jax.jvp(lambda *x: spec.view.show(problem.known, x), zeros, numbers)[1].ravel().astype(int)
+    variables = [problem.graph.values[v] for v in spec.sources]
+    marks = [jnp.zeros(v.shape, v.dtype) for v in variables]
+    position = spec.sources.index(value)
+    size = math.prod(variables[position].shape)
+    marks[position] = (1.0 + jnp.arange(size, dtype=marks[position].dtype)).reshape(marks[position].shape)
+    seen = shown_marks(problem, edge, marks, store_copies=False).ravel().astype(int)
     order = jnp.arange(seen.size)
-    size = math.prod(problem.graph.values[value].shape)
     last = jnp.full((size + 1,), -1).at[seen].max(order)
     return (last[seen] == order).reshape(shape).astype(dtype)
 

@@ -5,6 +5,8 @@ Transforms a problem and a state into the arrays that a node's rule works on, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -86,6 +88,16 @@ def expanded(problem: FeasibilityProblem, edge: int, u: Array) -> Array:
     node = problem.graph.nodes[number]
     assert node.rule is not None
     return node.rule.expand(context(problem, number, True), node.edges.index(edge), u)
+
+
+def shown_marks(problem: FeasibilityProblem, edge: int, marks: Sequence[Array], store_copies: bool) -> Array:
+    """What an edge shows of arrays in the place of its values, without the known constants of its view."""
+
+    def copies(*sources: Array) -> Array:
+        u = problem.graph.edges[edge].view.show(problem.known, sources)
+        return expanded(problem, edge, u) if store_copies else u
+
+    return jax.jvp(copies, tuple(map(jnp.zeros_like, marks)), tuple(marks))[1]
 
 
 def operand(problem: FeasibilityProblem, state: State, edge: int) -> Array:

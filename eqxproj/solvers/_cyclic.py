@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, combine
-from ._base import AbstractSolver
+from ._base import AbstractCopyingSolver, AbstractSolver
 
 
 class CyclicProjections(AbstractSolver):
@@ -30,11 +30,8 @@ class CyclicProjections(AbstractSolver):
         return state
 
 
-class CyclicDouglasRachford(AbstractSolver):
+class CyclicDouglasRachford(AbstractCopyingSolver):
     r"""$x \leftarrow D_n \cdots D_1 x$ with $D_i = (I + R_{i+1} R_i)/2$, the layers taken cyclically."""
-
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         layers = problem.graph.layers

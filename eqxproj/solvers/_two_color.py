@@ -19,11 +19,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import equinox as eqx
-
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, combine
-from ._base import AbstractSolver, check_number, onto, reflect
+from ._base import AbstractCopyingSolver, AbstractSolver, number, onto, reflect
 
 _A, _B = 0, 1
 
@@ -38,17 +36,14 @@ class AlternatingProjections(AbstractSolver):
         return onto(problem, onto(problem, state, _A), _B)
 
 
-class AlternatingReflections(AbstractSolver):
+class AlternatingReflections(AbstractCopyingSolver):
     r"""$x \leftarrow R_B R_A x$."""
-
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         return reflect(problem, reflect(problem, state, _A), _B)
 
 
-class DouglasRachford(AbstractSolver):
+class DouglasRachford(AbstractCopyingSolver):
     r"""$x \leftarrow (1-\ell) x + \ell R_B R_A x$.
 
     **Arguments:**
@@ -56,19 +51,14 @@ class DouglasRachford(AbstractSolver):
     - `relaxation`: $\ell$ in (0, 1]; one half is the Douglas-Rachford algorithm proper.
     """
 
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
-    relaxation: float = eqx.field(static=True)
-
-    def __init__(self, relaxation: float = 0.5):
-        self.relaxation = check_number("relaxation", relaxation, 0.0, 1.0)
+    relaxation: float = number("relaxation", default=0.5, high=1.0)
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         reflected = reflect(problem, reflect(problem, state, _A), _B)
         return combine((1.0 - self.relaxation, self.relaxation), (state, reflected))
 
 
-class DifferenceMap(AbstractSolver):
+class DifferenceMap(AbstractCopyingSolver):
     r"""$x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$; for $\beta = 1$, $x + P_A(2P_B x - x) - P_B x$.
 
     **Arguments:**
@@ -76,12 +66,7 @@ class DifferenceMap(AbstractSolver):
     - `beta`: in (0, 2].
     """
 
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
-    beta: float = eqx.field(static=True)
-
-    def __init__(self, beta: float = 1.0):
-        self.beta = check_number("beta", beta, 0.0, 2.0)
+    beta: float = number("beta", default=1.0, high=2.0)
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         beta = self.beta
@@ -95,7 +80,7 @@ class DifferenceMap(AbstractSolver):
         return combine((1.0, beta, -beta), (state, onto(problem, f_b, _A), onto(problem, f_a, _B)))
 
 
-class RelaxedReflectReflect(AbstractSolver):
+class RelaxedReflectReflect(AbstractCopyingSolver):
     r"""$x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
 
     **Arguments:**
@@ -103,12 +88,7 @@ class RelaxedReflectReflect(AbstractSolver):
     - `beta`: in (0, 2].
     """
 
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
-    beta: float = eqx.field(static=True)
-
-    def __init__(self, beta: float = 0.5):
-        self.beta = check_number("beta", beta, 0.0, 2.0)
+    beta: float = number("beta", default=0.5, high=2.0)
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         on_a = onto(problem, state, _A)
