@@ -9,6 +9,7 @@ of a node, through a view. A *node* constrains its operands and its outputs.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -160,10 +161,10 @@ class Graph:
         return tuple(found)
 
     @cached_property
-    def cyclic_depth(self) -> int | None:
-        """The least depth of a node whose value is read with a delay; `None` in a graph without cycles."""
+    def cyclic_depth(self) -> float:
+        """The least depth of a node whose value is read with a delay; infinite in a graph without cycles."""
         late = {self.producers[v] for edge in self.edges for v in edge.delayed}
-        return min((self.depth[node] for node in late), default=None)
+        return min((self.depth[node] for node in late), default=math.inf)
 
     @cached_property
     def distance(self) -> tuple[int, ...]:
@@ -200,11 +201,9 @@ class Graph:
 
 def conflicts(graph: Graph) -> tuple[int, ...]:
     """The edges that join two nodes of one color."""
-    return tuple(
-        i
-        for i, edge in enumerate(graph.edges)
-        if any(graph.colors[graph.producers[v]] == graph.colors[edge.consumer] for v in edge.sources)
-    )
+    color = [graph.colors[producer] for producer in graph.producers]
+    joins = [any(color[v] == graph.colors[edge.consumer] for v in edge.sources) for edge in graph.edges]
+    return tuple(i for i, bad in enumerate(joins) if bad)
 
 
 def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
@@ -212,12 +211,9 @@ def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
 
     Where only some of the values that an edge shows conflict, the others stay as they are.
     """
-    for _ in range(len(graph.edges) + 1):
-        bad = conflicts(graph)
-        if not bad:
-            return graph
+    while bad := conflicts(graph):
         graph = _split(graph, bad[0], identity)
-    raise AssertionError("two-coloring did not end")
+    return graph
 
 
 def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
@@ -242,7 +238,7 @@ def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in aligned columns; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

@@ -65,14 +65,14 @@ def _all_copy_counts(
     graph: Graph, known: Mapping[int, Any], copies: Copies, metric: Metric, log_weights: Sequence[float]
 ) -> tuple[float | Array, ...]:
     """For each value the number of its copies, each weighted relative to the heaviest."""
-    found: list[float | Array] = []
-    for value in range(len(graph.values)):
+
+    def count(value: int) -> float | Array:
         logs = reader_logs(graph, metric, log_weights, value)
-        total: float | Array = 0.0
-        for edge, log in zip(graph.readers[value], logs, strict=True):
-            total = total + math.exp(max(log - max(logs), -80.0)) * _copy_counts(graph, known, copies, edge, value)
-        found.append(total)
-    return tuple(found)
+        weights = [math.exp(max(log - max(logs), -80.0)) for log in logs]
+        counts = [_copy_counts(graph, known, copies, edge, value) for edge in graph.readers[value]]
+        return sum((w * c for w, c in zip(weights, counts, strict=True)), start=0.0)
+
+    return tuple(map(count, range(len(graph.values))))
 
 
 def check_copies(copies: str) -> None:
@@ -96,12 +96,11 @@ def make_problem(
     composites: bool = True,
     recalled: Sequence[Array] = (),
 ) -> FeasibilityProblem:
-    """The problem of a traced loss.
+    """The problem of a traced loss; other arguments as for `feasibility_problem`.
 
-    Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each,
-    which goes through time in order. With `composites`, softmax, normalization and the like are one node each.
-    `recalled` are the results of products of the forward pass that are known already, `offset` is the logarithm of the
-    weight of the objective's own edges.
+    Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each.
+    `offset` is the logarithm of the weight of the objective's own edges. With `composites`, softmax, normalization and
+    the like are one node each. `recalled` are results of products of the forward pass that are known already.
     """
     graph = build(traced, data, not two_colored, composites)
     if two_colored:

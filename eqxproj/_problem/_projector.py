@@ -1,8 +1,8 @@
 r"""The projection of a state onto the constraints of some of the nodes.
 
-Here the rules, which speak of their own operands and outputs alone, meet the graph. The duals that the consumers of a
-value have added are gathered, the rule answers by its pullback or its projection, the operands move, and the outputs
-are evaluated. Limits: no two of the nodes may share an edge.
+Here rules, which speak of their own operands and outputs alone, meet the graph: the duals of a value's consumers are
+gathered, the rule answers by its pullback or its projection, the operands move, and the outputs are evaluated. Limits:
+no two of the nodes may share an edge.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ class Projector(AbstractProjector):
 
     def project(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         incoming = self.incoming(problem, state, nodes)
-        with_rules = [n for n in nodes if problem.graph.nodes[n].rule is not None]
-        found = {n: self._answer(problem, state, n, incoming) for n in with_rules}
+        found = {n: self._answer(problem, state, n, incoming) for n in nodes}
         answers = {n: answer for n, answer in found.items() if answer is not None}
         return _written(problem, state, nodes, incoming, answers)
 
@@ -58,7 +57,8 @@ class Projector(AbstractProjector):
         The one place where the regime is decided: by the metric.
         """
         node, gradient_regime = problem.graph.nodes[number], problem.metric.is_steep
-        assert node.rule is not None
+        if node.rule is None:
+            return None
         wanted = [incoming[v] for v in node.outputs]
         if node.kind != "objective" and state.up_to_date[number] and all(mu is None for mu in wanted):
             return None
@@ -74,11 +74,10 @@ class Projector(AbstractProjector):
             for i, value in enumerate(node.outputs):
                 scale, count = output_weight(problem, value)
                 gap = self.residual(problem, value, written[i], outputs[i])
-                duals[i] = duals[i] + gap * jnp.asarray(count * clamped_output(scale), gap.dtype)
+                duals[i] = duals[i] + gap * jnp.asarray(count * clamped_output(scale), written[i].dtype)
         found = (node.rule.pullback if gradient_regime else node.rule.project)(ctx, inputs, duals)
-        if keeps or not node.outputs:
-            return as_duals(found), written
-        return as_duals(found), outputs_after(node.rule, ctx, inputs, duals, outputs, found)
+        stays = keeps or not node.outputs
+        return as_duals(found), written if stays else outputs_after(node.rule, ctx, inputs, duals, outputs, found)
 
 
 Incoming = dict[int, Array | None]
@@ -92,10 +91,9 @@ _ROUNDING = 32.0
 
 
 def _above_rounding(gap: Array, output: Array) -> Array:
-    """A gap, without what two evaluations differ by from rounding.
+    """A gap without rounding, which the weights of the gradient regime would make far larger than any gradient.
 
-    Times the weights of the gradient regime rounding would be everything beside duals of a gradient's size. A gap that
-    comes from moves of the operands is as small, and the duals tell of it.
+    A gap that comes from moves of the operands is as small, and the duals tell of it.
     """
     size = jnp.max(jnp.abs(output), initial=0.0)
     return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
@@ -103,20 +101,14 @@ def _above_rounding(gap: Array, output: Array) -> Array:
 
 def _unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:
     """Whether a node's operands are known to be, while tracing, those of the forward pass."""
-    for edge in problem.graph.nodes[node].edges:
-        sources = problem.graph.edges[edge].sources
-        written = all(state.values[v] is problem.forward[v] and state.shifts[v] is None for v in sources)
-        if not written or state.duals[edge] is not None:
-            return False
-    return True
+    edges = problem.graph.nodes[node].edges
+    sources = [v for e in edges for v in problem.graph.edges[e].sources]
+    written = all(state.values[v] is problem.forward[v] and state.shifts[v] is None for v in sources)
+    return written and all(state.duals[e] is None for e in edges)
 
 
 def _written(
-    problem: FeasibilityProblem,
-    state: State,
-    nodes: Sequence[int],
-    incoming: Incoming,
-    answers: dict[int, Answer],
+    problem: FeasibilityProblem, state: State, nodes: Sequence[int], incoming: Incoming, answers: dict[int, Answer]
 ) -> State:
     """The state with the answers of the nodes written to it."""
     graph = problem.graph

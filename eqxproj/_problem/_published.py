@@ -1,13 +1,12 @@
-"""The software of arXiv 2506.05878 where it departs from the projections, for parity with its iterates.
+"""The software of arXiv 2506.05878 where it departs from the projections, for parity with its published iterates.
 
-`as_published` transforms a problem into one that follows it: subclasses of rules, graph and projector, chosen
-here once. All of this was inferred from published iterates. Limits: the unit metric, and no recurrences.
+`as_published` transforms a problem into one that follows it, by subclasses of rules, graph and projector. Limits: the
+unit metric, and no recurrences.
 
 - A product takes ten plain Newton steps, the branch of a relu is chosen by the whole line, and of tied maxima the last
   rises.
 - Every reader of a value counts as one, for every element, also where its view does not show the element; there it
-  proposes what the producer computes at present.
-- Through a gather, the last of equal indices decides.
+  proposes what the producer computes at present. Through a gather, the last of equal indices decides.
 - A cyclic algorithm goes through frontiers of nodes, some of them more than once, and after each sets all operands of
   every node that reads from the frontier to function values.
 """
@@ -50,11 +49,10 @@ def as_published(problem: FeasibilityProblem) -> FeasibilityProblem:
     """
     if problem.metric.grade != 1 or problem.metric.parameter != 1:
         raise ValueError(f"`problem` must be in the unit metric, got {problem.metric}.")
-    nodes = tuple(replace(node, rule=_published_rule(node.rule)) for node in problem.graph.nodes)
     parts = {field.name: getattr(problem.graph, field.name) for field in fields(Graph)}
+    parts["nodes"] = tuple(replace(node, rule=_published_rule(node.rule)) for node in problem.graph.nodes)
     counts = (1.0,) * len(problem.copy_counts)
-    changed = {"graph": PublishedGraph(**{**parts, "nodes": nodes}), "projector": PublishedProjector()}
-    return replace(problem, copy_counts=counts, **changed)
+    return replace(problem, copy_counts=counts, graph=PublishedGraph(**parts), projector=PublishedProjector())
 
 
 def _published_rule(rule: AbstractRule | None) -> AbstractRule | None:
@@ -93,10 +91,7 @@ class PublishedMaximum(Maximum):
 
 
 class PublishedRelu(Scalar):
-    """The rising half-line where the *whole* line is nearer than the flat half-line, clipped to the half-line then.
-
-    That is farther than the projection for some targets below zero.
-    """
+    """The rising half-line, clipped, where the *whole* line is nearer than the flat half-line."""
 
     def nearest(self, ctx: Context, s0: Array, dual: Array, q: Array, sigma: Array) -> Array:
         kappa = jnp.asarray(ctx.output_weights[0], sigma.dtype)
@@ -115,12 +110,10 @@ class PublishedGraph(Graph):
     @cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
         """The objective, then again and again what the last nodes read from: a node stands wherever it is met."""
-        found: list[tuple[int, ...]] = []
-        layer = tuple(self.objectives)
-        while layer:
-            found.append(layer)
-            layer = tuple(dict.fromkeys(p for n in layer for p in self.predecessors[n]))
-        return tuple(found)
+        found = [self.objectives]
+        while found[-1]:
+            found.append(tuple(dict.fromkeys(p for n in found[-1] for p in self.predecessors[n])))
+        return tuple(found[:-1])
 
 
 @dataclass(frozen=True)

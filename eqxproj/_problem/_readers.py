@@ -1,7 +1,4 @@
-"""How copies, values and weights are read from a state.
-
-Transforms a problem and a state into the arrays that a node's rule works on, and into its context.
-"""
+"""How copies, values, weights and the contexts of nodes are read from a problem and a state."""
 
 from __future__ import annotations
 
@@ -58,12 +55,10 @@ def context(problem: FeasibilityProblem, node: int, store_copies: bool) -> Conte
 
 def value_of(problem: FeasibilityProblem, state: State, value: int) -> Array:
     """A value as its producer last wrote it."""
-    written = state.values[value]
-    if written is not None:
+    if (written := state.values[value]) is not None:
         return written
-    start = problem.initial[value]
+    start, moved = problem.initial[value], moved_by(problem, state, value)
     assert start is not None
-    moved = moved_by(problem, state, value)
     return start if moved is None else start + moved.astype(start.dtype)
 
 
