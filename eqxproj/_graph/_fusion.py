@@ -64,7 +64,7 @@ class Fusion:
 
     def inputs(self, equation: Equation) -> list[Variable]:
         """The distinct unknown operands of an equation."""
-        return list({v.index: v for v in equation.inputs if v.index in self.unknown}.values())
+        return list(dict.fromkeys(v for v in equation.inputs if v.index in self.unknown))
 
     def is_leaf(self, variable: Variable) -> bool:
         """Whether a variable can be an operand as it is: a value, or a view of values."""
@@ -80,11 +80,8 @@ class Fusion:
 
     def _ends_of_others(self) -> set[int]:
         """What is read and returned by operations that are no elementwise functions. Views are read through."""
-        found: set[int] = set()
-        for equation in self.equations:
-            if is_view(equation, self.unknown) or not is_elementwise(equation):
-                found.update(v.index for v in (*self.inputs(equation), *equation.outputs))
-        return found - self.views
+        others = [e for e in self.equations if is_view(e, self.unknown) or not is_elementwise(e)]
+        return {v.index for e in others for v in (*self.inputs(e), *e.outputs)} - self.views
 
     def _find_roots(self) -> dict[int, int]:
         """The root of each elementwise result."""

@@ -1,10 +1,8 @@
-"""The factor graph of a loss: values, edges that show them to nodes, and nodes that constrain them.
-
-Transforms a graph into a two-colored one: the colors alternate breadth-first from the objective, and where an edge
-would join equal colors an identity node is put on it. Limits: every node must lead to the objective.
+"""The factor graph of a loss: nodes constrain values, which edges show to them through views.
 
 A *value* is a parameter, a pinned datum, or the output of a node. An *edge* shows one or several values to one operand
-of a node, through a view. A *node* constrains its operands and its outputs.
+of a node. To make two colors, which alternate breadth-first from the objective, an identity node is put on each edge
+that joins equal ones. Limits: every node must lead to the objective.
 """
 
 from __future__ import annotations
@@ -211,9 +209,11 @@ def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
 
     Where only some of the values that an edge shows conflict, the others stay as they are.
     """
-    while bad := conflicts(graph):
+    for _ in range(len(graph.edges) + 1):
+        if not (bad := conflicts(graph)):
+            return graph
         graph = _split(graph, bad[0], identity)
-    return graph
+    raise AssertionError("two-coloring did not end")
 
 
 def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:

@@ -88,7 +88,7 @@ def _alive(program: Program, delayed: Mapping[int, Delayed]) -> tuple[tuple[Equa
         equations = live(forward, [program.outputs[0], *fed])
         reads = {v.index for e in equations for v in e.inputs}
         shown = [v for i in delayed if i in reads for e in delayed[i].equations for v in e.inputs]
-        more = tuple({v.index: v for v in shown if v.index not in made}.values())
+        more = tuple(dict.fromkeys(v for v in shown if v.index not in made))
         if len(more) == len(fed):
             return equations, fed
         fed = more

@@ -6,7 +6,7 @@ primitive with a rule, or a node for the local solver. Limits: a draft speaks of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .._errors import Unsupported
@@ -50,7 +50,7 @@ def _scalar(variable: Variable, equation: Equation, fusion: Fusion) -> Draft:
         assert terms is not None
     if not all(t.variable.is_float for t in terms):
         return _opened(equation, fusion)
-    operands = _distinct([t.variable for t in terms])
+    operands = tuple(dict.fromkeys(t.variable for t in terms))
     before = fusion.between(operands, root) if root not in operands else ()
     after = fusion.between([root], variable) if root != variable else ()
     head, phi = Fragment(before, operands, (root,)), Fragment(after, (root,), (variable,))
@@ -90,15 +90,15 @@ def _opened(equation: Equation, fusion: Fusion) -> Draft:
 
     Predicates and positions are no values of the graph: they are read through to what they are made of.
     """
-    leaves: dict[int, Variable] = {}
+    leaves: dict[Variable, None] = {}
     stack = fusion.inputs(equation)[::-1]
     while stack:
         v = stack.pop()
         if v.is_float and fusion.is_leaf(v) or v.index not in fusion.makers:
-            leaves[v.index] = v
+            leaves[v] = None
         else:
             stack.extend(fusion.inputs(fusion.makers[v.index])[::-1])
-    operands = tuple(leaves.values())
+    operands = tuple(leaves)
     outputs = tuple(v for v in equation.outputs if v.is_float)
     equations = fusion.between(operands, *outputs)
     function = Fragment(equations, operands, outputs)
@@ -121,16 +121,11 @@ def _joined(equations: Iterable[Equation]) -> str:
     return "+".join(dict.fromkeys(e.name for e in equations))
 
 
-def _distinct(variables: Sequence[Variable]) -> tuple[Variable, ...]:
-    return tuple({v.index: v for v in variables}.values())
-
-
 def _with_separate_operands(operands: tuple[Variable, ...], equation: Equation) -> Fragment:
     """A fragment whose operands are separate slots even where one variable fills two of them (`w * w`)."""
-    if len(_distinct(operands)) == len(operands):
+    if len(set(operands)) == len(operands):
         return Fragment((equation,), operands, equation.outputs)
     slots = tuple(Variable(-1 - i, v.shape, v.dtype) for i, v in enumerate(operands))
-    unknown = {v.index for v in operands}
     rest = iter(slots)
-    inputs = tuple(next(rest) if v.index in unknown else v for v in equation.inputs)
+    inputs = tuple(next(rest) if v in operands else v for v in equation.inputs)
     return Fragment((replace(equation, inputs=inputs),), slots, equation.outputs)

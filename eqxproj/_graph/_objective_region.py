@@ -57,7 +57,7 @@ class Objective:
         """What the generic terms read from outside of their equations."""
         made = {v.index for e in self.equations for v in e.outputs}
         reads = [v for e in self.equations for v in e.inputs] + [t.variable for t in self.generic]
-        return list({v.index: v for v in reads if v.index in unknown and v.index not in made}.values())
+        return list(dict.fromkeys(v for v in reads if v.index in unknown and v.index not in made))
 
     def drafts(self, program: LiveProgram) -> list[Draft]:
         """The nodes of the objective: one for each custom term, and one for all generic ones."""
@@ -114,34 +114,29 @@ def pin(program: LiveProgram, objective: Objective) -> LiveProgram:
     return program.with_unknowns([v for v in program.arguments if v.is_float and v.index in read])
 
 
-# What lies downstream of the last parameter. A region is given by the first outputs of its equations.
-
-
 def _region(program: LiveProgram, ends: Sequence[Variable], custom: Sequence[Equation]) -> frozenset[int]:
-    """The equations downstream of the last one that holds a parameter.
+    """The equations downstream of the last one that holds a parameter, each given by its first output.
 
     What they read from outside is real: complex numbers, predicates and positions are no values of the graph.
     """
     scope = live(program.equations, list(ends))
     makers = {v.index: e.outputs[0].index for e in scope for v in e.outputs}
-    readers = _readers(program, [*scope, *custom])
+    readers = _readers([*scope, *custom], program.unknown)
     staying = _staying(scope, program.unknown)
     while True:
         inside = _downstream(program, scope, ends, readers, staying)
-        within = [e for e in scope if e.outputs[0].index in inside]
-        odd = [(e, v) for e in within for v in program.unknown_inputs(e) if not v.is_float]
-        more = {id(e) for e, v in odd if makers.get(v.index) not in inside}
+        odd = [(e, v) for e in scope for v in program.unknown_inputs(e) if not v.is_float]
+        more = {id(e) for e, v in odd if e.outputs[0].index in inside and makers.get(v.index) not in inside}
         if not more:
             return inside
         staying |= more
 
 
-def _readers(program: LiveProgram, equations: Sequence[Equation]) -> dict[int, list[Equation]]:
+def _readers(equations: Sequence[Equation], unknown: frozenset[int]) -> dict[int, list[Equation]]:
     """For each variable the equations that read it and have an unknown result. A stopped result is known."""
     found: dict[int, list[Equation]] = {}
-    among = {id(e) for e in equations}
-    for equation in program.equations:
-        if id(equation) in among and any(v.index in program.unknown for v in equation.outputs):
+    for equation in equations:
+        if any(v.index in unknown for v in equation.outputs):
             for v in equation.inputs:
                 found.setdefault(v.index, []).append(equation)
     return found

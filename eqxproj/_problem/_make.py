@@ -198,11 +198,8 @@ def check_labels(problem: FeasibilityProblem, data: PyTree) -> None:
     leaves = [x for x in jtu.tree_leaves(data) if eqx.is_array_like(x)]
     arguments = problem.trace.program.inputs[len(problem.trace.parameters) :]
     whole = {v.index: leaf for v, leaf in zip(arguments, leaves, strict=False)}
-    for node in problem.graph.nodes:
-        found = integer_labels(node.equation) if node.kind == "objective" and node.equation is not None else None
-        if found is None:
-            continue
-        index, classes = found
+    equations = [n.equation for n in problem.graph.nodes if n.kind == "objective" and n.equation is not None]
+    for index, classes in filter(None, map(integer_labels, equations)):
         labels = whole[index] if index in whole else problem.known[index]
         if isinstance(labels, jax.core.Tracer):
             continue

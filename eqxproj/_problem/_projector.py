@@ -19,6 +19,13 @@ from ._problem import AbstractProjector, FeasibilityProblem
 from ._readers import collapsed, context, operand, output_weight, shown_marks, value_of
 from ._state import State
 
+Incoming = dict[int, Array | None]
+"""The incoming dual of each value."""
+Answer = tuple[Sequence[Array], Sequence[Array]]
+"""The duals of a node's operands, and its outputs."""
+_ROUNDING = 32.0
+"""In units of the precision of the largest output."""
+
 
 @dataclass(frozen=True)
 class Projector(AbstractProjector):
@@ -47,9 +54,16 @@ class Projector(AbstractProjector):
         return {v: sum(parts[1:], start=parts[0]) if (parts := found.get(v)) else None for v in values}
 
     def residual(self, problem: FeasibilityProblem, value: int, written: Array, output: Array) -> Array:
-        """The gap between a value as it was last written and what its producer now computes."""
+        """The gap between a value as it was last written and what its producer now computes.
+
+        In the gradient regime without rounding, which the weights would make far larger than any gradient. A gap that
+        comes from moves of the operands is as small, and the duals tell of it.
+        """
         gap = written - output
-        return _above_rounding(gap, output) if problem.metric.is_steep else gap
+        if not problem.metric.is_steep:
+            return gap
+        size = jnp.max(jnp.abs(output), initial=0.0)
+        return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
 
     def _answer(self, problem: FeasibilityProblem, state: State, number: int, incoming: Incoming) -> Answer | None:
         """The duals of one node's operands, and its new outputs; `None` where it has nothing to do.
@@ -78,25 +92,6 @@ class Projector(AbstractProjector):
         found = (node.rule.pullback if gradient_regime else node.rule.project)(ctx, inputs, duals)
         stays = keeps or not node.outputs
         return as_duals(found), written if stays else outputs_after(node.rule, ctx, inputs, duals, outputs, found)
-
-
-Incoming = dict[int, Array | None]
-"""The incoming dual of each value."""
-Answer = tuple[Sequence[Array], Sequence[Array]]
-"""The duals of a node's operands, and its outputs."""
-
-
-_ROUNDING = 32.0
-"""In units of the precision of the largest output."""
-
-
-def _above_rounding(gap: Array, output: Array) -> Array:
-    """A gap without rounding, which the weights of the gradient regime would make far larger than any gradient.
-
-    A gap that comes from moves of the operands is as small, and the duals tell of it.
-    """
-    size = jnp.max(jnp.abs(output), initial=0.0)
-    return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
 
 
 def _unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:

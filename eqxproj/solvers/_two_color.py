@@ -1,13 +1,4 @@
-r"""Solvers that project onto all nodes of one color at once: sets A (with the objective in it) and B.
-
-With $R = 2P - I$:
-
-- alternating projections: $x \leftarrow P_B P_A x$;
-- alternating reflections: $x \leftarrow R_B R_A x$;
-- Douglas-Rachford: $x \leftarrow (1-\ell) x + \ell R_B R_A x$;
-- difference map: $x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$, $f_A = (1-1/\beta)P_A + I/\beta$,
-  $f_B = (1+1/\beta)P_B - I/\beta$;
-- relaxed reflect-reflect: $x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
+r"""Solvers that project onto all nodes of one color at once: sets A (with the objective in it) and B; $R = 2P - I$.
 
 Limits: where the metric is graded and the graph branches, as in recurrences, alternating reflections, Douglas-Rachford
 and the difference map let their duals grow from step to step. They want the unit metric.
@@ -60,6 +51,8 @@ class DouglasRachford(AbstractCopyingSolver):
 
 class DifferenceMap(AbstractCopyingSolver):
     r"""$x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$; for $\beta = 1$, $x + P_A(2P_B x - x) - P_B x$.
+
+    Here $f_A = (1-1/\beta)P_A + I/\beta$ and $f_B = (1+1/\beta)P_B - I/\beta$.
 
     **Arguments:**
 
