@@ -51,11 +51,10 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One constraint. A parameter or pinned datum is a node without operands.
+    """One constraint: `function` leads from what the edges show to the outputs.
 
-    - `function`: the operation, from what the edges show to the outputs.
-    - `equation`: the primitive of a node that is one primitive. `unknown`: which of its operands are edges.
-    - `scale`: for an objective, its coefficient in units of the largest one.
+    A parameter or pinned datum has no operands. A node of one primitive has its `equation`, and `unknown` tells which
+    operands are edges. `scale` is the coefficient of an objective in units of the largest one.
     """
 
     kind: Kind

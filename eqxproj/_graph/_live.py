@@ -24,12 +24,9 @@ from .._program._unroll import Delayed, unroll
 class LiveProgram:
     """What of a program leads to its loss.
 
-    - `program`: the whole program, as it runs forward.
-    - `parameters`, `arguments`: its inputs.
-    - `delayed`: the variables that show values of the time step before, and how they show them.
-    - `equations`: what the loss depends on, in order. What shows a delayed variable comes later than its readers, and
-        is therefore not among them.
-    - `fed`: the variables that delayed ones show.
+    - `program`: the whole program, as it runs forward. `parameters`, `arguments`: its inputs.
+    - `delayed`: the variables that show values of the time step before, and how. `fed`: what they show.
+    - `equations`: what the loss depends on, in order, without what shows delayed variables, later than their readers.
     - `unknown`: the numbers of the variables that depend on parameters, or on pinned data.
     - `pinned`: the arguments that are variables held in place.
     """

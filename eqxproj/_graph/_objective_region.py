@@ -27,11 +27,9 @@ from ._nodes import Draft
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The end of a loss.
+    """The end of a loss: its terms, and the `equations` of the generic ones from the last use of a parameter on.
 
-    - `custom`: the terms with a prox of their own, and the equations of these. `generic`: all other terms.
-    - `equations`: what computes the generic terms, from the last use of a parameter on.
-    - `largest`: the largest coefficient of a term.
+    `custom` terms have a prox of their own, given by an equation. `largest` is the largest coefficient of a term.
     """
 
     custom: tuple[tuple[Term, Equation], ...]
@@ -176,11 +174,9 @@ def _downstream(
 def _is_last(program: LiveProgram, equation: Equation) -> bool:
     """Whether an equation holds a parameter, or stays a node of its own though no parameter comes after it."""
     unknown = program.unknown_inputs(equation)
-    if any(v.index not in program.of_data for v in unknown):
-        return True
-    if equation.name in ("dot_general", "conv_general_dilated"):
-        return len(unknown) == len(equation.inputs)
-    return _stays(equation)
+    is_product = equation.name in ("dot_general", "conv_general_dilated")
+    stays = len(unknown) == len(equation.inputs) if is_product else _stays(equation)
+    return stays or any(v.index not in program.of_data for v in unknown)
 
 
 def _stays(equation: Equation) -> bool:

@@ -139,12 +139,12 @@ def _cleared(
     found = list(duals)
     for edge in {e for value in values for e in problem.graph.readers[value]}:
         sources, dual = problem.graph.edges[edge].sources, found[edge]
-        if dual is None or all(v in values for v in sources):
+        written = [v for v in sources if v in values]
+        if dual is None or len(written) == len(sources):
             found[edge] = None
             continue
-        for value in sources:
-            if value in values:
-                dual = dual * (1.0 - _mask(problem, state, edge, value)).astype(dual.dtype)
+        for value in written:
+            dual = dual * (1.0 - _mask(problem, state, edge, value)).astype(dual.dtype)
         found[edge] = dual
     return tuple(found)
 

@@ -136,12 +136,11 @@ class PublishedProjector(Projector):
     def residual(self, problem: FeasibilityProblem, value: int, written: Array, output: Array) -> Array:
         """The gap, for each element times the share of the value's readers that show it."""
         readers = problem.graph.readers[value]
-        total: Array | float = 0.0
-        for edge in readers:
-            spec = problem.graph.edges[edge]
+        seen: Array | float = 0.0
+        for spec in (problem.graph.edges[edge] for edge in readers):
             ones = jnp.ones(spec.variable.shape, spec.variable.dtype)
-            total = total + (spec.view.transpose(problem.known, ones)[spec.sources.index(value)] > 0)
-        return (written - output) * (total / max(len(readers), 1))
+            seen = seen + (spec.view.transpose(problem.known, ones)[spec.sources.index(value)] > 0)
+        return (written - output) * (seen / max(len(readers), 1))
 
     def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         return _written_back(problem, state, self.project(problem, state, nodes), nodes)
@@ -199,9 +198,7 @@ def _written_back(problem: FeasibilityProblem, old: State, new: State, nodes: Se
             continue
         for edge in node.edges:
             spec = graph.edges[edge]
-            wanted = spec.view.show(problem.known, [current(v) for v in spec.sources])
-            gap = wanted - shown(problem, new, edge)
-            if new.store_copies:
-                gap = expanded(problem, edge, gap)
+            gap = spec.view.show(problem.known, [current(v) for v in spec.sources]) - shown(problem, new, edge)
+            gap = expanded(problem, edge, gap) if new.store_copies else gap
             duals[edge] = gap * clamped(problem.log_weights[edge])
     return eqx.tree_at(lambda s: s.duals, new, tuple(duals), is_leaf=lambda x: x is None)

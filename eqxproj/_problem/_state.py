@@ -89,7 +89,6 @@ def combine(coefficients: Sequence[float], states: Sequence[State]) -> State:
         parts = [jnp.asarray(c, x.dtype) * x for c, x in zip(coefficients, leaves, strict=True) if x is not None]
         return sum(parts[1:], start=parts[0]) if parts else None
 
-    first = states[0]
     groups = zip(*((s.values, s.shifts, s.duals) for s in states), strict=True)
     values, shifts, duals = (jtu.tree_map(mix, *group, is_leaf=lambda x: x is None) for group in groups)
-    return State(values, shifts, duals, (False,) * len(first.up_to_date), first.store_copies)
+    return State(values, shifts, duals, (False,) * len(states[0].up_to_date), states[0].store_copies)

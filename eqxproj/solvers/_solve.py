@@ -101,10 +101,7 @@ def _begin(
 def _advance(
     problem: FeasibilityProblem, solver: AbstractSolver, version: Hashable, tol: float, state: State
 ) -> tuple[State, Bool[Array, " nodes"], Float[Array, ""], Float[Array, ""], Bool[Array, ""]]:
-    """One step: the state, which nodes are finite, the change, the violation, and whether to stop.
-
-    A step to a state that is not finite is not taken. `version` is as for `_begin`.
-    """
+    """One step, not taken to a state that is not finite: state, finite nodes, change, violation, whether to stop."""
     del version
     step = ft.partial(solver.step, problem)
     new = canonicalised(lambda: iterate(step, state, 1), problem.trace.program)
