@@ -32,12 +32,12 @@ def check_dependence(trace: Trace) -> None:
         )
 
 
-def build(trace: Trace, data: str = "constant", in_order: bool = False, composites: bool = True) -> Graph:
+def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph:
     """Builds the factor graph of a traced loss, which is not two-colored yet.
 
     `data` is `"constant"` (known), or `"pinned"` (a variable that is held in place). With `in_order` a recurrence is
-    one node, which goes through time in order; its steps are nodes otherwise. With `composites` softmax, normalization
-    and the like are one node each. Raises an `UnsupportedPrimitiveError` naming every operation without a rule.
+    one node, which goes through time in order; its steps are nodes otherwise. Raises an `UnsupportedPrimitiveError`
+    naming every operation without a rule.
     """
     if data not in ("constant", "pinned"):
         raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
@@ -46,7 +46,7 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False, composit
     objective = split_objective(program)
     if data == "pinned":
         program = pin(program, objective)
-    builder = _Builder(trace, program, _fused(program, objective, composites))
+    builder = _Builder(trace, program, _fused(program, objective))
     for draft in objective.drafts(program):
         builder.add(draft)
     builder.add_producers()
@@ -63,14 +63,12 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False, composit
     )
 
 
-def _fused(program: LiveProgram, objective: Objective, composites: bool) -> Fusion:
+def _fused(program: LiveProgram, objective: Objective) -> Fusion:
     """The fusion of what lies before the objective."""
     ends = objective.boundary(program.unknown)
     ends += [v for e in objective.custom_equations for v in program.unknown_inputs(e)]
     ends += [v for v in program.fed if v.index in program.unknown]
-    equations = live(objective.without_custom(program.equations), ends)
-    if composites:
-        equations = with_composites(equations, program.unknown, ends)
+    equations = with_composites(live(objective.without_custom(program.equations), ends), program.unknown, ends)
     views = {v.index for e in equations if is_view(e, program.unknown) for v in e.outputs}
     kept = frozenset(v.index for v in (*ends, *program.parameters, *program.pinned))
     return Fusion(program.program, equations, program.unknown, kept - views)

@@ -93,16 +93,14 @@ def make_problem(
     data: str,
     two_colored: bool,
     offset: float = 0.0,
-    composites: bool = True,
     recalled: Sequence[Array] = (),
 ) -> FeasibilityProblem:
     """The problem of a traced loss; other arguments as for `feasibility_problem`.
 
     Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each.
-    `offset` is the logarithm of the weight of the objective's own edges. With `composites`, softmax, normalization and
-    the like are one node each. `recalled` are results of products of the forward pass that are known already.
+    `offset` is the logarithm of the weight of the objective's own edges. `recalled` are results of products of the forward pass that are known already.
     """
-    graph = build(traced, data, not two_colored, composites)
+    graph = build(traced, data, not two_colored)
     if two_colored:
         graph = with_identities(graph, identity(graph.values[0]))
     env = forward(graph.program, [*traced.parameters, *traced.arguments], recalled)
