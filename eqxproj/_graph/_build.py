@@ -68,7 +68,9 @@ def _fused(program: LiveProgram, objective: Objective) -> Fusion:
     ends = objective.boundary(program.unknown)
     ends += [v for e in objective.custom_equations for v in program.unknown_inputs(e)]
     ends += [v for v in program.fed if v.index in program.unknown]
-    equations = with_composites(live(objective.without_custom(program.equations), ends), program.unknown, ends)
+    custom = set(objective.custom_equations)
+    before = [e for e in program.equations if e not in custom]
+    equations = with_composites(live(before, ends), program.unknown, ends)
     views = {v.index for e in equations if is_view(e, program.unknown) for v in e.outputs}
     kept = frozenset(v.index for v in (*ends, *program.parameters, *program.pinned))
     return Fusion(program.program, equations, program.unknown, kept - views)

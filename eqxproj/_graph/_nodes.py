@@ -54,14 +54,10 @@ def _scalar(variable: Variable, equation: Equation, fusion: Fusion) -> Draft:
     before = fusion.between(operands, root) if root not in operands else ()
     after = fusion.between([root], variable) if root != variable else ()
     head, phi = Fragment(before, operands, (root,)), Fragment(after, (root,), (variable,))
-    node = Node(
-        kind="operation",
-        operation=_joined((*before, *after)) or "identity",
-        source=equation.source,
-        rule=Scalar.create(tuple(terms), head, phi, fusion.program.static),
-        function=Fragment((*before, *after), operands, (variable,)),
-    )
-    return Draft(node, operands, (variable,))
+    name = _joined((*before, *after)) or "identity"
+    rule = Scalar.create(tuple(terms), head, phi, fusion.program.static)
+    function = Fragment((*before, *after), operands, (variable,))
+    return Draft(Node("operation", name, equation.source, rule, function), operands, (variable,))
 
 
 def _primitive(equation: Equation, fusion: Fusion) -> Draft:
@@ -73,15 +69,8 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     rule = RULES.get(equation.name)
     if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
         return _opened(equation, fusion)
-    node = Node(
-        kind="operation",
-        operation=equation.name,
-        source=equation.source,
-        rule=rule,
-        function=_with_separate_operands(operands, equation),
-        equation=equation,
-        unknown=unknown,
-    )
+    function = _with_separate_operands(operands, equation)
+    node = Node("operation", equation.name, equation.source, rule, function, equation=equation, unknown=unknown)
     return Draft(node, operands, equation.outputs, tuple(rule.missing(equation, unknown)))
 
 
@@ -103,13 +92,9 @@ def _opened(equation: Equation, fusion: Fusion) -> Draft:
     equations = fusion.between(operands, *outputs)
     function = Fragment(equations, operands, outputs)
     solvable = outputs and all(v.is_float for v in operands) and is_differentiable(function, fusion.program)
-    node = Node(
-        kind="operation",
-        operation=_joined(e for e in equations if e.name not in VIEWS or e is equation),
-        source=equation.source,
-        rule=Selection(function) if any(e.name in POSITIONS for e in equations) else LocalSolver(),
-        function=function,
-    )
+    name = _joined(e for e in equations if e.name not in VIEWS or e is equation)
+    rule = Selection(function) if any(e.name in POSITIONS for e in equations) else LocalSolver()
+    node = Node("operation", name, equation.source, rule, function)
     if solvable:
         return Draft(node, operands, outputs)
     flat = " and ".join(flattened_by(function))

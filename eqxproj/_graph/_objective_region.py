@@ -46,11 +46,6 @@ class Objective:
         """Whether the objective is nothing but sets."""
         return not self.generic and all(e.params["call"].hard for e in self.custom_equations)
 
-    def without_custom(self, equations: Sequence[Equation]) -> list[Equation]:
-        """The equations that are no custom terms."""
-        custom = set(self.custom_equations)
-        return [e for e in equations if e not in custom]
-
     def boundary(self, unknown: frozenset[int]) -> list[Variable]:
         """What the generic terms read from outside of their equations."""
         made = {v.index for e in self.equations for v in e.outputs}
@@ -64,16 +59,10 @@ class Objective:
 
     def _custom(self, term: Term, equation: Equation, program: LiveProgram) -> Draft:
         operands = tuple(program.unknown_inputs(equation))
-        node = Node(
-            kind="objective",
-            operation="objective",
-            source=equation.source,
-            rule=CustomObjective(term.factors),
-            function=Fragment((equation,), operands, equation.outputs),
-            equation=equation,
-            unknown=tuple(v.index in program.unknown for v in equation.inputs),
-            scale=term.coefficient / self.largest,
-        )
+        rule, function = CustomObjective(term.factors), Fragment((equation,), operands, equation.outputs)
+        unknown = tuple(v.index in program.unknown for v in equation.inputs)
+        scale = term.coefficient / self.largest
+        node = Node("objective", "objective", equation.source, rule, function, (), (), equation, unknown, scale)
         return Draft(node, operands, ())
 
     def _generic(self, program: LiveProgram) -> Draft:

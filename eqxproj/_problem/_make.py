@@ -98,7 +98,8 @@ def make_problem(
     """The problem of a traced loss; other arguments as for `feasibility_problem`.
 
     Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each.
-    `offset` is the logarithm of the weight of the objective's own edges. `recalled` are results of products of the forward pass that are known already.
+    `offset` is the logarithm of the weight of the objective's own edges, `recalled` are results of products of the
+    forward pass that are known already.
     """
     graph = build(traced, data, not two_colored)
     if two_colored:
