@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float
@@ -52,15 +52,11 @@ class AbstractCopyingSolver(AbstractSolver):
     needs_two_colors: ClassVar[bool] = True
 
 
-def number(name: str, default: float, high: float) -> Any:
-    """The field of a solver's parameter, which must lie in (0, high]."""
-
-    def checked(value: float) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= high:
-            raise ValueError(f"`{name}` must be a number in (0, {high:g}], got {value!r}.")
-        return float(value)
-
-    return eqx.field(static=True, default=default, converter=checked)
+def check_number(name: str, value: float, low: float, high: float) -> float:
+    """A solver's parameter, checked to lie in (low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
+        raise ValueError(f"`{name}` must be a number in ({low:g}, {high:g}], got {value!r}.")
+    return float(value)
 
 
 def onto(problem: FeasibilityProblem, state: State, color: int) -> State:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import equinox as eqx
+
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, combine
-from ._base import AbstractCopyingSolver, AbstractSolver, number, onto, reflect
+from ._base import AbstractCopyingSolver, AbstractSolver, check_number, onto, reflect
 
 _A, _B = 0, 1
 
@@ -42,7 +44,10 @@ class DouglasRachford(AbstractCopyingSolver):
     - `relaxation`: $\ell$ in (0, 1]; one half is the Douglas-Rachford algorithm proper.
     """
 
-    relaxation: float = number("relaxation", default=0.5, high=1.0)
+    relaxation: float = eqx.field(static=True)
+
+    def __init__(self, relaxation: float = 0.5):
+        self.relaxation = check_number("relaxation", relaxation, 0.0, 1.0)
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         reflected = reflect(problem, reflect(problem, state, _A), _B)
@@ -59,7 +64,10 @@ class DifferenceMap(AbstractCopyingSolver):
     - `beta`: in (0, 2].
     """
 
-    beta: float = number("beta", default=1.0, high=2.0)
+    beta: float = eqx.field(static=True)
+
+    def __init__(self, beta: float = 1.0):
+        self.beta = check_number("beta", beta, 0.0, 2.0)
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         beta = self.beta
@@ -81,7 +89,10 @@ class RelaxedReflectReflect(AbstractCopyingSolver):
     - `beta`: in (0, 2].
     """
 
-    beta: float = number("beta", default=0.5, high=2.0)
+    beta: float = eqx.field(static=True)
+
+    def __init__(self, beta: float = 0.5):
+        self.beta = check_number("beta", beta, 0.0, 2.0)
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         on_a = onto(problem, state, _A)
