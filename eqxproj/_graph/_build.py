@@ -1,13 +1,13 @@
 """From a traced loss to its factor graph.
 
 Transforms a trace into a [`Graph`][], from the objective back: views become the maps of edges, elementwise operations
-are fused, and what remains is one node for each equation. Limits: the graph is not two-colored yet.
-
-An equation that depends on no parameter is evaluated once, on the forward pass, and so is the result of a
-`stop_gradient`.
+are fused, and what remains is one node for each equation. What depends on no parameter, or is the result of a
+`stop_gradient`, is evaluated once, on the forward pass. Limits: the graph is not two-colored yet.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from .._errors import Unsupported, UnsupportedPrimitiveError
 from .._program._composites import with_composites
@@ -16,7 +16,7 @@ from .._program._trace import Trace
 from ._fusion import Fusion, is_view
 from ._graph import Edge, Graph, Node
 from ._live import LiveProgram, live_program
-from ._nodes import Draft, draft_of, input_draft
+from ._nodes import Draft, draft_of
 from ._objective_region import Objective, pin, split_objective
 from ._views import shown
 
@@ -32,22 +32,12 @@ def check_dependence(trace: Trace) -> None:
         )
 
 
-def build(trace: Trace, data: str = "constant", in_order: bool = False, composites: bool = True) -> Graph:
-    """Builds the factor graph of a traced loss.
+def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph:
+    """Builds the factor graph of a traced loss, which is not two-colored yet.
 
-    **Arguments:**
-
-    - `trace`: the traced loss.
-    - `data`: `"constant"` (data is known) or `"pinned"` (data is a variable that is held in place).
-    - `in_order`: whether a recurrence is one node, which goes through time in order, or its steps are nodes.
-    - `composites`: whether softmax, normalization and the like are one node each.
-
-    **Returns:**
-
-    A [`Graph`][], not yet two-colored.
-
-    **Raises:** `UnsupportedPrimitiveError` naming every operation without a rule; `ValueError` where the loss does not
-    depend on the model.
+    `data` is `"constant"` (known), or `"pinned"` (a variable that is held in place). With `in_order` a recurrence is
+    one node, which goes through time in order; its steps are nodes otherwise. Raises an `UnsupportedPrimitiveError`
+    naming every operation without a rule.
     """
     if data not in ("constant", "pinned"):
         raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
@@ -56,7 +46,7 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False, composit
     objective = split_objective(program)
     if data == "pinned":
         program = pin(program, objective)
-    builder = _Builder(trace, program, _fused(program, objective, composites))
+    builder = _Builder(trace, program, _fused(program, objective))
     for draft in objective.drafts(program):
         builder.add(draft)
     builder.add_producers()
@@ -73,14 +63,14 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False, composit
     )
 
 
-def _fused(program: LiveProgram, objective: Objective, composites: bool) -> Fusion:
+def _fused(program: LiveProgram, objective: Objective) -> Fusion:
     """The fusion of what lies before the objective."""
     ends = objective.boundary(program.unknown)
     ends += [v for e in objective.custom_equations for v in program.unknown_inputs(e)]
     ends += [v for v in program.fed if v.index in program.unknown]
-    equations = live(objective.without_custom(program.equations), ends)
-    if composites:
-        equations = with_composites(equations, program.unknown, ends)
+    custom = set(objective.custom_equations)
+    before = [e for e in program.equations if e not in custom]
+    equations = with_composites(live(before, ends), program.unknown, ends)
     views = {v.index for e in equations if is_view(e, program.unknown) for v in e.outputs}
     kept = frozenset(v.index for v in (*ends, *program.parameters, *program.pinned))
     return Fusion(program.program, equations, program.unknown, kept - views)
@@ -104,20 +94,7 @@ class _Builder:
         edges = tuple(self._edge(v) for v in draft.operands)
         outputs = tuple(self._value(v) for v in draft.outputs)
         self.missing.extend(draft.missing)
-        self.nodes.append(
-            Node(
-                kind=draft.kind,
-                operation=draft.operation,
-                source=draft.source,
-                rule=draft.rule,
-                function=draft.function,
-                edges=edges,
-                outputs=outputs,
-                equation=draft.equation,
-                unknown=draft.unknown,
-                scale=draft.scale,
-            )
-        )
+        self.nodes.append(replace(draft.node, edges=edges, outputs=outputs))
 
     def add_producers(self) -> None:
         """Adds the nodes that compute the values, which bring further values, until all have one."""
@@ -125,9 +102,9 @@ class _Builder:
         for variable in self.values:  # each node may add to them
             index = variable.index
             if index in self.names:
-                self.add(input_draft("parameter", self.names[index], variable))
+                self.add(Draft(Node("parameter", self.names[index], "", None), (), (variable,)))
             elif variable in self.program.pinned:
-                self.add(input_draft("data", "data", variable))
+                self.add(Draft(Node("data", "data", "", None), (), (variable,)))
             elif index not in done:
                 done |= {v.index for v in self.fusion.makers[index].outputs}
                 self.add(draft_of(variable, self.fusion))
@@ -140,9 +117,9 @@ class _Builder:
 
     def _edge(self, variable: Variable) -> int:
         """A new edge of the next node, which shows a variable."""
-        found = shown(variable, self.program, self.fusion)
-        delayed = frozenset(self._value(v) for v in found.sources if v.index in found.late)
-        sources = tuple(self._value(v) for v in found.sources)
-        is_parameter = all(v.index in self.parameters for v in found.sources)
-        self.edges.append(Edge(variable, found.view, sources, len(self.nodes), is_parameter, delayed))
+        view, late = shown(variable, self.program, self.fusion)
+        delayed = frozenset(self._value(v) for v in view.operands if v.index in late)
+        sources = tuple(self._value(v) for v in view.operands)
+        is_parameter = all(v.index in self.parameters for v in view.operands)
+        self.edges.append(Edge(variable, view, sources, len(self.nodes), is_parameter, delayed))
         return len(self.edges) - 1

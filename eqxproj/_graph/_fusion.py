@@ -8,6 +8,7 @@ a nonlinear function of several unknowns is not fused with what leads to it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class Fusion:
 
     def inputs(self, equation: Equation) -> list[Variable]:
         """The distinct unknown operands of an equation."""
-        return list({v.index: v for v in equation.inputs if v.index in self.unknown}.values())
+        return list(dict.fromkeys(v for v in equation.inputs if v.index in self.unknown))
 
     def is_leaf(self, variable: Variable) -> bool:
         """Whether a variable can be an operand as it is: a value, or a view of values."""
@@ -79,13 +80,8 @@ class Fusion:
 
     def _ends_of_others(self) -> set[int]:
         """What is read and returned by operations that are no elementwise functions. Views are read through."""
-        found: set[int] = set()
-        for equation in self.equations:
-            view = is_view(equation, self.unknown)
-            if view or not is_elementwise(equation):
-                found.update(v.index for v in self.inputs(equation) if v.index not in self.views)
-                found.update(v.index for v in equation.outputs if not view)
-        return found
+        others = [e for e in self.equations if is_view(e, self.unknown) or not is_elementwise(e)]
+        return {v.index for e in others for v in (*self.inputs(e), *e.outputs)} - self.views
 
     def _find_roots(self) -> dict[int, int]:
         """The root of each elementwise result."""
@@ -97,10 +93,7 @@ class Fusion:
         return roots
 
     def _scales_by_array(self, equation: Equation) -> bool:
-        """Whether an equation is affine, with a known array in it.
-
-        Its result is a root, so that what follows is the same function for all elements.
-        """
+        """Whether an equation is affine with a known array in it. What follows its result is one function then."""
         known = [v for v in equation.inputs if v.index not in self.unknown and v.index not in self.program.static]
         return bool(known) and self._affine_terms(equation) is not None
 
@@ -168,12 +161,9 @@ class Fusion:
 
 def _merged(found: list[AffineTerm]) -> list[AffineTerm]:
     """Terms of the same variable with plain coefficients, added up."""
-    kept: list[AffineTerm] = []
-    for term in found:
-        for i, other in enumerate(kept):
-            if other.variable == term.variable and not other.factors and not term.factors and other.axes == term.axes:
-                kept[i] = AffineTerm(term.variable, other.scale + term.scale, (), term.axes)
-                break
-        else:
-            kept.append(term)
-    return kept
+    merged: dict[object, AffineTerm] = {}
+    for position, term in enumerate(found):
+        key = position if term.factors else (term.variable, term.axes)
+        before = merged.get(key)
+        merged[key] = term if before is None else replace(term, scale=before.scale + term.scale)
+    return list(merged.values())

@@ -1,25 +1,39 @@
-"""The factor graph of a loss: values, edges that show them to nodes, and nodes that constrain them.
-
-Transforms a graph into a two-colored one: the colors alternate breadth-first from the objective, and where an edge
-would join equal colors an identity node is put on it. Limits: every node must lead to the objective.
+"""The factor graph of a loss: nodes constrain values, which edges show to them through views.
 
 A *value* is a parameter, a pinned datum, or the output of a node. An *edge* shows one or several values to one operand
-of a node, through a view. A *node* constrains its operands and its outputs.
+of a node. To make two colors, which alternate breadth-first from the objective, an identity node is put on each edge
+that joins equal ones. Limits: every node must lead to the objective.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from .._program._equations import Equation, Program, Variable
 from .._program._fragment import Fragment, View
 from ..rules._base import AbstractRule
 
 Kind = Literal["parameter", "data", "operation", "objective", "identity"]
+T = TypeVar("T", bound=Hashable)
+
+
+def after_sources(ends: Iterable[T], sources: Callable[[T], Iterable[T]]) -> tuple[T, ...]:
+    """`ends` and what leads to them, each once and after its sources."""
+    done: dict[T, None] = {}
+    stack = [(end, False) for end in ends]
+    while stack:
+        item, is_ready = stack.pop()
+        if is_ready:
+            done[item] = None
+        elif item not in done:
+            stack.append((item, True))
+            stack.extend((source, False) for source in sources(item))
+    return tuple(done)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,20 +51,19 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One constraint. A parameter or pinned datum is a node without operands.
+    """One constraint: `function` leads from what the edges show to the outputs.
 
-    - `function`: the operation, from what the edges show to the outputs.
-    - `equation`: the primitive of a node that is one primitive. `unknown`: which of its operands are edges.
-    - `scale`: for an objective, its coefficient in units of the largest one.
+    A parameter or pinned datum has no operands. A node of one primitive has its `equation`, and `unknown` tells which
+    operands are edges. `scale` is the coefficient of an objective in units of the largest one.
     """
 
     kind: Kind
     operation: str
     source: str
     rule: AbstractRule | None
-    function: Fragment | None
-    edges: tuple[int, ...]
-    outputs: tuple[int, ...]
+    function: Fragment | None = None
+    edges: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
     equation: Equation | None = None
     unknown: tuple[bool, ...] = ()
     scale: float = 1.0
@@ -95,20 +108,17 @@ class Graph:
     @cached_property
     def predecessors(self) -> tuple[tuple[int, ...], ...]:
         """For each node, the nodes whose values it reads."""
-        return tuple(
-            tuple(dict.fromkeys(self.producers[v] for e in node.edges for v in self.edges[e].sources))
-            for node in self.nodes
-        )
+        return self._predecessors(with_delayed=True)
 
     @cached_property
     def prompt_predecessors(self) -> tuple[tuple[int, ...], ...]:
         """For each node, the nodes whose values it reads without delay. These relations have no cycle."""
+        return self._predecessors(with_delayed=False)
 
-        def read(node: Node) -> tuple[int, ...]:
-            edges = [self.edges[e] for e in node.edges]
-            return tuple(dict.fromkeys(self.producers[v] for e in edges for v in e.sources if v not in e.delayed))
-
-        return tuple(map(read, self.nodes))
+    def _predecessors(self, with_delayed: bool) -> tuple[tuple[int, ...], ...]:
+        shown = [[v for v in edge.sources if with_delayed or v not in edge.delayed] for edge in self.edges]
+        reads = [[self.producers[v] for e in node.edges for v in shown[e]] for node in self.nodes]
+        return tuple(tuple(dict.fromkeys(nodes)) for nodes in reads)
 
     @cached_property
     def objectives(self) -> tuple[int, ...]:
@@ -118,16 +128,7 @@ class Graph:
     @cached_property
     def forward_order(self) -> tuple[int, ...]:
         """Every node after those that it reads from."""
-        done: dict[int, None] = {}
-        stack = [(i, False) for i in reversed(range(len(self.nodes)))]
-        while stack:
-            node, ready = stack.pop()
-            if ready:
-                done[node] = None
-            elif node not in done:
-                stack.append((node, True))
-                stack.extend((p, False) for p in self.prompt_predecessors[node] if p not in done)
-        return tuple(done)
+        return after_sources(range(len(self.nodes))[::-1], lambda node: self.prompt_predecessors[node])
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
@@ -157,10 +158,10 @@ class Graph:
         return tuple(found)
 
     @cached_property
-    def cyclic_depth(self) -> int | None:
-        """The least depth of a node whose value is read with a delay; `None` in a graph without cycles."""
+    def cyclic_depth(self) -> float:
+        """The least depth of a node whose value is read with a delay; infinite in a graph without cycles."""
         late = {self.producers[v] for edge in self.edges for v in edge.delayed}
-        return min((self.depth[node] for node in late), default=None)
+        return min((self.depth[node] for node in late), default=math.inf)
 
     @cached_property
     def distance(self) -> tuple[int, ...]:
@@ -197,28 +198,18 @@ class Graph:
 
 def conflicts(graph: Graph) -> tuple[int, ...]:
     """The edges that join two nodes of one color."""
-    return tuple(
-        i
-        for i, edge in enumerate(graph.edges)
-        if any(graph.colors[graph.producers[v]] == graph.colors[edge.consumer] for v in edge.sources)
-    )
+    color = [graph.colors[producer] for producer in graph.producers]
+    joins = [any(color[v] == graph.colors[edge.consumer] for v in edge.sources) for edge in graph.edges]
+    return tuple(i for i, bad in enumerate(joins) if bad)
 
 
 def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
     """Puts an identity node on every edge that joins two nodes of one color, until there is none.
 
-    **Arguments:**
-
-    - `graph`: any graph.
-    - `identity`: the rule of the identity nodes.
-
-    **Returns:**
-
-    The graph with two colors. Where only some of the values that an edge shows conflict, the others stay as they are.
+    Where only some of the values that an edge shows conflict, the others stay as they are.
     """
     for _ in range(len(graph.edges) + 1):
-        bad = conflicts(graph)
-        if not bad:
+        if not (bad := conflicts(graph)):
             return graph
         graph = _split(graph, bad[0], identity)
     raise AssertionError("two-coloring did not end")
@@ -238,16 +229,15 @@ def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
         sources.append(len(values))
         values.append(variable)
         plain = View((), (variable,), (variable,))
-        edges.append(Edge(variable, plain, (value,), len(nodes), edge.is_parameter, edge.delayed & {value}))
-        fragment, own = Fragment((), (variable,), (variable,)), (len(edges) - 1,)
-        nodes.append(Node("identity", "identity", source, identity, fragment, own, (sources[-1],)))
+        nodes.append(Node("identity", "identity", source, identity, plain, (len(edges),), (sources[-1],)))
+        edges.append(Edge(variable, plain, (value,), len(nodes) - 1, edge.is_parameter, edge.delayed & {value}))
     edges[index] = replace(edge, sources=tuple(sources), delayed=edge.delayed & set(sources))
     return replace(graph, values=tuple(values), edges=tuple(edges), nodes=tuple(nodes))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in aligned columns; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

@@ -24,12 +24,9 @@ from .._program._unroll import Delayed, unroll
 class LiveProgram:
     """What of a program leads to its loss.
 
-    - `program`: the whole program, as it runs forward.
-    - `parameters`, `arguments`: its inputs.
-    - `delayed`: the variables that show values of the time step before, and how they show them.
-    - `equations`: what the loss depends on, in order. What shows a delayed variable comes later than its readers, and
-        is therefore not among them.
-    - `fed`: the variables that delayed ones show.
+    - `program`: the whole program, as it runs forward. `parameters`, `arguments`: its inputs.
+    - `delayed`: the variables that show values of the time step before, and how. `fed`: what they show.
+    - `equations`: what the loss depends on, in order, without what shows delayed variables, later than their readers.
     - `unknown`: the numbers of the variables that depend on parameters, or on pinned data.
     - `pinned`: the arguments that are variables held in place.
     """
@@ -43,14 +40,9 @@ class LiveProgram:
     unknown: frozenset[int] = frozenset()
     pinned: tuple[Variable, ...] = ()
 
-    @property
-    def loss(self) -> Variable:
-        return self.program.outputs[0]
-
     def with_unknowns(self, pinned: Sequence[Variable] = ()) -> LiveProgram:
         """The same program, in which what depends on a parameter or on `pinned` data is unknown."""
-        unknown = self.dependents([*self.parameters, *pinned])
-        return replace(self, unknown=unknown, pinned=tuple(pinned))
+        return replace(self, unknown=self.dependents([*self.parameters, *pinned]), pinned=tuple(pinned))
 
     def dependents(self, seeds: Sequence[Variable]) -> frozenset[int]:
         """The numbers of the variables that depend on the seeds. Delayed variables count as seeds."""
@@ -61,10 +53,8 @@ class LiveProgram:
         """The numbers of the variables that depend on data: on arguments that are no keys, or on constant arrays."""
         data = [v for v in self.arguments if not jnp.issubdtype(v.dtype, jax.dtypes.prng_key)]
         used = {v.index for e in self.equations for v in e.inputs}
-        constants = self.program.constants.items()
-        return self.dependents(
-            data + [Variable(i, np.shape(c), None) for i, c in constants if i in used and np.size(c) > 1]
-        )
+        arrays = [i for i, c in self.program.constants.items() if i in used and np.size(c) > 1]
+        return self.dependents([*data, *(Variable(i, (), None) for i in arrays)])
 
     def unknown_inputs(self, equation: Equation) -> list[Variable]:
         """The unknown operands of an equation, in order."""
@@ -74,15 +64,8 @@ class LiveProgram:
 def live_program(trace: Trace, pinned: bool, in_order: bool) -> LiveProgram:
     """The live part of a traced loss; its parameters are its unknowns.
 
-    **Arguments:**
-
-    - `trace`: the traced loss.
-    - `pinned`: whether data may become variables later, so that recurrences over data alone are unrolled too.
-    - `in_order`: whether recurrences whose carries depend on unknowns stay whole.
-
-    **Returns:**
-
-    A [`LiveProgram`][].
+    `pinned`: whether data may become variables later, so that recurrences over data alone are unrolled too.
+    `in_order`: whether recurrences whose carries depend on unknowns stay whole.
     """
     count = len(trace.parameters)
     parameters, arguments = trace.program.inputs[:count], trace.program.inputs[count:]
@@ -102,7 +85,7 @@ def _alive(program: Program, delayed: Mapping[int, Delayed]) -> tuple[tuple[Equa
         equations = live(forward, [program.outputs[0], *fed])
         reads = {v.index for e in equations for v in e.inputs}
         shown = [v for i in delayed if i in reads for e in delayed[i].equations for v in e.inputs]
-        more = tuple({v.index: v for v in shown if v.index not in made}.values())
+        more = tuple(dict.fromkeys(v for v in shown if v.index not in made))
         if len(more) == len(fed):
             return equations, fed
         fed = more

@@ -6,7 +6,7 @@ primitive with a rule, or a node for the local solver. Limits: a draft speaks of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .._errors import Unsupported
@@ -14,35 +14,22 @@ from .._program._affine import AffineTerm
 from .._program._equations import Equation, Variable
 from .._program._fragment import Fragment
 from .._program._primitives import VIEWS
-from ..rules._base import AbstractRule
 from ..rules._local import LocalSolver, flattened_by, is_differentiable
 from ..rules._registry import RULES
 from ..rules._scalar import Scalar
 from ..rules._selection import POSITIONS, Selection
 from ._fusion import Fusion, is_elementwise, takes_precedence
-from ._graph import Kind
+from ._graph import Node
 
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """A node before its operands are edges and its outputs are values. `missing` says what of it has no rule."""
+    """A node whose operands are not edges yet, and whose outputs are not values. `missing`: what of it has no rule."""
 
-    kind: Kind
-    operation: str
-    source: str
-    rule: AbstractRule | None
+    node: Node
     operands: tuple[Variable, ...]
     outputs: tuple[Variable, ...]
-    function: Fragment | None = None
-    equation: Equation | None = None
-    unknown: tuple[bool, ...] = ()
-    scale: float = 1.0
     missing: tuple[Unsupported, ...] = ()
-
-
-def input_draft(kind: Kind, name: str, variable: Variable) -> Draft:
-    """The node of a parameter, or of pinned data."""
-    return Draft(kind, name, "", None, (), (variable,))
 
 
 def draft_of(variable: Variable, fusion: Fusion) -> Draft:
@@ -63,19 +50,14 @@ def _scalar(variable: Variable, equation: Equation, fusion: Fusion) -> Draft:
         assert terms is not None
     if not all(t.variable.is_float for t in terms):
         return _opened(equation, fusion)
-    operands = _distinct([t.variable for t in terms])
+    operands = tuple(dict.fromkeys(t.variable for t in terms))
     before = fusion.between(operands, root) if root not in operands else ()
     after = fusion.between([root], variable) if root != variable else ()
     head, phi = Fragment(before, operands, (root,)), Fragment(after, (root,), (variable,))
-    return Draft(
-        kind="operation",
-        operation=_joined(e.name for e in (*before, *after)) or "identity",
-        source=equation.source,
-        rule=Scalar.create(tuple(terms), head, phi, fusion.program.static),
-        operands=operands,
-        outputs=(variable,),
-        function=Fragment((*before, *after), operands, (variable,)),
-    )
+    name = _joined((*before, *after)) or "identity"
+    rule = Scalar.create(tuple(terms), head, phi, fusion.program.static)
+    function = Fragment((*before, *after), operands, (variable,))
+    return Draft(Node("operation", name, equation.source, rule, function), operands, (variable,))
 
 
 def _primitive(equation: Equation, fusion: Fusion) -> Draft:
@@ -87,18 +69,9 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     rule = RULES.get(equation.name)
     if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
         return _opened(equation, fusion)
-    return Draft(
-        kind="operation",
-        operation=equation.name,
-        source=equation.source,
-        rule=rule,
-        operands=operands,
-        outputs=equation.outputs,
-        function=_with_separate_operands(operands, equation),
-        equation=equation,
-        unknown=unknown,
-        missing=tuple(rule.missing(equation, unknown)),
-    )
+    function = _with_separate_operands(operands, equation)
+    node = Node("operation", equation.name, equation.source, rule, function, equation=equation, unknown=unknown)
+    return Draft(node, operands, equation.outputs, tuple(rule.missing(equation, unknown)))
 
 
 def _opened(equation: Equation, fusion: Fusion) -> Draft:
@@ -106,50 +79,38 @@ def _opened(equation: Equation, fusion: Fusion) -> Draft:
 
     Predicates and positions are no values of the graph: they are read through to what they are made of.
     """
-    leaves: dict[int, Variable] = {}
+    leaves: dict[Variable, None] = {}
     stack = fusion.inputs(equation)[::-1]
     while stack:
         v = stack.pop()
         if v.is_float and fusion.is_leaf(v) or v.index not in fusion.makers:
-            leaves[v.index] = v
+            leaves[v] = None
         else:
             stack.extend(fusion.inputs(fusion.makers[v.index])[::-1])
-    operands = tuple(leaves.values())
+    operands = tuple(leaves)
     outputs = tuple(v for v in equation.outputs if v.is_float)
     equations = fusion.between(operands, *outputs)
     function = Fragment(equations, operands, outputs)
     solvable = outputs and all(v.is_float for v in operands) and is_differentiable(function, fusion.program)
-    return Draft(
-        kind="operation",
-        operation=_joined(e.name for e in equations if e.name not in VIEWS or e is equation),
-        source=equation.source,
-        rule=Selection(function) if any(e.name in POSITIONS for e in equations) else LocalSolver(),
-        operands=operands,
-        outputs=outputs,
-        function=function,
-        missing=() if solvable else (_unsupported(equation, function),),
-    )
-
-
-def _unsupported(equation: Equation, function: Fragment) -> Unsupported:
+    name = _joined(e for e in equations if e.name not in VIEWS or e is equation)
+    rule = Selection(function) if any(e.name in POSITIONS for e in equations) else LocalSolver()
+    node = Node("operation", name, equation.source, rule, function)
+    if solvable:
+        return Draft(node, operands, outputs)
     flat = " and ".join(flattened_by(function))
-    return Unsupported(equation.name, equation.source, f"which reads what {flat} makes of unknowns" if flat else "")
+    reason = f"which reads what {flat} makes of unknowns" if flat else ""
+    return Draft(node, operands, outputs, (Unsupported(equation.name, equation.source, reason),))
 
 
-def _joined(names: Iterable[str]) -> str:
-    return "+".join(dict.fromkeys(names))
-
-
-def _distinct(variables: Sequence[Variable]) -> tuple[Variable, ...]:
-    return tuple({v.index: v for v in variables}.values())
+def _joined(equations: Iterable[Equation]) -> str:
+    return "+".join(dict.fromkeys(e.name for e in equations))
 
 
 def _with_separate_operands(operands: tuple[Variable, ...], equation: Equation) -> Fragment:
     """A fragment whose operands are separate slots even where one variable fills two of them (`w * w`)."""
-    if len(_distinct(operands)) == len(operands):
+    if len(set(operands)) == len(operands):
         return Fragment((equation,), operands, equation.outputs)
     slots = tuple(Variable(-1 - i, v.shape, v.dtype) for i, v in enumerate(operands))
-    unknown = {v.index for v in operands}
     rest = iter(slots)
-    inputs = tuple(next(rest) if v.index in unknown else v for v in equation.inputs)
+    inputs = tuple(next(rest) if v in operands else v for v in equation.inputs)
     return Fragment((replace(equation, inputs=inputs),), slots, equation.outputs)

@@ -8,7 +8,7 @@ that takes precedence, is flat, or gives positions is never part of the objectiv
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,134 +20,110 @@ from ..rules._loss import CustomObjective, GenericObjective
 from ..rules._registry import RULES
 from ..rules._selection import POSITIONS
 from ._fusion import takes_precedence
+from ._graph import Node
 from ._live import LiveProgram
 from ._nodes import Draft
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The end of a loss.
+    """The end of a loss: its terms, and the `equations` of the generic ones from the last use of a parameter on.
 
-    - `custom`: the terms with a prox of their own. `generic`: all other terms.
-    - `equations`: what computes the generic terms, from the last use of a parameter on.
-    - `largest`: the largest coefficient of a term.
+    `custom` terms have a prox of their own, given by an equation. `largest` is the largest coefficient of a term.
     """
 
-    custom: tuple[Term, ...]
+    custom: tuple[tuple[Term, Equation], ...]
     generic: tuple[Term, ...]
     equations: tuple[Equation, ...]
     largest: float
+
+    @property
+    def custom_equations(self) -> tuple[Equation, ...]:
+        return tuple(equation for _, equation in self.custom)
 
     @property
     def is_hard(self) -> bool:
         """Whether the objective is nothing but sets."""
         return not self.generic and all(e.params["call"].hard for e in self.custom_equations)
 
-    @property
-    def custom_equations(self) -> tuple[Equation, ...]:
-        return tuple(t.custom for t in self.custom if t.custom is not None)
-
-    def without_custom(self, equations: Sequence[Equation]) -> list[Equation]:
-        """The equations that are no custom terms."""
-        custom = {id(e) for e in self.custom_equations}
-        return [e for e in equations if id(e) not in custom]
-
     def boundary(self, unknown: frozenset[int]) -> list[Variable]:
         """What the generic terms read from outside of their equations."""
         made = {v.index for e in self.equations for v in e.outputs}
         reads = [v for e in self.equations for v in e.inputs] + [t.variable for t in self.generic]
-        return list({v.index: v for v in reads if v.index in unknown and v.index not in made}.values())
+        return list(dict.fromkeys(v for v in reads if v.index in unknown and v.index not in made))
 
     def drafts(self, program: LiveProgram) -> list[Draft]:
         """The nodes of the objective: one for each custom term, and one for all generic ones."""
-        found = [self._custom(term, term.custom, program) for term in self.custom if term.custom is not None]
+        found = [self._custom(term, equation, program) for term, equation in self.custom]
         return [*found, self._generic(program)] if self.generic else found
 
     def _custom(self, term: Term, equation: Equation, program: LiveProgram) -> Draft:
         operands = tuple(program.unknown_inputs(equation))
-        return Draft(
-            kind="objective",
-            operation="objective",
-            source=equation.source,
-            rule=CustomObjective(term.factors),
-            operands=operands,
-            outputs=(),
-            function=Fragment((equation,), operands, equation.outputs),
-            equation=equation,
-            unknown=tuple(v.index in program.unknown for v in equation.inputs),
-            scale=term.coefficient / self.largest,
-        )
+        rule, function = CustomObjective(term.factors), Fragment((equation,), operands, equation.outputs)
+        unknown = tuple(v.index in program.unknown for v in equation.inputs)
+        scale = term.coefficient / self.largest
+        node = Node("objective", "objective", equation.source, rule, function, (), (), equation, unknown, scale)
+        return Draft(node, operands, ())
 
     def _generic(self, program: LiveProgram) -> Draft:
         operands = tuple(self.boundary(program.unknown))
-        return Draft(
-            kind="objective",
-            operation="objective",
-            source=self.equations[-1].source if self.equations else "the value of the loss",
-            rule=GenericObjective(tuple((t.coefficient / self.largest, t.factors) for t in self.generic)),
-            operands=operands,
-            outputs=(),
-            function=Fragment(self.equations, operands, tuple(t.variable for t in self.generic)),
-        )
+        source = self.equations[-1].source if self.equations else "the value of the loss"
+        rule = GenericObjective(tuple((t.coefficient / self.largest, t.factors) for t in self.generic))
+        function = Fragment(self.equations, operands, tuple(t.variable for t in self.generic))
+        return Draft(Node("objective", "objective", source, rule, function), operands, ())
 
 
 def split_objective(program: LiveProgram) -> Objective:
     """Splits the objective off a live program, in which the parameters alone are unknown."""
     names = [name for name, rule in RULES.items() if isinstance(rule, CustomObjective)]
-    found = terms(program.program, program.loss, program.unknown, program.of_data, names)
+    found = terms(program.program, program.program.outputs[0], program.unknown, program.of_data, names)
     found = [t for t in found if t.variable.index in program.unknown]
-    custom = tuple(t for t in found if _has_prox(t, program.unknown))
-    generic = tuple(Term(t.variable, t.coefficient, t.factors) for t in found if t not in custom)
+    custom = tuple((t, t.custom) for t in found if t.custom is not None and _has_prox(t, t.custom, program.unknown))
+    with_prox = [t for t, _ in custom]
+    generic = tuple(replace(t, custom=None) for t in found if t not in with_prox)
     plain = [abs(t.coefficient) for t in found if t.coefficient != 0 and np.isfinite(t.coefficient)]
-    inside = _region(program, [t.variable for t in generic], [t.custom for t in custom if t.custom is not None])
+    inside = _region(program, [t.variable for t in generic], [equation for _, equation in custom])
     equations = tuple(e for e in program.equations if e.outputs[0].index in inside)
     return Objective(custom, generic, equations, max(plain, default=1.0))
 
 
-def _has_prox(term: Term, unknown: frozenset[int]) -> bool:
+def _has_prox(term: Term, equation: Equation, unknown: frozenset[int]) -> bool:
     """A prox needs a positive coefficient, and the unknowns where it expects them."""
-    if term.custom is None or not term.coefficient > 0:
-        return False
-    return CustomObjective.has_prox(term.custom, [v.index in unknown for v in term.custom.inputs])
+    return term.coefficient > 0 and CustomObjective.has_prox(equation, [v.index in unknown for v in equation.inputs])
 
 
 def pin(program: LiveProgram, objective: Objective) -> LiveProgram:
     """Data that reaches a node becomes a variable, held in place. Data that reaches the objective alone stays known."""
-    own = {id(e) for e in (*objective.equations, *objective.custom_equations)}
-    outside = [e for e in program.equations if id(e) not in own]
+    own = {*objective.equations, *objective.custom_equations}
+    outside = [e for e in program.equations if e not in own]
     outside = live(outside, [v for e in outside for v in e.outputs if v.index in program.unknown])
     read = {v.index for e in outside for v in e.inputs}
     return program.with_unknowns([v for v in program.arguments if v.is_float and v.index in read])
 
 
-# What lies downstream of the last parameter. A region is given by the first outputs of its equations.
-
-
 def _region(program: LiveProgram, ends: Sequence[Variable], custom: Sequence[Equation]) -> frozenset[int]:
-    """The equations downstream of the last one that holds a parameter.
+    """The equations downstream of the last one that holds a parameter, each given by its first output.
 
     What they read from outside is real: complex numbers, predicates and positions are no values of the graph.
     """
     scope = live(program.equations, list(ends))
     makers = {v.index: e.outputs[0].index for e in scope for v in e.outputs}
-    readers = _readers(program, [*scope, *custom])
+    readers = _readers([*scope, *custom], program.unknown)
     staying = _staying(scope, program.unknown)
     while True:
         inside = _downstream(program, scope, ends, readers, staying)
-        within = [e for e in scope if e.outputs[0].index in inside]
-        odd = [(e, v) for e in within for v in program.unknown_inputs(e) if not v.is_float]
-        more = {id(e) for e, v in odd if makers.get(v.index) not in inside}
+        odd = [(e, v) for e in scope for v in program.unknown_inputs(e) if not v.is_float]
+        more = {id(e) for e, v in odd if e.outputs[0].index in inside and makers.get(v.index) not in inside}
         if not more:
             return inside
         staying |= more
 
 
-def _readers(program: LiveProgram, equations: Sequence[Equation]) -> dict[int, list[Equation]]:
+def _readers(equations: Sequence[Equation], unknown: frozenset[int]) -> dict[int, list[Equation]]:
     """For each variable the equations that read it and have an unknown result. A stopped result is known."""
     found: dict[int, list[Equation]] = {}
-    among = {id(e) for e in equations}
-    for equation in program.equations:
-        if id(equation) in among and any(v.index in program.unknown for v in equation.outputs):
+    for equation in equations:
+        if any(v.index in unknown for v in equation.outputs):
             for v in equation.inputs:
                 found.setdefault(v.index, []).append(equation)
     return found
@@ -187,11 +163,9 @@ def _downstream(
 def _is_last(program: LiveProgram, equation: Equation) -> bool:
     """Whether an equation holds a parameter, or stays a node of its own though no parameter comes after it."""
     unknown = program.unknown_inputs(equation)
-    if any(v.index not in program.of_data for v in unknown):
-        return True
-    if equation.name in ("dot_general", "conv_general_dilated"):
-        return len(unknown) == len(equation.inputs)
-    return _stays(equation)
+    is_product = equation.name in ("dot_general", "conv_general_dilated")
+    stays = len(unknown) == len(equation.inputs) if is_product else _stays(equation)
+    return stays or any(v.index not in program.of_data for v in unknown)
 
 
 def _stays(equation: Equation) -> bool:

@@ -5,26 +5,15 @@ Transforms a variable into the equations of a view and its sources. Limits: the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from .._program._equations import Equation, Variable
 from .._program._fragment import View
 from ._fusion import Fusion
+from ._graph import after_sources
 from ._live import LiveProgram
 
 
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """What an edge shows: `sources` through `view`. `late` are the sources that are shown in a delayed way alone."""
-
-    view: View
-    sources: tuple[Variable, ...]
-    late: frozenset[int]
-
-
-def shown(variable: Variable, program: LiveProgram, fusion: Fusion) -> Shown:
-    """The view through which a variable shows values of the graph."""
+def shown(variable: Variable, program: LiveProgram, fusion: Fusion) -> tuple[View, frozenset[int]]:
+    """The view through which a variable shows values of the graph, and the ones that it shows only with a delay."""
     before: list[Equation] = []
     sources: dict[int, Variable] = {}
     prompt: set[int] = set()
@@ -48,20 +37,6 @@ def shown(variable: Variable, program: LiveProgram, fusion: Fusion) -> Shown:
             sources[v.index] = v
             if not late:
                 prompt.add(v.index)
-    view = View(_ordered(before), tuple(sources.values()), (variable,))
-    return Shown(view, view.operands, frozenset(sources) - prompt)
-
-
-def _ordered(equations: Sequence[Equation]) -> tuple[Equation, ...]:
-    """Equations after the ones that they read from, each once."""
-    makers = {v.index: e for e in equations for v in e.outputs}
-    done: dict[int, Equation] = {}
-    stack = [(e, False) for e in equations]
-    while stack:
-        equation, ready = stack.pop()
-        if ready:
-            done.setdefault(id(equation), equation)
-        elif id(equation) not in done:
-            stack.append((equation, True))
-            stack.extend((makers[v.index], False) for v in equation.inputs if v.index in makers)
-    return tuple(done.values())
+    makers = {v.index: e for e in before for v in e.outputs}
+    equations = after_sources(before, lambda e: [makers[v.index] for v in e.inputs if v.index in makers])
+    return View(equations, tuple(sources.values()), (variable,)), frozenset(sources) - prompt

@@ -18,15 +18,15 @@ _CYCLE_OFFSET = 80.0
 def edge_logs(graph: Graph, metric: Metric, offset: float = 0.0) -> tuple[float, ...]:
     """The logarithm of the weight of each edge; `offset` is the one of the objective's own edges.
 
-    Around the cycles of a recurrence that is unrolled over time, weights would have to grow from each time step to the
-    one before it, and an edge has one weight for all steps. In a steep metric all that lies as deep as a cycle
-    therefore gets a further offset, so large that nothing there moves. The ratios stay exact ([`reader_logs`][]).
+    Around the cycles of an unrolled recurrence weights would have to grow from time step to time step, but an edge has
+    one weight. In a steep metric all that lies as deep as a cycle therefore gets so large a further offset that nothing
+    there moves. The ratios stay exact ([`reader_logs`][]).
     """
-    cycle = graph.cyclic_depth if metric.is_steep else None
+    cycle = graph.cyclic_depth if metric.is_steep else math.inf
 
     def log(edge: Edge) -> float:
         depth = graph.depth[edge.consumer]
-        further = 0.0 if cycle is None or depth < cycle else _CYCLE_OFFSET
+        further = 0.0 if depth < cycle else _CYCLE_OFFSET
         return offset + further + metric.log_weight(depth, edge.is_parameter)
 
     return tuple(map(log, graph.edges))

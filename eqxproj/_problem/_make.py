@@ -1,8 +1,4 @@
-"""From a traced loss to its feasibility problem: graph, colours, weights and the values of the forward pass.
-
-`feasibility_problem` is where a loss, a model and a batch become a problem that any solver of the library can be run
-on.
-"""
+"""From a loss, a model and a batch to a feasibility problem: graph, colors, weights and values of the forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._graph._build import build
-from .._graph._graph import Graph, with_identities
+from .._graph._graph import Graph, Node, with_identities
 from .._graph._weights import edge_logs, reader_logs
 from .._metric import Metric, check_metric
 from .._program._fragment import View, forward
@@ -39,27 +35,28 @@ def _copy_counts(graph: Graph, known: Mapping[int, Any], copies: Copies, edge: i
     node = graph.nodes[spec.consumer]
     assert node.rule is not None
     counts = node.rule.copy_counts(node.equation, node.unknown, node.edges.index(edge), copies)
-    times = _times(spec.view, value, spec.sources)
+    position = spec.sources.index(value)
+    times = _times(spec.view, position)
     if times is not None and isinstance(counts, float):
         return times * counts
     full = jnp.broadcast_to(jnp.asarray(counts, spec.variable.dtype), spec.variable.shape)
-    return spec.view.transpose(known, full)[spec.sources.index(value)]
+    return spec.view.transpose(known, full)[position]
 
 
-def _times(view: View, value: int, sources: Sequence[int]) -> float | None:
-    """How often a view shows each element of a value; `None` where that differs or is not known while tracing."""
-    times = {view.operands[sources.index(value)].index: 1.0}
+def _times(view: View, position: int) -> float | None:
+    """How often a view shows each element of an operand; `None` where that differs or is not known while tracing."""
+    times = {view.operands[position].index: 1.0}
     readers = Counter(v.index for e in view.equations for v in e.inputs)
     for equation in view.equations:
         reads = [v for v in equation.inputs if v.index in times]
         if not reads:
             continue
-        plain = equation.name == "broadcast_in_dim" or equation.name in ONE_TO_ONE
-        if not plain or len(equation.outputs) != 1 or any(readers[v.index] != 1 for v in reads):
+        repeats = equation.name == "broadcast_in_dim"
+        is_plain = repeats or equation.name in ONE_TO_ONE
+        if not is_plain or len(equation.outputs) != 1 or any(readers[v.index] != 1 for v in reads):
             return None
         (out,) = equation.outputs
-        sizes = math.prod(out.shape), math.prod(reads[0].shape)
-        factor = sizes[0] / max(sizes[1], 1) if equation.name == "broadcast_in_dim" else 1.0
+        factor = math.prod(out.shape) / max(math.prod(reads[0].shape), 1) if repeats else 1.0
         times[out.index] = factor * sum(times[v.index] for v in reads)
     return times.get(view.outputs[0].index, 0.0)
 
@@ -68,14 +65,14 @@ def _all_copy_counts(
     graph: Graph, known: Mapping[int, Any], copies: Copies, metric: Metric, log_weights: Sequence[float]
 ) -> tuple[float | Array, ...]:
     """For each value the number of its copies, each weighted relative to the heaviest."""
-    found: list[float | Array] = []
-    for value in range(len(graph.values)):
+
+    def count(value: int) -> float | Array:
         logs = reader_logs(graph, metric, log_weights, value)
-        total: float | Array = 0.0
-        for edge, log in zip(graph.readers[value], logs, strict=True):
-            total = total + math.exp(max(log - max(logs), -80.0)) * _copy_counts(graph, known, copies, edge, value)
-        found.append(total)
-    return tuple(found)
+        weights = [math.exp(max(log - max(logs), -80.0)) for log in logs]
+        counts = [_copy_counts(graph, known, copies, edge, value) for edge in graph.readers[value]]
+        return sum((w * c for w, c in zip(weights, counts, strict=True)), start=0.0)
+
+    return tuple(map(count, range(len(graph.values))))
 
 
 def check_copies(copies: str) -> None:
@@ -96,46 +93,56 @@ def make_problem(
     data: str,
     two_colored: bool,
     offset: float = 0.0,
-    composites: bool = True,
     recalled: Sequence[Array] = (),
 ) -> FeasibilityProblem:
-    """The problem of a traced loss.
+    """The problem of a traced loss; other arguments as for `feasibility_problem`.
 
-    Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each,
-    which goes through time in order. With `composites`, softmax, normalization and the like are one node each.
-    `recalled` are the results of products of the forward pass that are known already, `offset` is the logarithm of the
-    weight of the objective's own edges.
+    Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each.
+    `offset` is the logarithm of the weight of the objective's own edges, `recalled` are results of products of the
+    forward pass that are known already.
     """
-    graph = build(traced, data, not two_colored, composites)
+    graph = build(traced, data, not two_colored)
     if two_colored:
         graph = with_identities(graph, identity(graph.values[0]))
     env = forward(graph.program, [*traced.parameters, *traced.arguments], recalled)
-    needed = {i for n in graph.nodes if n.function is not None for i in n.function.known}
-    needed |= {i for e in graph.edges for i in e.view.known}
-    needed |= {i for n in graph.nodes if n.equation is not None for i in _known_inputs(n)}
-    needed |= {v.index for n in graph.nodes if n.equation is not None for v in n.equation.residuals}
-    needed |= {i for n in graph.nodes if n.rule is not None for i in n.rule.known_variables()}
+    needed = {i for edge in graph.edges for i in edge.view.known}
+    for node in graph.nodes:
+        needed |= _needed(node)
     known = {i: jnp.asarray(env[i]) for i in sorted(needed)}
-    kinds = [graph.nodes[p].kind for p in graph.producers]
-    at = [env[v.index] for v in graph.values]  # what an identity node puts out is its operand's variable
-    initial = tuple(jnp.asarray(x) if k in ("parameter", "data") else None for x, k in zip(at, kinds, strict=True))
-    states = tuple(None if k in ("parameter", "data") else jnp.asarray(x) for x, k in zip(at, kinds, strict=True))
+    values = [jnp.asarray(env[v.index]) for v in graph.values]  # an identity node's output is its operand's variable
+    is_given = [graph.nodes[producer].kind in ("parameter", "data") for producer in graph.producers]
     logs = edge_logs(graph, metric, offset)
-    counts = _all_copy_counts(graph, known, copies, metric, logs)
     value, *rest = (env[v.index] for v in graph.program.outputs)
-    auxiliary = traced.auxiliary(rest)
-    value = jnp.asarray(value)
     return FeasibilityProblem(
-        traced, known, initial, states, value, auxiliary, counts, graph, metric, copies, float(tau), logs, Projector()
+        trace=traced,
+        known=known,
+        initial=tuple(x if given else None for x, given in zip(values, is_given, strict=True)),
+        forward=tuple(None if given else x for x, given in zip(values, is_given, strict=True)),
+        value=jnp.asarray(value),
+        auxiliary=traced.auxiliary(rest),
+        copy_counts=_all_copy_counts(graph, known, copies, metric, logs),
+        graph=graph,
+        metric=metric,
+        copies=copies,
+        tau=float(tau),
+        log_weights=logs,
+        projector=Projector(),
     )
+
+
+def _needed(node: Node) -> set[int]:
+    """The variables whose values on the forward pass a node needs."""
+    needed = set(node.function.known) if node.function is not None else set()
+    if node.rule is not None:
+        needed.update(node.rule.known_variables())
+    if node.equation is not None:
+        needed.update(v.index for v, picked in zip(node.equation.inputs, node.unknown, strict=True) if not picked)
+        needed.update(v.index for v in node.equation.residuals)
+    return needed
 
 
 RAW_TAU = 0.1
 """Of a problem that is solved for its own sake, in the unit metric by default."""
-
-
-def _known_inputs(node) -> list[int]:
-    return [v.index for v, unknown in zip(node.equation.inputs, node.unknown, strict=True) if not unknown]
 
 
 def feasibility_problem(
@@ -189,13 +196,10 @@ def check_labels(problem: FeasibilityProblem, data: PyTree) -> None:
     """
     leaves = [x for x in jtu.tree_leaves(data) if eqx.is_array_like(x)]
     arguments = problem.trace.program.inputs[len(problem.trace.parameters) :]
-    for node in problem.graph.nodes:
-        found = integer_labels(node.equation) if node.kind == "objective" and node.equation is not None else None
-        if found is None:
-            continue
-        index, classes = found
-        positions = [i for i, v in enumerate(arguments) if v.index == index]
-        labels = leaves[positions[0]] if positions and positions[0] < len(leaves) else problem.known[index]
+    whole = {v.index: leaf for v, leaf in zip(arguments, leaves, strict=False)}
+    equations = [n.equation for n in problem.graph.nodes if n.kind == "objective" and n.equation is not None]
+    for index, classes in filter(None, map(integer_labels, equations)):
+        labels = whole[index] if index in whole else problem.known[index]
         if isinstance(labels, jax.core.Tracer):
             continue
         low, high = int(np.min(labels)), int(np.max(labels))

@@ -1,7 +1,6 @@
 """The feasibility problem of a loss: its graph, its metric, and the values of the forward pass.
 
-Transforms nothing: it is what solvers and the projector read. It is a pytree, so that it may be made inside a `jit`, or
-passed into one.
+Solvers and the projector read it. It is a pytree, so that it may be made inside a `jit`, or passed into one.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class AbstractProjector(abc.ABC):
     def project(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         """Projects onto the constraints of `nodes`, no two of which share an edge. Their order does not matter."""
 
-    @abc.abstractmethod
     def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         """The same, for solvers that go through layers one after another."""
+        return self.project(problem, state, nodes)
 
 
 class FeasibilityProblem(eqx.Module):
@@ -92,10 +91,7 @@ class FeasibilityProblem(eqx.Module):
 
     @property
     def gradient_scale(self) -> float:
-        """What divides an accumulated dual to give it the size of the gradient of the loss.
-
-        In the projection regime a loss that stands for a set is projected onto whole, whatever tau is.
-        """
+        """What divides an accumulated dual to give it the size of a gradient. A projection onto a set has no tau."""
         projected = self.graph.hard and not self.metric.is_steep
         return (1.0 if projected else self.tau) / self.graph.largest
 
@@ -127,11 +123,10 @@ class FeasibilityProblem(eqx.Module):
             shapes = " -> ".join(x for x in (ins, outs) if x)
             rows.append([str(i), spec.operation, spec.describe_rule(), shapes, "AB"[graph.colors[i]], spec.source])
         local = [i for i, n in enumerate(graph.nodes) if n.rule is not None and "local" in n.rule.label]
+        unused = [n for n, v in zip(self.trace.names, graph.parameters, strict=True) if v is None]
         lines = [table(rows), ""]
         if local:
             lines.append(f"Through the generic local solver (derivatives of the node alone): nodes {local}.")
-        unused = [n for n, v in zip(self.trace.names, graph.parameters, strict=True) if v is None]
         if unused:
             lines.append(f"Parameters that the loss does not depend on: {', '.join(unused)}.")
-        lines.append("Operations without a rule: none.")
-        return "\n".join(lines)
+        return "\n".join([*lines, "Operations without a rule: none."])

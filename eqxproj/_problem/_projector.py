@@ -1,8 +1,8 @@
 r"""The projection of a state onto the constraints of some of the nodes.
 
-Here the rules, which speak of their own operands and outputs alone, meet the graph. The duals that the consumers of a
-value have added are gathered, the rule answers by its pullback or its projection, the operands move, and the outputs
-are evaluated. Limits: no two of the nodes may share an edge.
+Here rules, which speak of their own operands and outputs alone, meet the graph: the duals of a value's consumers are
+gathered, the rule answers by its pullback or its projection, the operands move, and the outputs are evaluated. Limits:
+no two of the nodes may share an edge.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._graph._graph import Node
 from .._metric import clamped_output
 from ..rules._base import as_duals, outputs_after
 from ._problem import AbstractProjector, FeasibilityProblem
-from ._readers import collapsed, context, expanded, operand, output_weight, value_of
+from ._readers import collapsed, context, operand, output_weight, shown_marks, value_of
 from ._state import State
+
+Incoming = dict[int, Array | None]
+"""The incoming dual of each value."""
+Answer = tuple[Sequence[Array], Sequence[Array]]
+"""The duals of a node's operands, and its outputs."""
+_ROUNDING = 32.0
+"""In units of the precision of the largest output."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,9 @@ class Projector(AbstractProjector):
 
     def project(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         incoming = self.incoming(problem, state, nodes)
-        answers = {
-            n: self._answer(problem, state, n, incoming) for n in nodes if problem.graph.nodes[n].rule is not None
-        }
+        found = {n: self._answer(problem, state, n, incoming) for n in nodes}
+        answers = {n: answer for n, answer in found.items() if answer is not None}
         return _written(problem, state, nodes, incoming, answers)
-
-    def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
-        return self.project(problem, state, nodes)
 
     def incoming(self, problem: FeasibilityProblem, state: State, nodes: Iterable[int]) -> Incoming:
         r"""The incoming dual of every output of the nodes: the sum of its consumers' duals, through their views.
@@ -44,19 +45,25 @@ class Projector(AbstractProjector):
         It is $\kappa$ times the wanted change; `None` where nothing is wanted.
         """
         values = [v for n in nodes for v in problem.graph.nodes[n].outputs]
-        edges = dict.fromkeys(e for v in values for e in problem.graph.readers[v])
         found: dict[int, list[Array]] = {}
-        for edge in edges:
+        for edge in dict.fromkeys(e for v in values for e in problem.graph.readers[v]):
             spec, dual = problem.graph.edges[edge], collapsed(problem, state, edge)
             if dual is not None:
                 for value, part in zip(spec.sources, spec.view.transpose(problem.known, dual), strict=True):
                     found.setdefault(value, []).append(part)
         return {v: sum(parts[1:], start=parts[0]) if (parts := found.get(v)) else None for v in values}
 
-    def residual(self, problem: FeasibilityProblem, node: Node, value: int, written: Array, output: Array) -> Array:
-        """The gap between a value as it was last written and what its producer now computes."""
+    def residual(self, problem: FeasibilityProblem, value: int, written: Array, output: Array) -> Array:
+        """The gap between a value as it was last written and what its producer now computes.
+
+        In the gradient regime without rounding, which the weights would make far larger than any gradient. A gap that
+        comes from moves of the operands is as small, and the duals tell of it.
+        """
         gap = written - output
-        return _above_rounding(gap, output) if problem.metric.is_steep else gap
+        if not problem.metric.is_steep:
+            return gap
+        size = jnp.max(jnp.abs(output), initial=0.0)
+        return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
 
     def _answer(self, problem: FeasibilityProblem, state: State, number: int, incoming: Incoming) -> Answer | None:
         """The duals of one node's operands, and its new outputs; `None` where it has nothing to do.
@@ -64,93 +71,65 @@ class Projector(AbstractProjector):
         The one place where the regime is decided: by the metric.
         """
         node, gradient_regime = problem.graph.nodes[number], problem.metric.is_steep
-        assert node.rule is not None
+        if node.rule is None:
+            return None
         wanted = [incoming[v] for v in node.outputs]
         if node.kind != "objective" and state.up_to_date[number] and all(mu is None for mu in wanted):
             return None
         ctx = replace(context(problem, number, state.store_copies), residuals_hold=_unmoved(problem, state, number))
         inputs = [operand(problem, state, e) for e in node.edges]
         written = [value_of(problem, state, v) for v in node.outputs]
-        # A jump of the output would look like a huge violation in the gradient regime. Keep the old output; pass on
-        # duals only.
+        # In the gradient regime a jump would look like a huge violation: keep the old output, pass on duals only.
         keeps = gradient_regime and node.rule.is_discontinuous
         known = state.up_to_date[number] or keeps or not node.outputs
         outputs = written if known else node.rule.evaluate(ctx, inputs)
-        duals = []
-        for value, mu, y, now in zip(node.outputs, wanted, written, outputs, strict=True):
-            dual = jnp.zeros_like(y) if mu is None else mu
-            if not known:
+        duals = [jnp.zeros_like(y) if mu is None else mu for y, mu in zip(written, wanted, strict=True)]
+        if not known:
+            for i, value in enumerate(node.outputs):
                 scale, count = output_weight(problem, value)
-                weight = jnp.asarray(count * clamped_output(scale), y.dtype)
-                dual = dual + self.residual(problem, node, value, y, now) * weight
-            duals.append(dual)
+                gap = self.residual(problem, value, written[i], outputs[i])
+                duals[i] = duals[i] + gap * jnp.asarray(count * clamped_output(scale), written[i].dtype)
         found = (node.rule.pullback if gradient_regime else node.rule.project)(ctx, inputs, duals)
-        if keeps or not node.outputs:
-            return as_duals(found), written
-        return as_duals(found), outputs_after(node.rule, ctx, inputs, outputs, found)
-
-
-Incoming = dict[int, Array | None]
-"""The incoming dual of each value."""
-Answer = tuple[Sequence[Array], Sequence[Array]]
-"""The duals of a node's operands, and its outputs."""
-
-
-_ROUNDING = 32.0
-"""In units of the precision of the largest output."""
-
-
-def _above_rounding(gap: Array, output: Array) -> Array:
-    """A gap, without what two evaluations differ by from rounding.
-
-    Times the weights of the gradient regime rounding would be everything beside duals of a gradient's size. A gap that
-    comes from moves of the operands is as small, and the duals tell of it.
-    """
-    size = jnp.max(jnp.abs(output), initial=0.0)
-    return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
+        stays = keeps or not node.outputs
+        return as_duals(found), written if stays else outputs_after(node.rule, ctx, inputs, outputs, found)
 
 
 def _unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:
     """Whether a node's operands are known to be, while tracing, those of the forward pass."""
-    for edge in problem.graph.nodes[node].edges:
-        sources = problem.graph.edges[edge].sources
-        written = all(state.values[v] is problem.forward[v] and state.shifts[v] is None for v in sources)
-        if not written or state.duals[edge] is not None:
-            return False
-    return True
+    edges = problem.graph.nodes[node].edges
+    sources = [v for e in edges for v in problem.graph.edges[e].sources]
+    written = all(state.values[v] is problem.forward[v] and state.shifts[v] is None for v in sources)
+    return written and all(state.duals[e] is None for e in edges)
 
 
 def _written(
-    problem: FeasibilityProblem,
-    state: State,
-    nodes: Sequence[int],
-    incoming: Incoming,
-    answers: dict[int, Answer | None],
+    problem: FeasibilityProblem, state: State, nodes: Sequence[int], incoming: Incoming, answers: dict[int, Answer]
 ) -> State:
     """The state with the answers of the nodes written to it."""
     graph = problem.graph
     values, shifts, duals = list(state.values), list(state.shifts), list(state.duals)
     changed: set[int] = set()
     for number in nodes:
-        node, answer = graph.nodes[number], answers.get(number)
+        node = graph.nodes[number]
         if node.kind == "parameter" and (mu := incoming[node.outputs[0]]) is not None:
             (value,) = node.outputs
-            before = state.shifts[value]
-            shifts[value] = mu if before is None else before + mu
+            shifts[value] = _added(state.shifts[value], mu)
             changed.add(value)
-        if answer is not None:
-            for edge, nu in zip(node.edges, answer[0], strict=True):
-                before = state.duals[edge]
-                duals[edge] = nu if before is None else before + nu
-            for value, output in zip(node.outputs, answer[1], strict=True):
+        if number in answers:
+            for edge, nu in zip(node.edges, answers[number][0], strict=True):
+                duals[edge] = _added(state.duals[edge], nu)
+            for value, output in zip(node.outputs, answers[number][1], strict=True):
                 values[value] = output
                 changed.add(value)
     cleared = _cleared(problem, state, duals, {v for n in nodes for v in graph.nodes[n].outputs})
-    answered = {n for n, answer in answers.items() if answer is not None}
     stale = {graph.edges[e].consumer for v in changed for e in graph.readers[v]}
     tracked = not state.store_copies and any(state.up_to_date)
-    up_to_date = tuple(tracked and (i in answered or old) and i not in stale for i, old in enumerate(state.up_to_date))
+    up_to_date = tuple(tracked and (i in answers or old) and i not in stale for i, old in enumerate(state.up_to_date))
     return State(tuple(values), tuple(shifts), cleared, up_to_date, state.store_copies)
+
+
+def _added(before: Array | None, dual: Array) -> Array:
+    return dual if before is None else before + dual
 
 
 def _cleared(
@@ -160,30 +139,21 @@ def _cleared(
     found = list(duals)
     for edge in {e for value in values for e in problem.graph.readers[value]}:
         sources, dual = problem.graph.edges[edge].sources, found[edge]
-        if dual is None or all(v in values for v in sources):
+        written = [v for v in sources if v in values]
+        if dual is None or len(written) == len(sources):
             found[edge] = None
             continue
-        for value in sources:
-            if value in values:
-                dual = dual * (1.0 - _mask(problem, state, edge, value)).astype(dual.dtype)
+        for value in written:
+            dual = dual * (1.0 - _mask(problem, state, edge, value)).astype(dual.dtype)
         found[edge] = dual
     return tuple(found)
 
 
 def _mask(problem: FeasibilityProblem, state: State, edge: int, value: int) -> Array:
     """Ones where an edge shows `value`. What shows no value (known constants) belongs to the first source."""
-    spec = problem.graph.edges[edge]
-
-    def copies(*sources):
-        u = spec.view.show(problem.known, sources)
-        return expanded(problem, edge, u) if state.store_copies else u
-
-    arrays = [problem.graph.values[v] for v in spec.sources]
-    zeros = tuple(jnp.zeros(v.shape, v.dtype) for v in arrays)
-    first = spec.sources[0] == value
-    ones = tuple(
-        jnp.full(v.shape, float((source == value) != first), v.dtype)
-        for source, v in zip(spec.sources, arrays, strict=True)
-    )
-    seen = jax.jvp(copies, zeros, ones)[1]
+    sources = problem.graph.edges[edge].sources
+    first = sources[0] == value
+    variables = [problem.graph.values[v] for v in sources]
+    marks = [jnp.full(v.shape, float((s == value) != first), v.dtype) for s, v in zip(sources, variables, strict=True)]
+    seen = shown_marks(problem, edge, marks, state.store_copies)
     return 1.0 - seen if first else seen

@@ -1,13 +1,12 @@
-"""The software of arXiv 2506.05878 where it departs from the projections, for parity with its iterates.
+"""The software of arXiv 2506.05878 where it departs from the projections, for parity with its published iterates.
 
-`as_published` transforms a problem into one that follows it: subclasses of rules, graph and projector, chosen
-here once. All of this was inferred from published iterates. Limits: the unit metric, and no recurrences.
+`as_published` transforms a problem into one that follows it, by subclasses of rules, graph and projector. Limits: the
+unit metric, and no recurrences.
 
 - A product takes ten plain Newton steps, the branch of a relu is chosen by the whole line, and of tied maxima the last
   rises.
 - Every reader of a value counts as one, for every element, also where its view does not show the element; there it
-  proposes what the producer computes at present.
-- Through a gather, the last of equal indices decides.
+  proposes what the producer computes at present. Through a gather, the last of equal indices decides.
 - A cyclic algorithm goes through frontiers of nodes, some of them more than once, and after each sets all operands of
   every node that reads from the frontier to function values.
 """
@@ -20,11 +19,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._graph._graph import Graph, Node
+from .._graph._graph import Graph
 from .._metric import clamped, clamped_output
 from .._numerics._multiplier import published_multiplier
 from ..rules._base import AbstractRule, Context, Scale
@@ -34,7 +32,7 @@ from ..rules._maximum import Maximum
 from ..rules._scalar import Scalar
 from ._problem import FeasibilityProblem
 from ._projector import Incoming, Projector
-from ._readers import collapsed, context, expanded, operand, output_weight, shown, value_of
+from ._readers import collapsed, context, expanded, operand, output_weight, shown, shown_marks, value_of
 from ._state import State
 
 
@@ -51,11 +49,10 @@ def as_published(problem: FeasibilityProblem) -> FeasibilityProblem:
     """
     if problem.metric.grade != 1 or problem.metric.parameter != 1:
         raise ValueError(f"`problem` must be in the unit metric, got {problem.metric}.")
-    nodes = tuple(replace(node, rule=_published_rule(node.rule)) for node in problem.graph.nodes)
     parts = {field.name: getattr(problem.graph, field.name) for field in fields(Graph)}
+    parts["nodes"] = tuple(replace(node, rule=_published_rule(node.rule)) for node in problem.graph.nodes)
     counts = (1.0,) * len(problem.copy_counts)
-    changed = {"graph": PublishedGraph(**{**parts, "nodes": nodes}), "projector": PublishedProjector()}
-    return replace(problem, copy_counts=counts, **changed)
+    return replace(problem, copy_counts=counts, graph=PublishedGraph(**parts), projector=PublishedProjector())
 
 
 def _published_rule(rule: AbstractRule | None) -> AbstractRule | None:
@@ -94,10 +91,7 @@ class PublishedMaximum(Maximum):
 
 
 class PublishedRelu(Scalar):
-    """The rising half-line where the *whole* line is nearer than the flat half-line, clipped to the half-line then.
-
-    That is farther than the projection for some targets below zero.
-    """
+    """The rising half-line, clipped, where the *whole* line is nearer than the flat half-line."""
 
     def nearest(self, ctx: Context, s0: Array, dual: Array, q: Array, sigma: Array) -> Array:
         kappa = jnp.asarray(ctx.output_weights[0], sigma.dtype)
@@ -116,12 +110,10 @@ class PublishedGraph(Graph):
     @cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
         """The objective, then again and again what the last nodes read from: a node stands wherever it is met."""
-        found: list[tuple[int, ...]] = []
-        layer = tuple(self.objectives)
-        while layer:
-            found.append(layer)
-            layer = tuple(dict.fromkeys(p for n in layer for p in self.predecessors[n]))
-        return tuple(found)
+        found = [self.objectives]
+        while found[-1]:
+            found.append(tuple(dict.fromkeys(p for n in found[-1] for p in self.predecessors[n])))
+        return tuple(found[:-1])
 
 
 @dataclass(frozen=True)
@@ -137,20 +129,18 @@ class PublishedProjector(Projector):
             readers = problem.graph.readers[value]
             duals = [(edge, collapsed(problem, state, edge)) for edge in readers]
             parts = [_part(problem, edge, value, dual) for edge, dual in duals if dual is not None]
-            scale, _ = output_weight(problem, value)
-            mean = sum(parts[1:], start=parts[0]) / len(readers) if parts else None
-            found[value] = None if mean is None else mean * clamped_output(scale)
+            weight = clamped_output(output_weight(problem, value)[0])
+            found[value] = sum(parts[1:], start=parts[0]) / len(readers) * weight if parts else None
         return found
 
-    def residual(self, problem: FeasibilityProblem, node: Node, value: int, written: Array, output: Array) -> Array:
+    def residual(self, problem: FeasibilityProblem, value: int, written: Array, output: Array) -> Array:
         """The gap, for each element times the share of the value's readers that show it."""
         readers = problem.graph.readers[value]
-        total: Array | float = 0.0
-        for edge in readers:
-            spec = problem.graph.edges[edge]
+        seen: Array | float = 0.0
+        for spec in (problem.graph.edges[edge] for edge in readers):
             ones = jnp.ones(spec.variable.shape, spec.variable.dtype)
-            total = total + (spec.view.transpose(problem.known, ones)[spec.sources.index(value)] > 0)
-        return (written - output) * (total / max(len(readers), 1))
+            seen = seen + (spec.view.transpose(problem.known, ones)[spec.sources.index(value)] > 0)
+        return (written - output) * (seen / max(len(readers), 1))
 
     def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         return _written_back(problem, state, self.project(problem, state, nodes), nodes)
@@ -174,15 +164,13 @@ def _deciding(problem: FeasibilityProblem, edge: int, value: int) -> Array:
     shape, dtype = spec.variable.shape, spec.variable.dtype
     if not any(e.name == "gather" for e in spec.view.equations):
         return jnp.ones(shape, dtype)
-    arrays = [problem.graph.values[v] for v in spec.sources]
-    zeros = tuple(jnp.zeros(v.shape, v.dtype) for v in arrays)
-    numbers = tuple(
-        (1.0 + jnp.arange(math.prod(v.shape), dtype=v.dtype)).reshape(v.shape) if source == value else zero
-        for source, v, zero in zip(spec.sources, arrays, zeros, strict=True)
-    )
-    seen = jax.jvp(lambda *x: spec.view.show(problem.known, x), zeros, numbers)[1].ravel().astype(int)
+    variables = [problem.graph.values[v] for v in spec.sources]
+    marks = [jnp.zeros(v.shape, v.dtype) for v in variables]
+    position = spec.sources.index(value)
+    size = math.prod(variables[position].shape)
+    marks[position] = (1.0 + jnp.arange(size, dtype=marks[position].dtype)).reshape(marks[position].shape)
+    seen = shown_marks(problem, edge, marks, store_copies=False).ravel().astype(int)
     order = jnp.arange(seen.size)
-    size = math.prod(problem.graph.values[value].shape)
     last = jnp.full((size + 1,), -1).at[seen].max(order)
     return (last[seen] == order).reshape(shape).astype(dtype)
 
@@ -210,9 +198,7 @@ def _written_back(problem: FeasibilityProblem, old: State, new: State, nodes: Se
             continue
         for edge in node.edges:
             spec = graph.edges[edge]
-            wanted = spec.view.show(problem.known, [current(v) for v in spec.sources])
-            gap = wanted - shown(problem, new, edge)
-            if new.store_copies:
-                gap = expanded(problem, edge, gap)
+            gap = spec.view.show(problem.known, [current(v) for v in spec.sources]) - shown(problem, new, edge)
+            gap = expanded(problem, edge, gap) if new.store_copies else gap
             duals[edge] = gap * clamped(problem.log_weights[edge])
     return eqx.tree_at(lambda s: s.duals, new, tuple(duals), is_leaf=lambda x: x is None)

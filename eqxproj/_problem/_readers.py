@@ -1,9 +1,8 @@
-"""How copies, values and weights are read from a state.
-
-Transforms a problem and a state into the arrays that a node's rule works on, and into its context.
-"""
+"""How copies, values, weights and the contexts of nodes are read from a problem and a state."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +55,10 @@ def context(problem: FeasibilityProblem, node: int, store_copies: bool) -> Conte
 
 def value_of(problem: FeasibilityProblem, state: State, value: int) -> Array:
     """A value as its producer last wrote it."""
-    written = state.values[value]
-    if written is not None:
+    if (written := state.values[value]) is not None:
         return written
-    start = problem.initial[value]
+    start, moved = problem.initial[value], moved_by(problem, state, value)
     assert start is not None
-    moved = moved_by(problem, state, value)
     return start if moved is None else start + moved.astype(start.dtype)
 
 
@@ -86,6 +83,16 @@ def expanded(problem: FeasibilityProblem, edge: int, u: Array) -> Array:
     node = problem.graph.nodes[number]
     assert node.rule is not None
     return node.rule.expand(context(problem, number, True), node.edges.index(edge), u)
+
+
+def shown_marks(problem: FeasibilityProblem, edge: int, marks: Sequence[Array], store_copies: bool) -> Array:
+    """What an edge shows of arrays in the place of its values, without the known constants of its view."""
+
+    def copies(*sources: Array) -> Array:
+        u = problem.graph.edges[edge].view.show(problem.known, sources)
+        return expanded(problem, edge, u) if store_copies else u
+
+    return jax.jvp(copies, tuple(map(jnp.zeros_like, marks)), tuple(marks))[1]
 
 
 def operand(problem: FeasibilityProblem, state: State, edge: int) -> Array:

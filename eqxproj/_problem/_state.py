@@ -1,13 +1,12 @@
-"""The state of an algorithm, and how copies, values and weights are read from it.
+r"""The state of an algorithm.
 
-The copy of a value $v$ that an edge holds is $u = S v + \\mu/w$: the value as its producer last wrote it, shown
-through the edge's view, and the *dual* that its consumer has added. Nothing is lost to rounding when a dual is far
-below the value. Parameters likewise are their initial value and an accumulated dual. A dual that is `None` is zero,
-and a node whose operands have no dual and whose output is up to date (`up_to_date`) has nothing to do: both are known
-while tracing, so that one sweep from the forward pass costs what it must.
+The copy of a value $v$ that an edge holds is $u = S v + \mu/w$: the value as its producer last wrote it, shown
+through the edge's view, and the *dual* that its consumer has added. Parameters likewise are their initial value and an
+accumulated dual. So nothing is lost to rounding when a dual is far below the value.
 
-Algorithms that return to consensus before each projection keep, for an operand with several copies, the sum of their
-duals; `store_copies` marks a state that keeps every copy.
+That a dual is zero (`None`) and an output up to date is known while tracing. Such a node has nothing to do, so that
+one sweep from the forward pass costs what it must. Algorithms that return to consensus before each projection keep the
+sum of an operand's duals; `store_copies` marks a state that keeps every copy.
 """
 
 from __future__ import annotations
@@ -79,10 +78,7 @@ def _filled(state: State, like: State) -> State:
     def fill(x, y):
         return jnp.zeros(y.shape, y.dtype) if x is None and y is not None else x
 
-    shifts, duals = (
-        tuple(fill(x, y) for x, y in zip(mine, other, strict=True))
-        for mine, other in ((state.shifts, like.shifts), (state.duals, like.duals))
-    )
+    shifts, duals = tuple(map(fill, state.shifts, like.shifts)), tuple(map(fill, state.duals, like.duals))
     return State(state.values, shifts, duals, (False,) * len(state.up_to_date), state.store_copies)
 
 
@@ -93,7 +89,6 @@ def combine(coefficients: Sequence[float], states: Sequence[State]) -> State:
         parts = [jnp.asarray(c, x.dtype) * x for c, x in zip(coefficients, leaves, strict=True) if x is not None]
         return sum(parts[1:], start=parts[0]) if parts else None
 
-    first = states[0]
     groups = zip(*((s.values, s.shifts, s.duals) for s in states), strict=True)
     values, shifts, duals = (jtu.tree_map(mix, *group, is_leaf=lambda x: x is None) for group in groups)
-    return State(values, shifts, duals, (False,) * len(first.up_to_date), first.store_copies)
+    return State(values, shifts, duals, (False,) * len(states[0].up_to_date), states[0].store_copies)

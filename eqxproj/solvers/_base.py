@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float
@@ -42,6 +43,13 @@ class AbstractSolver(eqx.Module):
             start if value is None else value_of(problem, state, value)
             for start, value in zip(problem.trace.parameters, problem.graph.parameters, strict=True)
         )
+
+
+class AbstractCopyingSolver(AbstractSolver):
+    """An algorithm that needs every copy, and two colors."""
+
+    store_copies: ClassVar[bool] = True
+    needs_two_colors: ClassVar[bool] = True
 
 
 def check_number(name: str, value: float, low: float, high: float) -> float:

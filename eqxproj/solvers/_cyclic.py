@@ -1,11 +1,6 @@
 r"""Solvers that go through the layers of the graph one after another, from the objective back to the data.
 
-- Cyclic projections: one projection after another. From the forward pass, in the gradient regime, this is one backward
-  sweep that returns the gradient where there is one.
-- Cyclic Douglas-Rachford: $D_n \cdots D_1$ with $D_i = (I + R_{i+1} R_i)/2$.
-
 A layer is all nodes of one longest distance from the objective, so that every node follows all that read from it.
-
 Source: section 3 of arXiv 2506.05878.
 """
 
@@ -15,11 +10,15 @@ from typing import ClassVar
 
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, combine
-from ._base import AbstractSolver
+from ._base import AbstractCopyingSolver, AbstractSolver
 
 
 class CyclicProjections(AbstractSolver):
-    """One projection after another, from the objective back. No copies are stored."""
+    """One projection after another, from the objective back. No copies are stored.
+
+    From the forward pass, in the gradient regime, this is one backward sweep that returns the gradient where there is
+    one.
+    """
 
     store_copies: ClassVar[bool] = False
     needs_two_colors: ClassVar[bool] = False
@@ -30,11 +29,8 @@ class CyclicProjections(AbstractSolver):
         return state
 
 
-class CyclicDouglasRachford(AbstractSolver):
+class CyclicDouglasRachford(AbstractCopyingSolver):
     r"""$x \leftarrow D_n \cdots D_1 x$ with $D_i = (I + R_{i+1} R_i)/2$, the layers taken cyclically."""
-
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         layers = problem.graph.layers

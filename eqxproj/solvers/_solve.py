@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools as ft
 import numbers
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -42,43 +42,40 @@ class Solution(eqx.Module):
 def violation(problem: FeasibilityProblem, state: State) -> Float[Array, ""]:
     r"""The largest violation of any constraint: $|y - f(x)|$ over the nodes, with every copy of $y$ that there is."""
     graph = problem.graph
-    worst = jnp.asarray(0.0)
+    gaps: list[Array] = []
     for i, spec in enumerate(graph.nodes):
         for edge in [e for v in spec.outputs for e in graph.readers[v]]:
             dual = state.duals[edge]
             if dual is not None:
-                worst = jnp.maximum(worst, jnp.max(jnp.abs(dual), initial=0.0) / problem.edge_weight(edge))
+                gaps.append(jnp.max(jnp.abs(dual), initial=0.0) / problem.edge_weight(edge))
         if spec.kind in ("operation", "identity") and not state.up_to_date[i]:
             assert spec.rule is not None
             inputs = [operand(problem, state, e) for e in spec.edges]
             outputs = spec.rule.evaluate(context(problem, i, state.store_copies), inputs)
-            for value, output in zip(spec.outputs, outputs, strict=True):
-                gap = jnp.abs(value_of(problem, state, value) - output)
-                worst = jnp.maximum(worst, jnp.max(gap, initial=0.0).astype(worst.dtype))
-    return worst
+            gaps += [value_of(problem, state, v) - y for v, y in zip(spec.outputs, outputs, strict=True)]
+    return _largest(gaps)
 
 
 def change(problem: FeasibilityProblem, old: State, new: State) -> Float[Array, ""]:
     """The largest change of any copy or parameter between two states."""
+    parameters = [v for v in problem.graph.parameters if v is not None]
+    gaps = [operand(problem, new, e) - operand(problem, old, e) for e in range(len(problem.graph.edges))]
+    return _largest([*gaps, *(value_of(problem, new, v) - value_of(problem, old, v) for v in parameters)])
+
+
+def _largest(gaps: Iterable[Array]) -> Float[Array, ""]:
     worst = jnp.asarray(0.0)
-    for edge in range(len(problem.graph.edges)):
-        gap = jnp.abs(operand(problem, new, edge) - operand(problem, old, edge))
-        worst = jnp.maximum(worst, jnp.max(gap, initial=0.0).astype(worst.dtype))
-    for value in problem.graph.parameters:
-        if value is not None:
-            gap = jnp.abs(value_of(problem, new, value) - value_of(problem, old, value))
-            worst = jnp.maximum(worst, jnp.max(gap, initial=0.0).astype(worst.dtype))
+    for gap in gaps:
+        worst = jnp.maximum(worst, jnp.max(jnp.abs(gap), initial=0.0).astype(worst.dtype))
     return worst
 
 
 def finite_nodes(problem: FeasibilityProblem, state: State) -> Bool[Array, " nodes"]:
     """For each node whether its operands and outputs are finite."""
-    graph = problem.graph
     flags = []
-    for spec in graph.nodes:
+    for spec in problem.graph.nodes:
         arrays = [state.duals[e] for e in spec.edges]
-        arrays += [state.values[v] for v in spec.outputs] + [state.shifts[v] for v in spec.outputs]
-        arrays += [problem.initial[v] for v in spec.outputs]
+        arrays += [held[v] for held in (state.values, state.shifts, problem.initial) for v in spec.outputs]
         checks = [jnp.all(jnp.isfinite(x)) for x in arrays if x is not None]
         flags.append(jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True))
     return jnp.stack(flags)
@@ -100,20 +97,11 @@ def _begin(
     return start, finite_nodes(problem, start)
 
 
-class _Report(eqx.Module):
-    """What the host has to know of a step."""
-
-    finite: Bool[Array, " nodes"]
-    change: Float[Array, ""]
-    violation: Float[Array, ""]
-    done: Bool[Array, ""]
-
-
 @eqx.filter_jit
 def _advance(
     problem: FeasibilityProblem, solver: AbstractSolver, version: Hashable, tol: float, state: State
-) -> tuple[State, _Report]:
-    """One step; a step to a state that is not finite is not taken. `version` is as for `_begin`."""
+) -> tuple[State, Bool[Array, " nodes"], Float[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+    """One step, not taken to a state that is not finite: state, finite nodes, change, violation, whether to stop."""
     del version
     step = ft.partial(solver.step, problem)
     new = canonicalised(lambda: iterate(step, state, 1), problem.trace.program)
@@ -121,7 +109,7 @@ def _advance(
     moved, broken = change(problem, state, new), violation(problem, new)
     ok = jnp.all(finite)
     kept = jtu.tree_map(lambda a, b: jnp.where(ok, a, b), new, state)
-    return kept, _Report(finite, moved, broken, solver.terminate(moved, broken, tol))
+    return kept, finite, moved, broken, solver.terminate(moved, broken, tol)
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -132,11 +120,8 @@ def check_positive(name: str, value: Any) -> None:
 
 def check_solver(solver: Any) -> None:
     if not isinstance(solver, AbstractSolver):
-        got = solver.__name__ if isinstance(solver, type) else repr(solver)
-        raise TypeError(
-            f"`solver` must be an instance of a solver such as `eqxproj.DouglasRachford()`, got {got}."
-            + (" Call the class to make one." if isinstance(solver, type) else "")
-        )
+        got = f"{solver.__name__}. Call the class to make one." if isinstance(solver, type) else f"{solver!r}."
+        raise TypeError(f"`solver` must be an instance of a solver such as `eqxproj.DouglasRachford()`, got {got}")
 
 
 def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, tol: float = 0.0) -> Solution:
@@ -166,12 +151,12 @@ def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, to
     bad, count, result = first_bad(problem, jax.device_get(finite)), 0, "step limit"
     stats: dict[str, list[float]] = {"change": [], "violation": []}
     while bad is None and count < steps and result != "converged":
-        state, report = _advance(problem, solver, registry_version(), float(tol), state)
+        state, finite, moved, broken, done = _advance(problem, solver, registry_version(), float(tol), state)
         count += 1
-        bad = first_bad(problem, jax.device_get(report.finite))
-        stats["change"].append(float(report.change))
-        stats["violation"].append(float(report.violation))
-        result = "converged" if bool(report.done) else result
+        bad = first_bad(problem, jax.device_get(finite))
+        stats["change"].append(float(moved))
+        stats["violation"].append(float(broken))
+        result = "converged" if bool(done) else result
     model = problem.trace.rebuild(solver.postprocess(problem, state))
     if bad is not None:
         raise NonFiniteError(problem.describe(bad), max(count - 1, 0), model)

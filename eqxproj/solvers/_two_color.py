@@ -1,13 +1,4 @@
-r"""Solvers that project onto all nodes of one color at once: sets A (with the objective in it) and B.
-
-With $R = 2P - I$:
-
-- alternating projections: $x \leftarrow P_B P_A x$;
-- alternating reflections: $x \leftarrow R_B R_A x$;
-- Douglas-Rachford: $x \leftarrow (1-\ell) x + \ell R_B R_A x$;
-- difference map: $x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$, $f_A = (1-1/\beta)P_A + I/\beta$,
-  $f_B = (1+1/\beta)P_B - I/\beta$;
-- relaxed reflect-reflect: $x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
+r"""Solvers that project onto all nodes of one color at once: sets A (with the objective in it) and B; $R = 2P - I$.
 
 Limits: where the metric is graded and the graph branches, as in recurrences, alternating reflections, Douglas-Rachford
 and the difference map let their duals grow from step to step. They want the unit metric.
@@ -23,7 +14,7 @@ import equinox as eqx
 
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, combine
-from ._base import AbstractSolver, check_number, onto, reflect
+from ._base import AbstractCopyingSolver, AbstractSolver, check_number, onto, reflect
 
 _A, _B = 0, 1
 
@@ -38,17 +29,14 @@ class AlternatingProjections(AbstractSolver):
         return onto(problem, onto(problem, state, _A), _B)
 
 
-class AlternatingReflections(AbstractSolver):
+class AlternatingReflections(AbstractCopyingSolver):
     r"""$x \leftarrow R_B R_A x$."""
-
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         return reflect(problem, reflect(problem, state, _A), _B)
 
 
-class DouglasRachford(AbstractSolver):
+class DouglasRachford(AbstractCopyingSolver):
     r"""$x \leftarrow (1-\ell) x + \ell R_B R_A x$.
 
     **Arguments:**
@@ -56,8 +44,6 @@ class DouglasRachford(AbstractSolver):
     - `relaxation`: $\ell$ in (0, 1]; one half is the Douglas-Rachford algorithm proper.
     """
 
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
     relaxation: float = eqx.field(static=True)
 
     def __init__(self, relaxation: float = 0.5):
@@ -68,16 +54,16 @@ class DouglasRachford(AbstractSolver):
         return combine((1.0 - self.relaxation, self.relaxation), (state, reflected))
 
 
-class DifferenceMap(AbstractSolver):
+class DifferenceMap(AbstractCopyingSolver):
     r"""$x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$; for $\beta = 1$, $x + P_A(2P_B x - x) - P_B x$.
+
+    Here $f_A = (1-1/\beta)P_A + I/\beta$ and $f_B = (1+1/\beta)P_B - I/\beta$.
 
     **Arguments:**
 
     - `beta`: in (0, 2].
     """
 
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
     beta: float = eqx.field(static=True)
 
     def __init__(self, beta: float = 1.0):
@@ -95,7 +81,7 @@ class DifferenceMap(AbstractSolver):
         return combine((1.0, beta, -beta), (state, onto(problem, f_b, _A), onto(problem, f_a, _B)))
 
 
-class RelaxedReflectReflect(AbstractSolver):
+class RelaxedReflectReflect(AbstractCopyingSolver):
     r"""$x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
 
     **Arguments:**
@@ -103,8 +89,6 @@ class RelaxedReflectReflect(AbstractSolver):
     - `beta`: in (0, 2].
     """
 
-    store_copies: ClassVar[bool] = True
-    needs_two_colors: ClassVar[bool] = True
     beta: float = eqx.field(static=True)
 
     def __init__(self, beta: float = 0.5):
