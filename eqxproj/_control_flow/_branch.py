@@ -45,12 +45,6 @@ class Branch(AbstractRule):
         return "branch of the forward pass"
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        return self._back(ctx, inputs, duals)
-
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        return self._back(ctx, inputs, duals)
-
-    def _back(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         """The duals of the operands; the sweep through the branch is in the regime of the metric."""
         index, *operands = ctx.operands(inputs)
         shown = [i for i, mu in enumerate(duals) if jnp.issubdtype(mu.dtype, jnp.inexact)]
@@ -64,6 +58,8 @@ class Branch(AbstractRule):
 
             choices.append(back)
         return jax.lax.switch(jnp.asarray(index, jnp.int32), choices, list(inputs), [duals[i] for i in shown])
+
+    project = pullback
 
 
 def _function(branch: Any, operands: Sequence[Any], unknown: Sequence[bool]):

@@ -47,12 +47,6 @@ class Scan(AbstractRule):
         return missing_in(once, equation)
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        return self._back(ctx, inputs, duals)
-
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        return self._back(ctx, inputs, duals)
-
-    def _back(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         """The duals of the operands; the sweeps through the body are in the regime of the metric."""
         walk, constants, (entering, slices, seen) = _walked(ctx, inputs)
         recurrence = walk.recurrence
@@ -73,6 +67,8 @@ class Scan(AbstractRule):
         given = recurrence.split(ctx.unknown)[1]
         of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(given)), given, strict=True) if u]
         return [*(nu.astype(c.dtype) for nu, c in zip(of_constants, held, strict=True)), *of_init, *of_slices]
+
+    project = pullback
 
     def over_time(self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], PyTree]) -> PyTree:
         """The arrays that `look` finds in the body's problem at each time step, stacked along the first axis.

@@ -39,22 +39,10 @@ def sweep(
     ctx: Context,
     recalled: Sequence[Array] = (),
 ) -> list[Array]:
-    """The duals of the inputs of a function, from those of its outputs.
+    """The dual of each input of a function, zero where no output depends on it.
 
-    **Arguments:**
-
-    - `function`: from the unknown inputs to a sequence of arrays.
-    - `inputs`: where to start from.
-    - `duals`: weight times wanted change of each output.
-    - `stiff`: for each input whether it is a parameter.
-    - `ctx`: the node whose function it is, or part of it.
-    - `recalled`: the function's products at these inputs, where they are known; see [`forward`][].
-
-    **Returns:**
-
-    One dual an input, zero where no output depends on it.
-
-    **Raises:** `UnsupportedPrimitiveError` as [`feasibility_problem`][].
+    `duals` belong to the outputs, `stiff` says which inputs are parameters, `ctx` is the node whose function it is (or
+    part of it), and `recalled` are the function's products at these inputs, where they are known ([`forward`][]).
     """
     zeros = [jnp.zeros_like(x) for x in inputs]
     if not depends(function, inputs):

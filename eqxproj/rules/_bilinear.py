@@ -203,11 +203,8 @@ def _parted(
     r"""Moves of the products whose operands are equal or opposite, $a_0 = \mp r w_0$, and must part.
 
     With $t = \pm 1$ every point of the sphere $|a - a_0/2|^2 = rz + |a_0|^2/4$, $w = \pm(a - a_0)/r$, costs the same.
-    The point along $a_0$ is taken, or along the vector of ones where $a_0 = 0$.
-
-    **Returns:**
-
-    What multiplies $a_0$, what is added to it, and the same for $w_0$.
+    The point along $a_0$ is taken, or along the vector of ones where $a_0 = 0$. Returns what multiplies
+    $a_0$, what is added to it, and the same for $w_0$.
     """
     sign = jnp.where(dual < 0, -1.0, 1.0).astype(dual.dtype)
     radius = jnp.sqrt(jnp.maximum(sign * out / tilt + square_a / 4.0, 0.0))

@@ -76,8 +76,7 @@ class RegisteredDualRule(AbstractRule):
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         return _called(self.function, self.name, ctx, inputs, duals)
 
-    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        return _called(self.function, self.name, ctx, inputs, duals)
+    project = pullback
 
 
 def _described(function: Callable[..., Any], name: str) -> str:
@@ -89,17 +88,14 @@ def _called(
 ) -> list[Array]:
     """What a user's function answers for the unknown operands, checked."""
     new = function(ctx, tuple(ctx.operands(inputs)), wanted[0] if len(wanted) == 1 else tuple(wanted))
-    new = _unknown_part(new if isinstance(new, (tuple, list)) else (new,), ctx.unknown, name)
+    new = list(new) if isinstance(new, (tuple, list)) else [new]
+    unknown = ctx.unknown
+    if len(new) == len(unknown):
+        new = [x for x, is_unknown in zip(new, unknown, strict=True) if is_unknown]
+    elif len(new) != sum(unknown):
+        raise ValueError(
+            f"The projection rule of primitive {name!r} returned {len(new)} inputs, but the primitive has "
+            f"{len(unknown)} operands, {sum(unknown)} of them unknown. Return one new value an operand, in their order."
+        )
     check_shapes(new, inputs, f"The projection rule of primitive {name!r}")
     return new
-
-
-def _unknown_part(new: Sequence[Any], unknown: Sequence[bool], name: str) -> list[Array]:
-    if len(new) == len(unknown):
-        return [x for x, is_unknown in zip(new, unknown, strict=True) if is_unknown]
-    if len(new) == sum(unknown):
-        return list(new)
-    raise ValueError(
-        f"The projection rule of primitive {name!r} returned {len(new)} inputs, but the primitive has {len(unknown)} "
-        f"operands, {sum(unknown)} of them unknown. Return one new value an operand, in their order."
-    )

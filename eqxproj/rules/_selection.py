@@ -106,8 +106,8 @@ class Selection(AbstractRule):
         )
         base = ctx.function(*inputs)
         batch = now.ndim
-        scores = inputs[[v.index for v in self.fragment.operands].index(equation.inputs[0].index)]
-        others = self._outputs(ctx, equation, scores)[:-1]
+        slot = [v.index for v in self.fragment.operands].index(equation.inputs[0].index)
+        others = self._outputs(ctx, equation, inputs[slot])[:-1]
 
         def worth(k: Array) -> tuple[Array, Array]:
             """The worth of the outputs with this position to the duals, and their distance from the present ones."""
@@ -121,7 +121,6 @@ class Selection(AbstractRule):
 
         value, apart = jax.lax.map(worth, jnp.arange(x.shape[-1]))
         value, apart = jnp.moveaxis(value, 0, -1), jnp.moveaxis(apart, 0, -1)
-        slot = [v.index for v in self.fragment.operands].index(equation.inputs[0].index)
         return move(x, value, apart, ctx.weights[slot])
 
 
