@@ -150,9 +150,7 @@ class LinenModel(eqx.Module):
         - `rngs`: as in `Module.apply`, for instance `{"dropout": key}`.
         - `mutable`, `method`: as in `Module.apply`; by default as given to `from_linen`.
 
-        **Returns:**
-
-        As `Module.apply`: the output, or `(output, updates)` with `mutable`.
+        **Returns:** As `Module.apply`: the output, or `(output, updates)` with `mutable`.
         """
         program = self._program
         mutable = program.mutable if mutable is None else _checked_mutable(mutable)
@@ -172,9 +170,7 @@ class LinenModel(eqx.Module):
         - `updates`: collection name to collection, as a call with `mutable` returns it. Collections that are not named
             stay.
 
-        **Returns:**
-
-        A new `LinenModel`.
+        **Returns:** A new `LinenModel`.
 
         **Raises:** `TypeError` where `updates` is no mapping, `ValueError` where it holds parameters.
         """
@@ -200,9 +196,7 @@ def from_linen(module: Any, variables: Any, *, method: Any = None, mutable: Any 
     - `mutable`: the collections that a call may change and returns beside its output, as in `Module.apply`. Each call
         may choose otherwise, with its own `mutable`.
 
-    **Returns:**
-
-    A [`LinenModel`][]: `model(x, rngs=..., **kwargs)` is `module.apply(variables, x, rngs=..., **kwargs)`.
+    **Returns:** A [`LinenModel`][]: `model(x, rngs=..., **kwargs)` is `module.apply(variables, x, rngs=..., **kwargs)`.
 
     **Raises:** `TypeError` where `module` is no linen module, `variables` no mapping, or `method` or `mutable` of a
     type that `Module.apply` does not take; `ValueError` where `variables` lacks the collection `"params"`.
@@ -281,10 +275,8 @@ class NNXModel(eqx.Module):
         - `mutable`: also return all variables but the parameters, as they are after the call: running statistics,
             counts of random numbers.
 
-        **Returns:**
-
-        The output, or `(output, updates)` with `mutable`; `model.with_updates(updates)` is the model with them. The
-        model itself does not change.
+        **Returns:** The output, or `(output, updates)` with `mutable`; `model.with_updates(updates)` is the model with
+        them. The model itself does not change.
         """
         if not isinstance(mutable, bool):
             raise TypeError(f"`mutable` must be True or False for a model of nnx, got {mutable!r}.")
@@ -295,9 +287,7 @@ class NNXModel(eqx.Module):
     def to_nnx(self) -> nnx.Module:
         """The module, built anew at each call from the present parameters, in the modes that it had in `from_nnx`.
 
-        **Returns:**
-
-        An `nnx.Module`.
+        **Returns:** An `nnx.Module`.
         """
         return nnx.merge(self._graphdef, self.params, _thaw(self._rest))
 
@@ -326,9 +316,7 @@ class NNXModel(eqx.Module):
 
         - `updates`: as a call with `mutable=True` returns them beside the output.
 
-        **Returns:**
-
-        A new `NNXModel`.
+        **Returns:** A new `NNXModel`.
 
         **Raises:** `TypeError` where `updates` is no mapping, `ValueError` where it holds other variables.
         """
@@ -348,9 +336,7 @@ def from_nnx(module: Any) -> NNXModel:
 
     - `module`: an `nnx.Module`. Its `nnx.Param` variables are trained; all others are held fixed.
 
-    **Returns:**
-
-    An [`NNXModel`][]: `model(x)` is `module(x)`.
+    **Returns:** An [`NNXModel`][]: `model(x)` is `module(x)`.
 
     **Raises:** `TypeError` where it is no `nnx.Module`, `ValueError` where it has no `nnx.Param`.
     """

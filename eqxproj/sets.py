@@ -63,9 +63,7 @@ class AbstractSet(eqx.Module):
 
         - `x`: any array of floats.
 
-        **Returns:**
-
-        An array of the shape and dtype of `x`.
+        **Returns:** An array of the shape and dtype of `x`.
 
         **Raises:** `ValueError` where no array of this shape is in the set.
         """

@@ -149,9 +149,7 @@ def filter_value_and_displacement(
     - `raw`: return $x - P(x)$ itself, unscaled: `optax.sgd(1.0)` then replaces x by P(x).
     - `has_aux`: as in `equinox.filter_value_and_grad`.
 
-    **Returns:**
-
-    A function of the same arguments as `loss` that returns `(value, displacement)`, or
+    **Returns:** A function of the same arguments as `loss` that returns `(value, displacement)`, or
     `((value, auxiliary), displacement)`. The displacement is a pytree like the model, with `None` for whatever is no
     inexact array.
 
@@ -181,9 +179,7 @@ def filter_value_and_displacement(
 def filter_displacement(loss: Callable[..., Any], **options: Any) -> Callable[..., PyTree]:
     """As `equinox.filter_grad`: the displacement of [`filter_value_and_displacement`][], without the value.
 
-    **Returns:**
-
-    A function that returns the displacement, or `(displacement, auxiliary)` with `has_aux`.
+    **Returns:** A function that returns the displacement, or `(displacement, auxiliary)` with `has_aux`.
     """
     both = filter_value_and_displacement(loss, **options)
 

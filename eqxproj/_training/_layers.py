@@ -197,10 +197,8 @@ def _stream(graph: Graph, owner: Mapping[int, int], layer: Layer) -> tuple[tuple
 
     Sums with parameters are passed through.
 
-    **Returns:**
-
-    The sum and its axis that belongs to the layer's outputs (`None` where there is no such sum), and the factor of
-    these outputs in it.
+    **Returns:** The sum and its axis that belongs to the layer's outputs (`None` where there is no such sum), and the
+    factor of these outputs in it.
     """
     node, stream_factor = graph.nodes[layer.node], 1.0
     assert node.equation is not None

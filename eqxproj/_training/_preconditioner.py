@@ -200,10 +200,8 @@ def _stacked(one: LayerInputs, sliced: Collection[int]) -> LayerInputs | None:
 def _read_alone(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int, int], set[int], list[int]]:
     """The parameters that a recurrence reads as they are, and nothing else reads.
 
-    **Returns:**
-
-    For each of them its place among the unknown operands of the body; the positions of those that are slices; and the
-    places of the carries.
+    **Returns:** For each of them its place among the unknown operands of the body; the positions of those that are
+    slices; and the places of the carries.
     """
     assert node.equation is not None
     recurrence = Recurrence.of(node.equation)

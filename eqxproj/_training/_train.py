@@ -99,9 +99,7 @@ def train(
     - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
     - `progress`: show a progress bar.
 
-    **Returns:**
-
-    A [`TrainResult`][].
+    **Returns:** A [`TrainResult`][].
 
     **Raises:** `ValueError` or `TypeError` for unusable arguments, before any training; `NonFiniteError` where a
     state becomes NaN or infinite, and `TrainingInterrupted` on Ctrl-C, both with the last good model and the history.
