@@ -269,7 +269,7 @@ class NNXModel(eqx.Module):
         return (out, _parts(module)[2]) if mutable else out
 
     def to_nnx(self) -> nnx.Module:
-        """The module, an `nnx.Module` built anew from the present parameters, in the modes that it had in `from_nnx`."""
+        """The module, built anew from the present parameters, in the modes that it had in `from_nnx`."""
         return nnx.merge(self._graphdef, self.params, _thaw(self._rest))
 
     def update(self, module: Any) -> None:
