@@ -5,7 +5,9 @@ writes a picture and a JSON file. Limits: a multilayer perceptron on images, one
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -13,7 +15,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -62,18 +64,13 @@ class _Interrupted(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    **Arguments:**
-
-    - `arguments`: the words after the name of the program; by default the arguments of the process.
+    """Run the command line: `arguments` are the words after the name of the program, by default the process's.
 
     **Returns:** The exit status: 0, 1 after an error that has been printed, 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
-    defaults = _DEFAULTS[options.dataset]
-    options.steps = defaults[0] if options.steps is None else options.steps
-    options.batch_size = defaults[1] if options.batch_size is None else options.batch_size
+    steps, batch_size = _DEFAULTS[options.dataset]
+    options.steps, options.batch_size = options.steps or steps, options.batch_size or batch_size
     try:
         data = datasets.load(options.dataset, options.data_dir).flatten()
     except (OSError, ValueError) as error:
@@ -108,12 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     every = "; ".join(f"{name} {steps:,}, {batch}" for name, (steps, batch) in _DEFAULTS.items())
     shown = "(default: %(default)s)"
     compare.add_argument("--dataset", choices=list(_DEFAULTS), default="digits", help=f"what to train on {shown}")
-    compare.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        help="local folder with the data, in the layout of the Hugging Face hub; without it, mnist and cifar10 are "
-        "downloaded (digits comes with the package)",
+    folder_help = (
+        "local folder with the data, in the layout of the Hugging Face hub; without it, mnist and cifar10 are "
+        "downloaded (digits comes with the package)"
     )
+    compare.add_argument("--data-dir", metavar="DIR", help=folder_help)
     for name, text in (("--steps", "training steps"), ("--batch-size", "samples in a step")):
         help_text = f"{text} (default: by data set; steps, batch size: {every})"
         compare.add_argument(name, type=_positive, metavar="N", help=help_text)
@@ -121,36 +117,24 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seed", type=_natural, metavar="N", default=0, help=seed_help)
     compare.add_argument("--width", type=_positive, metavar="N", default=128, help=f"units in a hidden layer {shown}")
     compare.add_argument("--depth", type=_natural, metavar="N", default=2, help=f"number of hidden layers {shown}")
-    compare.add_argument(
-        "--solver",
-        choices=list(_SOLVERS),
-        metavar="NAME",
-        help=f"projection algorithm, one of {', '.join(_SOLVERS)} (default: that of eqxproj.train)",
-    )
-    output_help = "the picture; its suffix is its format (default: %(default)s)"
+    solver_help = f"projection algorithm, one of {', '.join(_SOLVERS)} (default: that of eqxproj.train)"
+    compare.add_argument("--solver", choices=list(_SOLVERS), metavar="NAME", help=solver_help)
+    output_help = f"the picture; its suffix is its format {shown}"
     compare.add_argument("--output", metavar="FILE", default="compare.png", help=output_help)
     compare.add_argument("--json", metavar="FILE", help="write the settings and the curves there as well")
     compare.add_argument("--no-progress", action="store_true", help="draw no progress bars")
     return parser
 
 
-def _natural(text: str) -> int:
-    """An argument that must be a whole number, 0 or more."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}; wanted a whole number, 0 or more")
-    return value
+def _natural(text: str, least: int = 0) -> int:
+    """An argument that must be a whole number, `least` or more."""
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= least:
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}; wanted a whole number, {least} or more")
 
 
-def _positive(text: str) -> int:
-    """An argument that must be a whole number, 1 or more."""
-    value = _natural(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}; wanted a whole number, 1 or more")
-    return value
+_positive = functools.partial(_natural, least=1)
 
 
 def _headline(options: argparse.Namespace, data: datasets.Dataset) -> str:
@@ -175,23 +159,16 @@ def _accuracy(model: Callable, x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 
 def _compare(options: argparse.Namespace, data: datasets.Dataset) -> list[_Outcome]:
-    """Train by both methods.
-
-    **Raises:** `_Interrupted` at Ctrl-C.
-    """
+    """Train by both methods. Raises `_Interrupted` at Ctrl-C."""
     model_key, train_key = jax.random.split(jax.random.key(options.seed))
     model = eqx.nn.MLP(
         data.input_shape[0], data.n_classes, options.width, options.depth, activation=jax.nn.relu, key=model_key
     )
     solver = None if options.solver is None else getattr(eqxproj, _SOLVERS[options.solver])()
-    methods: dict[Literal["projection", "gradient"], dict[str, Any]] = {
-        "projection": {"solver": solver},
-        "gradient": {},
-    }
     outcomes = []
-    for method, settings in methods.items():
+    for method, settings in (("projection", {"solver": solver}), ("gradient", {})):
         try:
-            outcomes.append(_train(options, data, model, train_key, method, settings))
+            outcomes.append(_train(options, data, model, train_key, method=method, **settings))
         except eqxproj.TrainingInterrupted as stop:
             reached = stop.history["eval_accuracy"]
             last = float(reached[-1]) if len(reached) else math.nan
@@ -202,14 +179,9 @@ def _compare(options: argparse.Namespace, data: datasets.Dataset) -> list[_Outco
 
 
 def _train(
-    options: argparse.Namespace,
-    data: datasets.Dataset,
-    model: eqx.Module,
-    key: jax.Array,
-    method: Literal["projection", "gradient"],
-    settings: dict[str, Any],
+    options: argparse.Namespace, data: datasets.Dataset, model: eqx.Module, key: jax.Array, **settings: Any
 ) -> _Outcome:
-    """Train by one method."""
+    """Train by one method, with these settings of `eqxproj.train`."""
     result = eqxproj.train(
         model,
         data.train,
@@ -217,7 +189,6 @@ def _train(
         steps=options.steps,
         batch_size=options.batch_size,
         key=key,
-        method=method,
         eval_data=data.test,
         eval_every=max(1, options.steps // _EVALUATIONS),
         evaluate={"accuracy": _accuracy},
@@ -226,8 +197,8 @@ def _train(
     )
     history = {name: np.asarray(values, float).ravel().tolist() for name, values in result.history.items()}
     (compile_seconds,) = history.pop("compile_seconds")
-    final = history["eval_accuracy"][-1]
-    return _Outcome(method, final, history["seconds"][-1], compile_seconds, options.steps, history)
+    accuracy, seconds = history["eval_accuracy"][-1], history["seconds"][-1]
+    return _Outcome(settings["method"], accuracy, seconds, compile_seconds, options.steps, history)
 
 
 # --- table, picture and report ---
@@ -241,19 +212,12 @@ def _table(outcomes: Sequence[_Outcome]) -> str:
         steps = "interrupted" if outcome.steps is None else f"{outcome.steps:,}"
         rows.append([outcome.method, *("-" if number == "nan" else number for number in numbers), steps])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for method, *numbers in rows:
-        cells = [method.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]
-        lines.append("  ".join(cells))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def _write_files(options: argparse.Namespace, data: datasets.Dataset, outcomes: Sequence[_Outcome]) -> int:
-    """Write the JSON file, where one is wanted, and the picture. Both are tried, even where one of them fails.
-
-    **Returns:** The exit status.
-    """
+    """Write the JSON file, where one is wanted, and the picture; both, even if one fails. Returns the exit status."""
     status = 0
     if options.json is not None:
         text = json.dumps(_finite(_report(options, outcomes)), indent=1, allow_nan=False) + "\n"
@@ -331,9 +295,6 @@ def _write(path: str, argument: str, content: bytes) -> int:
 
 
 def _fail(message: str) -> int:
-    """Print an error.
-
-    **Returns:** The exit status 1.
-    """
+    """Print an error, and return the exit status 1."""
     print(f"error: {message}", file=sys.stderr)
     return 1

@@ -1,19 +1,15 @@
 """The data sets of the examples, the benchmarks and `python -m eqxproj compare`, as numpy arrays.
 
 One of them, `"digits"`, comes with the package. The others are read from the hub of Hugging Face, or from a folder in
-the hub's layout.
-
-The library `datasets` of Hugging Face and Pillow read the files. Both take long to import, so they are imported when a
-data set is read, and not by `import eqxproj`.
+its layout, by the library `datasets` and Pillow. Both take long to import, so this waits until a data set is read.
 """
 
-import contextlib
 import dataclasses
 import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,10 +18,8 @@ from jaxtyping import Float32, Int32, Shaped
 _DIGITS_FILE = pathlib.Path(__file__).resolve().parent / "data" / "digits.parquet"
 _DIGITS_TRAIN = 1437
 
-# One split, a `datasets.Dataset`: a name of the library here would import it with the package.
+# One split, a `datasets.Dataset` (a name of the library here would import it with the package), and rows by split.
 _Rows = Any
-
-# What `datasets.load_dataset` returns: rows by split.
 _Splits = Mapping[Any, _Rows]
 
 
@@ -44,13 +38,9 @@ class Dataset:
     vocabulary: str | None = None
 
     def flatten(self) -> "Dataset":
-        """The same data with each input as one vector.
-
-        **Returns:** A `Dataset` whose inputs are `(samples, features)`.
-        """
-        (x, y), (x_test, y_test) = self.train, self.test
+        """The same data with each input as one vector: inputs are `(samples, features)`."""
         size = int(np.prod(self.input_shape))
-        train, test = (x.reshape(len(x), size), y), (x_test.reshape(len(x_test), size), y_test)
+        train, test = ((x.reshape(len(x), size), y) for x, y in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test, input_shape=(size,))
 
 
@@ -58,9 +48,8 @@ class Dataset:
 class _Spec:
     """Where a data set is found and what its columns are called.
 
-    - `read` turns one split into `(x, y)`; it is `None` for text, whose splits are read together.
-    - `hub` is the name on the hub, `None` where there is none; `revision` the branch to read there.
-    - `inputs` is the name of the column of inputs.
+    `read` turns the column `inputs` of one split into an array; it is `None` for text, whose splits are read together.
+    `hub` is the name on the hub, `None` where there is none, and `revision` the branch to read there.
     """
 
     n_classes: int
@@ -81,7 +70,6 @@ class _Source:
     place: str
 
     def error(self, split: str, got: str, wanted: str) -> ValueError:
-        """A `ValueError` that says which split of which source is wrong, and what is wanted."""
         return ValueError(f"Data set {self.name!r}, split {split!r} of {self.place}: got {got}; wanted {wanted}.")
 
 
@@ -143,24 +131,20 @@ def _hugging_face() -> Any:
     return datasets
 
 
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep `datasets` from drawing a bar for each file that it opens."""
+def _load_local(path: str, **options: Any) -> _Splits:
+    """`datasets.load_dataset` for local files, into memory: its copy of the files in a cache is deleted at once.
+
+    No progress bar is drawn, as there would be for each file that is opened.
+    """
     library = _hugging_face()
-    if library.are_progress_bars_disabled():
-        yield
-        return
+    had_bars = not library.are_progress_bars_disabled()
     library.disable_progress_bars()
     try:
-        yield
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            return library.load_dataset(path, cache_dir=cache, keep_in_memory=True, **options)
     finally:
-        library.enable_progress_bars()
-
-
-def _load_local(path: str, **options: Any) -> _Splits:
-    """`datasets.load_dataset` for local files, into memory: its copy of the files in a cache is deleted at once."""
-    with _no_progress_bars(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        return _hugging_face().load_dataset(path, cache_dir=cache, keep_in_memory=True, **options)
+        if had_bars:
+            library.enable_progress_bars()
 
 
 def _load_digits(spec: _Spec, data_dir: str | os.PathLike[str] | None) -> Dataset:
@@ -180,7 +164,6 @@ def _load_digits(spec: _Spec, data_dir: str | os.PathLike[str] | None) -> Datase
 
 
 def _load_folder(name: str, folder: pathlib.Path) -> _Splits:
-    """The splits in a local folder."""
     remedy = (
         f"Put the parquet files of the hub's copy of {name!r} there, one or more for each split "
         "(`train-00000-of-00001.parquet`, `test-00000-of-00001.parquet`)"
@@ -192,14 +175,11 @@ def _load_folder(name: str, folder: pathlib.Path) -> _Splits:
     except FileNotFoundError as error:  # includes the errors of `datasets` for a folder without data
         raise FileNotFoundError(f"`data_dir`: got {str(folder)!r}, which holds no data files. {remedy}.") from error
     except Exception as error:
-        raise ValueError(
-            f"`data_dir`: `datasets.load_dataset({str(folder)!r})` failed with {type(error).__name__}: {error} "
-            f"{remedy}."
-        ) from error
+        call = f"datasets.load_dataset({str(folder)!r})"
+        raise ValueError(f"`data_dir`: `{call}` failed with {type(error).__name__}: {error} {remedy}.") from error
 
 
 def _load_hub(name: str, spec: _Spec) -> _Splits:
-    """The splits on the hub."""
     if spec.hub is None:
         raise ValueError(f"`data_dir`: got None; wanted a folder, since {name!r} is not on the hub.")
     try:
@@ -215,7 +195,6 @@ def _load_hub(name: str, spec: _Spec) -> _Splits:
 
 
 def _check_column(source: _Source, rows: _Rows, split: str, name: str) -> None:
-    """Raise a `ValueError` unless the split has a column `name` and at least one row."""
     if name not in rows.column_names:
         raise source.error(split, f"the columns {rows.column_names}", f"a column {name!r}")
     if len(rows) == 0:
@@ -230,12 +209,10 @@ def _read_split(
     for column in (source.spec.inputs, "label"):
         _check_column(source, rows, split, column)
     labels = rows.with_format("arrow")[:]["label"].to_numpy()
-    classes = source.spec.n_classes
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
-        found = f"'label' of type {rows.features['label']}"
-        if labels.dtype.kind in "iu":
-            found = f"'label' from {labels.min()} to {labels.max()}"
-        raise source.error(split, found, f"integers from 0 to {classes - 1}, none missing")
+    classes, are_integers = source.spec.n_classes, labels.dtype.kind in "iu"
+    if not are_integers or labels.min() < 0 or labels.max() >= classes:
+        found = f"from {labels.min()} to {labels.max()}" if are_integers else f"of type {rows.features['label']}"
+        raise source.error(split, f"'label' {found}", f"integers from 0 to {classes - 1}, none missing")
     return source.spec.read(source, rows.select_columns([source.spec.inputs]), split), labels.astype(np.int32)
 
 
@@ -269,9 +246,7 @@ def _read_images(source: _Source, rows: _Rows, split: str) -> Float32[np.ndarray
             pixels[index] = image
         first = index + 1
     assert pixels is not None  # `_check_column` has refused an empty split
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    x = np.moveaxis(pixels, -1, 1).astype(np.float32)
+    x = (pixels[:, None] if pixels.ndim == 3 else np.moveaxis(pixels, -1, 1)).astype(np.float32)
     x /= source.spec.scale
     return x
 

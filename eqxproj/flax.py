@@ -1,19 +1,14 @@
 """Flax models, of linen and of nnx, as callable Equinox modules that train like any other model.
 
-`from_linen(module, variables)` and `from_nnx(module)` transform a Flax model into a pytree whose only inexact arrays
-are its parameters: the collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the
-module. `LinenModel.variables`, `NNXModel.to_nnx` and `NNXModel.update` lead back.
+`from_linen` and `from_nnx` transform a Flax model into a pytree whose only inexact arrays are its parameters: the
+collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the module.
 
-All other arrays (running statistics, caches, PRNG states) are held as the bits of their numbers, in arrays of unsigned
-integers of the same shape. So nothing that asks `equinox.is_inexact_array` takes them for parameters: the trace does
-not, an optimizer with weight decay does not, `equinox.filter_grad` does not. Numpy arrays and static fields would not
+All other arrays (running statistics, caches, PRNG states) are held as the bits of their numbers, in unsigned integers,
+so that nothing that asks `equinox.is_inexact_array` takes them for parameters. Numpy arrays and static fields would not
 do: `jit` and `vmap` turn numpy arrays into JAX arrays, and a static field that changes needs a new compilation.
 
-Limits: every operation of the layers needs a projection rule or a derivative. Flax layers take whole batches, so a loss
-calls the model without `jax.vmap`. `train` drops the auxiliary output of a loss, and new running statistics with it;
-see `LinenModel` for how to carry them.
-
-Flax is imported with this module, when `eqxproj.flax` is first used, and not by `import eqxproj`.
+Limits: Flax layers take whole batches, so a loss calls the model without `jax.vmap`. `train` drops the auxiliary output
+of a loss, and new running statistics with it; see `LinenModel` for how to carry them.
 """
 
 from __future__ import annotations
@@ -27,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array
 
 try:
     from flax import linen, nnx
@@ -72,11 +66,9 @@ def _freeze(tree: Any) -> Any:
 
 def _thaw(tree: Any) -> Any:
     """The inverse of `_freeze`."""
-
-    def is_frozen(leaf: Any) -> bool:
-        return isinstance(leaf, _Frozen)
-
-    return jtu.tree_map(lambda leaf: leaf.value if is_frozen(leaf) else leaf, tree, is_leaf=is_frozen)
+    return jtu.tree_map(
+        lambda x: x.value if isinstance(x, _Frozen) else x, tree, is_leaf=lambda x: isinstance(x, _Frozen)
+    )
 
 
 def _trainable(tree: Any) -> Any:
@@ -120,21 +112,17 @@ class _Program:
 class LinenModel(eqx.Module):
     """A linen module with its variables; made by [`from_linen`][].
 
-    - `params`: the collection `"params"`, the only arrays that are trained. Constraints and `equinox.tree_at` reach
-        them as, for instance, `lambda model: model.params["Dense_0"]["kernel"]`.
-    - `variables`: all collections, of the types that `from_linen` was given.
-
-    Running statistics are carried by the auxiliary output of the loss:
+    `params` is the collection `"params"`, the only arrays that are trained; a constraint picks one as, for instance,
+    `lambda model: model.params["Dense_0"]["kernel"]`. Running statistics are carried by the auxiliary output of a loss:
 
         def loss(model, x, y):
             out, updates = model(x, train=True, mutable=["batch_stats"])
             return jnp.mean((out - y) ** 2), updates
-
         (value, updates), moved = eqxproj.filter_value_and_displacement(loss, has_aux=True)(model, x, y)
         model = model.with_updates(updates)
 
-    `train` drops the auxiliary output; after it, call the model in the same way on some batches, for their statistics.
-    A loss with an argument `key` gets a fresh key each step, for dropout: `model(x, rngs={"dropout": key})`.
+    After `train`, call the model in the same way on some batches, for their statistics. A loss with an argument `key`
+    gets a fresh key each step, for dropout: `model(x, rngs={"dropout": key})`.
     """
 
     params: Any
@@ -146,13 +134,10 @@ class LinenModel(eqx.Module):
 
         **Arguments:**
 
-        - `args`, `kwargs`: arguments of the module's method.
-        - `rngs`: as in `Module.apply`, for instance `{"dropout": key}`.
+        - `args`, `kwargs`, `rngs`: as in `Module.apply`.
         - `mutable`, `method`: as in `Module.apply`; by default as given to `from_linen`.
 
-        **Returns:**
-
-        As `Module.apply`: the output, or `(output, updates)` with `mutable`.
+        **Returns:** As `Module.apply`: the output, or `(output, updates)` with `mutable`.
         """
         program = self._program
         mutable = program.mutable if mutable is None else _checked_mutable(mutable)
@@ -161,7 +146,7 @@ class LinenModel(eqx.Module):
 
     @property
     def variables(self) -> Any:
-        """The variables, as `Module.init` returns them, with the present parameters."""
+        """All collections, of the types that `from_linen` was given, with the present parameters."""
         return self._program.container({"params": self.params, **_thaw(self._collections)})
 
     def with_updates(self, updates: Any) -> LinenModel:
@@ -169,12 +154,9 @@ class LinenModel(eqx.Module):
 
         **Arguments:**
 
-        - `updates`: collection name to collection, as a call with `mutable` returns it. Collections that are not named
-            stay.
+        - `updates`: name to collection, as a call with `mutable` returns it. Collections that are not named stay.
 
-        **Returns:**
-
-        A new `LinenModel`.
+        **Returns:** A new `LinenModel`.
 
         **Raises:** `TypeError` where `updates` is no mapping, `ValueError` where it holds parameters.
         """
@@ -197,12 +179,9 @@ def from_linen(module: Any, variables: Any, *, method: Any = None, mutable: Any 
     - `variables`: what `module.init` returns, a dictionary or `FrozenDict`. The collection `"params"` is trained; the
         others are held fixed. Numpy arrays are taken as JAX arrays.
     - `method`: the method that a call applies, as in `Module.apply`; `__call__` by default.
-    - `mutable`: the collections that a call may change and returns beside its output, as in `Module.apply`. Each call
-        may choose otherwise, with its own `mutable`.
+    - `mutable`: the collections that a call, by default, may change and returns beside its output, as there.
 
-    **Returns:**
-
-    A [`LinenModel`][]: `model(x, rngs=..., **kwargs)` is `module.apply(variables, x, rngs=..., **kwargs)`.
+    **Returns:** A [`LinenModel`][]: `model(x, rngs=..., **kwargs)` is `module.apply(variables, x, rngs=..., **kwargs)`.
 
     **Raises:** `TypeError` where `module` is no linen module, `variables` no mapping, or `method` or `mutable` of a
     type that `Module.apply` does not take; `ValueError` where `variables` lacks the collection `"params"`.
@@ -256,10 +235,9 @@ def _described(module: Any) -> str:
 class NNXModel(eqx.Module):
     """An nnx module, split into its parameters and the rest; made by [`from_nnx`][].
 
-    - `params`: the values of the `nnx.Param` variables, as nested dictionaries; the only arrays that are trained.
-        Constraints and `equinox.tree_at` reach them as, for instance, `lambda model: model.params["linear"]["kernel"]`.
-
-    A call that needs more than the module's `__call__` builds the module: with a loss's `key`, for dropout,
+    `params` holds the values of the `nnx.Param` variables as nested dictionaries, the only arrays that are trained; a
+    constraint picks one as, for instance, `lambda model: model.params["linear"]["kernel"]`. A call that needs more than
+    the module's `__call__` builds the module: with a loss's `key`, for dropout,
 
         module = model.to_nnx()
         nnx.reseed(module, dropout=key)
@@ -281,10 +259,8 @@ class NNXModel(eqx.Module):
         - `mutable`: also return all variables but the parameters, as they are after the call: running statistics,
             counts of random numbers.
 
-        **Returns:**
-
-        The output, or `(output, updates)` with `mutable`; `model.with_updates(updates)` is the model with them. The
-        model itself does not change.
+        **Returns:** The output, or `(output, updates)` with `mutable`; `model.with_updates(updates)` is the model with
+        them. The model itself does not change.
         """
         if not isinstance(mutable, bool):
             raise TypeError(f"`mutable` must be True or False for a model of nnx, got {mutable!r}.")
@@ -293,12 +269,7 @@ class NNXModel(eqx.Module):
         return (out, _parts(module)[2]) if mutable else out
 
     def to_nnx(self) -> nnx.Module:
-        """The module, built anew at each call from the present parameters, in the modes that it had in `from_nnx`.
-
-        **Returns:**
-
-        An `nnx.Module`.
-        """
+        """The module, built anew from the present parameters, in the modes that it had in `from_nnx`."""
         return nnx.merge(self._graphdef, self.params, _thaw(self._rest))
 
     def update(self, module: Any) -> None:
@@ -326,9 +297,7 @@ class NNXModel(eqx.Module):
 
         - `updates`: as a call with `mutable=True` returns them beside the output.
 
-        **Returns:**
-
-        A new `NNXModel`.
+        **Returns:** A new `NNXModel`.
 
         **Raises:** `TypeError` where `updates` is no mapping, `ValueError` where it holds other variables.
         """
@@ -342,15 +311,11 @@ class NNXModel(eqx.Module):
 def from_nnx(module: Any) -> NNXModel:
     """Transforms an nnx module into a callable pytree that trains like an Equinox model.
 
-    The module is copied, not changed; see `NNXModel.to_nnx` and `NNXModel.update` for the way back.
-
     **Arguments:**
 
-    - `module`: an `nnx.Module`. Its `nnx.Param` variables are trained; all others are held fixed.
+    - `module`: an `nnx.Module`, which is copied. Its `nnx.Param` variables are trained; all others are held fixed.
 
-    **Returns:**
-
-    An [`NNXModel`][]: `model(x)` is `module(x)`.
+    **Returns:** An [`NNXModel`][]: `model(x)` is `module(x)`.
 
     **Raises:** `TypeError` where it is no `nnx.Module`, `ValueError` where it has no `nnx.Param`.
     """
@@ -385,5 +350,5 @@ def _difference(got: Any, wanted: Any) -> str:
     return ""
 
 
-def _signature(leaf: Array | Any) -> str:
+def _signature(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__

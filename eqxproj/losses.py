@@ -50,9 +50,7 @@ def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
     - `logits`: `Float[Array, "*batch classes"]`.
     - `labels`: the right class, `Int[Array, "*batch"]`.
 
-    **Returns:**
-
-    $\ell$ for each sample, `Float[Array, "*batch"]`; zero exactly where the constraint holds.
+    **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`; zero exactly where the constraint holds.
 
     **Raises:** `ValueError` for other shapes and dtypes.
     """
@@ -75,9 +73,7 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
     - `labels`: the right class, `Int[Array, "*batch"]`; or probabilities, `Float[Array, "*batch classes"]`, which need
         not sum to one.
 
-    **Returns:**
-
-    $\ell$ for each sample, `Float[Array, "*batch"]`.
+    **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`.
 
     **Raises:** `ValueError` for other shapes and dtypes.
     """
@@ -97,9 +93,7 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike) -> Array:
     - `predictions`: `Float[Array, "*shape"]`.
     - `targets`: real numbers, `Num[Array, "*shape"]`.
 
-    **Returns:**
-
-    $\ell$ for each element, `Float[Array, "*shape"]`.
+    **Returns:** $\ell$ for each element, `Float[Array, "*shape"]`.
 
     **Raises:** `ValueError` where the shapes differ, and for other dtypes.
     """
@@ -126,9 +120,7 @@ def hinge(scores: ArrayLike, labels: ArrayLike) -> Array:
     - `scores`: `Float[Array, "*batch classes"]`, or for the binary loss `Float[Array, "*batch"]`.
     - `labels`: the right class, `Int[Array, "*batch"]`; or for the binary loss -1 and 1, of the shape of `scores`.
 
-    **Returns:**
-
-    $\ell$ for each sample, `Float[Array, "*batch"]`.
+    **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`.
 
     **Raises:** `ValueError` for other shapes and dtypes.
     """

@@ -1,7 +1,7 @@
 r"""Sets for hard constraints on parameters: each maps an array to the nearest array of the set.
 
 `train(..., constraints=[(where, set)])` holds the picked parameters in the set: the returned model satisfies the
-constraint exactly, in its own dtype. A set of your own derives from `AbstractSet`. What "exactly" means:
+constraint exactly, in its own dtype. What "exactly" means:
 
 - zeros, signs, bounds, orders and levels hold without any error (bounds and levels as the dtype rounds them);
 - norms, sums, ranks and orthonormality hold up to the rounding of the entries (relative $2^{-8}$ for bfloat16, and
@@ -32,12 +32,11 @@ Axis = int | tuple[int, ...] | None
 class AbstractSet(eqx.Module):
     r"""A closed set of arrays, which finds its nearest point.
 
-    Derive from it for a set of your own: `__call__` is all that it needs.
-
-    `is_discrete` says how `train` holds an array in the set. With `False`, it projects the array after every step. With
-    `True`, it keeps an array of its own, and before every step shows the model the projection of that array; the steps
-    move the kept array. Set it to `True` where the set consists of separate pieces (levels, patterns of zeros): a step
-    from one piece toward another is shorter than the gap, and a projection after each step would undo every one.
+    A set of your own derives from it, and needs `__call__` alone. `is_discrete` says how `train` holds an array in the
+    set. With `False`, it projects the array after every step. With `True`, the steps move an array that is kept for it,
+    and before every step the model is shown its projection. Set it to `True` where the set consists of separate pieces
+    (levels, patterns of zeros): a step from one piece toward another is shorter than the gap, and a projection after
+    each step would undo every one.
 
     !!! example
 
@@ -63,17 +62,13 @@ class AbstractSet(eqx.Module):
 
         - `x`: any array of floats.
 
-        **Returns:**
-
-        An array of the shape and dtype of `x`.
+        **Returns:** An array of the shape and dtype of `x`.
 
         **Raises:** `ValueError` where no array of this shape is in the set.
         """
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Entries
-# ----------------------------------------------------------------------------------------------------------------------
+# --- entries ---
 
 
 @final
@@ -93,9 +88,8 @@ class Box(AbstractSet):
     def __init__(self, low: float, high: float):
         self.low, self.high = _real("Box", "low", low), _real("Box", "high", high)
         if not self.low <= self.high or self.low == math.inf or self.high == -math.inf:
-            raise ValueError(
-                f"`Box`: `low` must be at most `high`, with a number between them; got {low!r} and {high!r}."
-            )
+            wanted = "`low` must be at most `high`, with a number between them"
+            raise ValueError(f"`Box`: {wanted}; got {low!r} and {high!r}.")
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.clip(x, self.low, self.high)
@@ -119,8 +113,7 @@ class Sparse(AbstractSet):
     - `k`: at most this many entries are not zero. Give one of the two.
     - `axis`: count the entries of every slice along this axis; by default the entries of the array.
 
-    **Raises:** `ValueError` unless exactly one of `kept_fraction`, in (0, 1], and `k`, at least 1, is given;
-    `TypeError` where `k` or `axis` are no integers.
+    **Raises:** `ValueError` or `TypeError` unless exactly one of the two is given, as above, and for another `axis`.
     """
 
     is_discrete: ClassVar[bool] = True
@@ -178,14 +171,11 @@ class Quantized(AbstractSet):
         self.levels = _levels(levels, self.scale)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        if self.scale == "learned":
-            return self._with_learned_scale(x)
-        factor = 1.0 if self.scale is None else self.scale
-        levels = nearest.table(tuple(factor * level for level in self.levels), x.dtype)
-        chosen = jnp.asarray(levels)[nearest.nearest_level(nearest.wide(x), levels)]
-        return jnp.where(jnp.isnan(x), x, chosen.astype(x.dtype))
-
-    def _with_learned_scale(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        if self.scale != "learned":
+            factor = 1.0 if self.scale is None else self.scale
+            levels = nearest.table(tuple(factor * level for level in self.levels), x.dtype)
+            chosen = jnp.asarray(levels)[nearest.nearest_level(nearest.wide(x), levels)]
+            return jnp.where(jnp.isnan(x), x, chosen.astype(x.dtype))
         if x.size == 0:
             return x
         wide = nearest.wide(x.ravel())
@@ -193,9 +183,7 @@ class Quantized(AbstractSet):
         return nearest.scaled_levels(wide, levels, x.dtype).astype(x.dtype).reshape(x.shape)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Slices
-# ----------------------------------------------------------------------------------------------------------------------
+# --- slices ---
 
 
 @final
@@ -207,10 +195,9 @@ class Simplex(AbstractSet):
 
     **Arguments:**
 
-    - `axis`: an axis, a tuple of axes, or `None` for all entries together.
-    - `total`: the sum, positive.
+    - `axis`: an axis, a tuple of axes, or `None` for all entries together. `total`: the sum, positive.
 
-    **Raises:** `ValueError` or `TypeError` unless `total` is a positive number and `axis` is as above.
+    **Raises:** `ValueError` or `TypeError` for another `axis` or `total`.
     """
 
     axis: Axis = eqx.field(static=True)
@@ -224,69 +211,59 @@ class Simplex(AbstractSet):
         return _by_slices(x, self.axis, lambda rows: nearest.simplex(rows, self.total, x.dtype))
 
 
+class _AbstractRadius(AbstractSet):
+    """A set with a radius and an axis."""
+
+    radius: float = eqx.field(static=True)
+    axis: Axis = eqx.field(static=True)
+
+    def __init__(self, radius: float = 1.0, axis: Axis = None):
+        owner = type(self).__name__
+        self.radius, self.axis = _positive(owner, "radius", radius), _axis(owner, axis)
+
+
 @final
-class L1Ball(AbstractSet):
+class L1Ball(_AbstractRadius):
     r"""All arrays with $\sum_i |x_i| \le r$ along `axis`.
 
     The projection is the simplex's, of the absolute values (Duchi et al., ICML 2008, section 4).
 
     **Arguments:**
 
-    - `radius`: $r$, positive.
-    - `axis`: an axis, a tuple of axes, or `None` for all entries together.
+    - `radius`: $r$, positive. `axis`: as for the other sets, all entries together by default.
 
-    **Raises:** `ValueError` or `TypeError` unless `radius` is a positive number and `axis` is as above.
+    **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
-
-    radius: float = eqx.field(static=True)
-    axis: Axis = eqx.field(static=True)
-
-    def __init__(self, radius: float = 1.0, axis: Axis = None):
-        self.radius, self.axis = _positive("L1Ball", "radius", radius), _axis("L1Ball", axis)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return _by_slices(x, self.axis, lambda rows: nearest.l1_ball(rows, self.radius, x.dtype))
 
 
 @final
-class L2Ball(AbstractSet):
+class L2Ball(_AbstractRadius):
     r"""All arrays with Euclidean norm $|x| \le r$ along `axis`.
 
     **Arguments:**
 
-    - `radius`: $r$, positive.
-    - `axis`: an axis, a tuple of axes, or `None` for all entries together.
+    - `radius`: $r$, positive. `axis`: as for the other sets, all entries together by default.
 
-    **Raises:** `ValueError` or `TypeError` unless `radius` is a positive number and `axis` is as above.
+    **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
-
-    radius: float = eqx.field(static=True)
-    axis: Axis = eqx.field(static=True)
-
-    def __init__(self, radius: float = 1.0, axis: Axis = None):
-        self.radius, self.axis = _positive("L2Ball", "radius", radius), _axis("L2Ball", axis)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return _by_slices(x, self.axis, lambda rows: nearest.l2_ball(rows, self.radius, x.dtype))
 
 
 @final
-class Sphere(AbstractSet):
+class Sphere(_AbstractRadius):
     r"""All arrays with Euclidean norm $|x| = r$ along `axis`. Zero is projected to a constant vector.
 
     **Arguments:**
 
-    - `radius`: $r$, positive.
-    - `axis`: an axis, a tuple of axes, or `None` for all entries together.
+    - `radius`: $r$, positive. `axis`: as for the other sets, all entries together by default.
 
-    **Raises:** `ValueError` or `TypeError` unless `radius` is a positive number and `axis` is as above.
+    **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
-
-    radius: float = eqx.field(static=True)
-    axis: Axis = eqx.field(static=True)
-
-    def __init__(self, radius: float = 1.0, axis: Axis = None):
-        self.radius, self.axis = _positive("Sphere", "radius", radius), _axis("Sphere", axis)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         _check_has_entries(x.shape, self.axis, "a sphere")
@@ -301,8 +278,7 @@ class Monotone(AbstractSet):
 
     **Arguments:**
 
-    - `axis`: one axis.
-    - `increasing`: the direction.
+    - `axis`: one axis. `increasing`: the direction.
 
     **Raises:** `TypeError` unless `axis` is an integer and `increasing` a Boolean.
     """
@@ -333,9 +309,7 @@ def _check_has_entries(shape: tuple[int, ...], axis: Axis, what: str) -> None:
         raise ValueError(f"an array of shape {shape} has no entries that could be on {what} (along axis {axis}).")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Matrices
-# ----------------------------------------------------------------------------------------------------------------------
+# --- matrices ---
 
 
 @final
@@ -355,10 +329,7 @@ class Orthogonal(AbstractSet):
 
 @final
 class LowRank(AbstractSet):
-    """All matrices of at most this rank; the nearest one keeps the largest singular values.
-
-    An array with more than two axes, such as the kernel of a convolution, counts as the matrix with all axes but the
-    first made into one.
+    """All matrices, as for `Orthogonal`, of at most this rank; the nearest one keeps the largest singular values.
 
     **Arguments:**
 
@@ -386,9 +357,7 @@ def _matrix(x: Float[Array, "*shape"], owner: str) -> Float[Array, "rows columns
     return nearest.wide(x).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checks of arguments: `owner` is the class, `name` its argument
-# ----------------------------------------------------------------------------------------------------------------------
+# --- checks of arguments: `owner` is the class, `name` its argument ---
 
 
 def _is_integer(value: Any) -> bool:
@@ -460,11 +429,8 @@ def _levels(levels: Any, scale: float | Literal["learned"] | None) -> tuple[floa
 def _levels_of_bits(bits: int, scale: float | Literal["learned"] | None) -> tuple[float, ...]:
     """The levels that a number of bits tells apart."""
     if scale is None:
-        raise ValueError(
-            f"`Quantized`: `levels` as a number of bits, got {bits}, must come with a `scale`: a positive number, or "
-            '"learned".'
-        )
+        remedy = '`scale`: a positive number, or "learned"'
+        raise ValueError(f"`Quantized`: `levels` as a number of bits, got {bits}, must come with a {remedy}.")
     if not 1 <= bits <= 8:
         raise ValueError(f"`Quantized`: `levels` as a number of bits must be from 1 to 8, got {bits}.")
-    count = 2**bits
-    return (-1.0, 1.0) if count == 2 else tuple(i - (count - 1) / 2 for i in range(count))
+    return (-1.0, 1.0) if bits == 1 else tuple(i - (2**bits - 1) / 2 for i in range(2**bits))

@@ -24,7 +24,6 @@ from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
 from .._problem._state import State, iterate
 from .._program._canonical import canonicalised
-from .._program._equations import Program
 from .._program._trace import Trace, trace
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
@@ -34,39 +33,23 @@ DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
 """The metric of the gradient regime: so steep that a displacement is the gradient where there is one, at any depth.
 
 A node whose derivative has size $a$, its gain, divides the dual that comes back through it by $1 + a^2/g$, with $g$ the
-grade. Training stalls where this damping adds up. With a grade of 1e3 it does in the wide layers of a deep autoencoder;
-with 1e5 for a gain of a hundred inside the network, or for data of that size; with 1e12 for the matrix exponential,
-inside of which there are gains of 1e7. At 1e18 the damping is mostly below the precision of float32, so that products,
-maxima and local solvers leave it out. On MNIST this metric learns as well as flatter ones, or better.
+grade. Training stalls where this damping adds up. Inside of a matrix exponential there are gains of 1e7. At 1e18 the
+damping is mostly below the precision of float32, so that products, maxima and local solvers leave it out.
 """
 DEFAULT_TAU = 1e-6
 """The factor of one sample's loss in the gradient regime: so small that the objective answers by its slope alone.
 
-It matters for a loss without a prox of its own. With a larger factor, the curvature of the loss damps or bends the
-answer. That of a cosine of small vectors is high, and so is that of a Gaussian likelihood with learned variances: its
-prox at 0.01 narrows the variances until training diverges.
+It matters for a loss without a prox of its own, whose curvature bends the answer with a larger factor: the prox of a
+Gaussian likelihood at 0.01 narrows learned variances until training diverges.
 """
 LARGE_TAU = 0.01
-"""The factor where a smaller one would do harm.
-
-Outside of the gradient regime, steps should move states far enough to cross a jump. And in a loss that computes in
-float16, small duals are rounded to zero: duals are proportional to the factor.
-"""
-
-
-def default_tau(program: Program, metric: Metric) -> float:
-    """The tau of a loss by default: small in the gradient regime, unless the loss computes in float16."""
-    variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
-    small = metric.is_steep and not any(v.dtype == jnp.float16 for v in variables)
-    return DEFAULT_TAU if small else LARGE_TAU
+"""The factor where a smaller one would do harm: outside of the gradient regime, where steps should cross a jump, and in
+a loss that computes in float16, where small duals are rounded to zero (duals are proportional to the factor)."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a displacement is computed: the solver, its number of steps, and the problem that it runs on.
-
-    A `tau` that is `None` is [`default_tau`][] of the loss.
-    """
+    """How a displacement is computed: the solver, its number of steps, and the problem that it runs on."""
 
     solver: AbstractSolver
     steps: int
@@ -75,8 +58,12 @@ class Options:
     tau: float | None
 
     def problem(self, traced: Trace) -> FeasibilityProblem:
-        """The problem of a traced loss."""
-        tau = default_tau(traced.program, self.metric) if self.tau is None else self.tau
+        """The problem of a traced loss, whose tau by default is small in the gradient regime, except in float16."""
+        program, tau = traced.program, self.tau
+        if tau is None:
+            variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
+            small = self.metric.is_steep and not any(v.dtype == jnp.float16 for v in variables)
+            tau = DEFAULT_TAU if small else LARGE_TAU
         return make_problem(traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors)
 
 
@@ -88,10 +75,7 @@ def checked_options(
     tau: float | None,
     steps_name: str = "steps",
 ) -> Options:
-    """Options from those of a user, where `None` means the default.
-
-    **Raises:** `ValueError` and `TypeError` for unusable ones; `steps_name` is how the user calls `steps`.
-    """
+    """Options from those of a user, checked. `None` means the default; `steps_name` is the user's name of `steps`."""
     solver = CyclicProjections() if solver is None else solver
     metric = DEFAULT_METRIC if metric is None else metric
     copies = "neuron" if copies is None else copies
@@ -111,16 +95,15 @@ def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> Stat
 
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:
     """The displacement of every parameter, as a pytree like the model."""
-    leaves: list[Array] = []
-    for start, value in zip(problem.trace.parameters, problem.graph.parameters, strict=True):
-        shift = None if value is None else state.shifts[value]
-        if shift is None or value is None:
-            leaves.append(jnp.zeros_like(start))
-            continue
+
+    def leaf(start: Array, value: int | None) -> Array:
+        if value is None or (shift := state.shifts[value]) is None:
+            return jnp.zeros_like(start)
         moved = moved_by(problem, state, value) if raw else shift / problem.gradient_scale
         assert moved is not None
-        leaves.append(-moved.astype(start.dtype))
-    return problem.trace.tree(leaves)
+        return -moved.astype(start.dtype)
+
+    return problem.trace.tree(list(map(leaf, problem.trace.parameters, problem.graph.parameters)))
 
 
 def filter_value_and_displacement(
@@ -144,14 +127,11 @@ def filter_value_and_displacement(
         with `raw` the unit metric.
     - `copies`: `"neuron"` or `"none"`, see [`feasibility_problem`][].
     - `tau`: factor of one sample's loss in the prox of the objective. By default 1e-6 in the gradient regime (a metric
-        with a grade of 100 or more), where the slope of the loss is all that counts, and 0.01 outside of it, where
-        states should move farther, and for a loss that computes in float16; with `raw` 0.1.
+        with a grade of 100 or more), 0.01 outside of it and for a loss that computes in float16; with `raw` 0.1.
     - `raw`: return $x - P(x)$ itself, unscaled: `optax.sgd(1.0)` then replaces x by P(x).
     - `has_aux`: as in `equinox.filter_value_and_grad`.
 
-    **Returns:**
-
-    A function of the same arguments as `loss` that returns `(value, displacement)`, or
+    **Returns:** A function of the same arguments as `loss` that returns `(value, displacement)`, or
     `((value, auxiliary), displacement)`. The displacement is a pytree like the model, with `None` for whatever is no
     inexact array.
 
@@ -181,9 +161,7 @@ def filter_value_and_displacement(
 def filter_displacement(loss: Callable[..., Any], **options: Any) -> Callable[..., PyTree]:
     """As `equinox.filter_grad`: the displacement of [`filter_value_and_displacement`][], without the value.
 
-    **Returns:**
-
-    A function that returns the displacement, or `(displacement, auxiliary)` with `has_aux`.
+    **Returns:** A function that returns the displacement, or `(displacement, auxiliary)` with `has_aux`.
     """
     both = filter_value_and_displacement(loss, **options)
 

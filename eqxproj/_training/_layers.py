@@ -4,6 +4,8 @@ A layer is a product or a convolution of an input with a weight, a parameter tha
 a parameter that is added to the product, maybe among others, and to nothing else. Both may be converted to another type
 on the way (mixed precision), and both may stand in penalties, such as weight decay. Limits: grouped and transposed
 convolutions are no layers. It is also looked up whether a layer stands in a branch beside a residual connection.
+
+`owner` maps the graph's values that are parameters to their positions among the parameters.
 """
 
 from __future__ import annotations
@@ -22,8 +24,7 @@ from ..rules._scalar import Scalar
 class Layer:
     """A weight, what it is multiplied with, and its bias.
 
-    - `weight`, `bias`: positions among the parameters of the trace; `bias` may be `None`.
-    - `node`: the product. `operand`: the position of its operand that holds the inputs.
+    - `weight`, `bias`: positions among the parameters. `node`: the product. `operand`: its operand with the inputs.
     - `axes`: the axes of the inputs that meet the axes `along` of the weight, in their order.
     - `out`: the one axis of the weight that the product does not sum over, `None` where there are none or several.
     - `factor`: the coefficient of the product over that of the bias, in their sum.
@@ -48,32 +49,25 @@ class Layer:
 
 
 def layers(graph: Graph, owner: Mapping[int, int], states: Collection[int] = ()) -> tuple[Layer, ...]:
-    """The layers of a graph.
-
-    **Arguments:**
-
-    - `owner`: which of the graph's values are parameters, and their positions among the parameters.
-    - `states`: values that are states of a recurrence over time. A sum with one of them ends no branch.
-    """
+    """The layers of a graph. A sum with a value of `states`, those of a recurrence over time, ends no branch."""
     found, branches = [], _branches(graph, {*owner, *states})
     for value, position in owner.items():
         edge = only_reader(graph, value, owner)
-        layer = None if edge is None else _layer(graph, edge, position)
-        if edge is not None and layer is not None:
-            bias, factor = _bias(graph, edge, owner, layer)
-            beside = bool(branches >> layer.node & 1)
-            stream, stream_factor = _stream(graph, owner, layer) if beside else (None, 1.0)
-            found.append(
-                replace(layer, bias=bias, factor=factor, in_branch=beside, stream=stream, stream_factor=stream_factor)
-            )
+        if edge is None or (layer := _layer(graph, edge, position)) is None:
+            continue
+        bias, factor = _bias(graph, edge, owner, layer)
+        layer = replace(layer, bias=bias, factor=factor)
+        if branches >> layer.node & 1:
+            stream, factor = _stream(graph, owner, layer)
+            layer = replace(layer, in_branch=True, stream=stream, stream_factor=factor)
+        found.append(layer)
     return tuple(found)
 
 
 def only_reader(graph: Graph, value: int, owner: Mapping[int, int]) -> Edge | None:
     """The one edge that shows a value, maybe through identities and conversions, to a node; `None` for several.
 
-    Penalties of parameters do not count: objectives, and nodes other than products and recurrences that read only
-    parameters.
+    Penalties of parameters do not count.
     """
     found, stack = [], [value]
     while stack:
@@ -89,16 +83,15 @@ def only_reader(graph: Graph, value: int, owner: Mapping[int, int]) -> Edge | No
 
 
 def _is_penalty(graph: Graph, node: Node, owner: Mapping[int, int]) -> bool:
-    """Whether a node that reads a parameter is an objective, or computes a function of parameters alone."""
+    """Whether a node that reads a parameter is an objective, or computes a function of parameters alone.
+
+    A product, and a recurrence, which may hold some, is none.
+    """
     if node.kind == "objective":
         return True
+    holds_layers = _product_of(node) is not None or (node.equation is not None and node.equation.name == "scan")
     shown = (value for e in node.edges for value in graph.edges[e].sources)
-    return not _keeps_layers(node) and all(_original(graph, value) in owner for value in shown)
-
-
-def _keeps_layers(node: Node) -> bool:
-    """Whether a node is a product, or may hold some."""
-    return _product_of(node) is not None or (node.equation is not None and node.equation.name == "scan")
+    return not holds_layers and all(_original(graph, value) in owner for value in shown)
 
 
 def _original(graph: Graph, value: int) -> int:
@@ -130,7 +123,8 @@ def _layer(graph: Graph, edge: Edge, position: int) -> Layer | None:
     equation = _product_of(node)
     if equation is None or not edge.view.is_identity:
         return None
-    place = _operand_of(node, graph, edge)
+    operands = [i for i, is_unknown in enumerate(node.unknown) if is_unknown]
+    place = operands[[graph.edges[e] is edge for e in node.edges].index(True)]
     if equation.name == "conv_general_dilated":
         numbers, params = equation.params["dimension_numbers"], equation.params
         whole = params["feature_group_count"] == params["batch_group_count"] == 1
@@ -145,12 +139,6 @@ def _layer(graph: Graph, edge: Edge, position: int) -> Layer | None:
     free = [a for a in range(len(edge.variable.shape)) if a not in along]
     out = free[0] if len(free) == 1 else None
     return Layer(position, None, edge.consumer, 1 - place, tuple(axes), tuple(along), out)
-
-
-def _operand_of(node: Node, graph: Graph, edge: Edge) -> int:
-    """Which operand of a node's primitive an edge shows."""
-    places = [i for i, is_unknown in enumerate(node.unknown) if is_unknown]
-    return places[[graph.edges[e] is edge for e in node.edges].index(True)]
 
 
 def _bias(graph: Graph, weight: Edge, owner: Mapping[int, int], layer: Layer) -> tuple[int | None, float]:
@@ -193,14 +181,9 @@ def _branches(graph: Graph, without: Collection[int]) -> int:
 
 
 def _stream(graph: Graph, owner: Mapping[int, int], layer: Layer) -> tuple[tuple[int, int] | None, float]:
-    """The sum of a layer's outputs with a value that they are computed from.
+    """The sum of a layer's outputs with a value that they are computed from, past sums with parameters.
 
-    Sums with parameters are passed through.
-
-    **Returns:**
-
-    The sum and its axis that belongs to the layer's outputs (`None` where there is no such sum), and the factor of
-    these outputs in it.
+    **Returns:** `stream` and `stream_factor`, as in [`Layer`][].
     """
     node, stream_factor = graph.nodes[layer.node], 1.0
     assert node.equation is not None
@@ -234,17 +217,16 @@ def _followed(view: View, axis: int) -> int | None:
             return None
         before, params = variable, equation.params
         variable = equation.outputs[0]
+        moved = None
         if equation.name == "transpose":
-            axis = tuple(params["permutation"]).index(axis)
+            moved = tuple(params["permutation"]).index(axis)
         elif equation.name == "broadcast_in_dim":
-            axis = params["broadcast_dimensions"][axis]
+            moved = params["broadcast_dimensions"][axis]
         elif equation.name in ("reshape", "squeeze", "expand_dims"):
             moved = _reshaped(before.shape, variable.shape, axis)
-            if moved is None:
-                return None
-            axis = moved
-        else:
+        if moved is None:
             return None
+        axis = moved
     return axis
 
 

@@ -84,9 +84,7 @@ def fit(
     - `data`: arrays on the host. `picks`: the rows and the key of each minibatch, at least one a step.
     - `progress`: show a progress bar.
 
-    **Returns:**
-
-    The trained model, and the history.
+    **Returns:** The trained model, and the history.
 
     **Raises:** `NonFiniteError`, and `TrainingInterrupted` on Ctrl-C, as [`train`][].
     """

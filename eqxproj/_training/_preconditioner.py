@@ -6,21 +6,17 @@ inputs, and their covariance taken for $\sigma^2 I$, the mean square of the chan
 
 $$\sigma^2 |\Delta W|^2 + |\Delta c|^2, \qquad c = b + W \bar x .$$
 
-[`Preconditioner`][] changes to these coordinates. The displacement of $c$ is that of $b$; the displacement of $W$
+[`Preconditioner`][] changes to these coordinates: the displacement of $c$ is that of $b$, and the displacement of $W$
 loses $\delta_b \bar x^T$. Then the optimizer acts. Its update of $W$ is divided by $\sigma$, and the update of $b$ is
-$\Delta b = \Delta c - \Delta W \bar x$. So a step does not depend on the origin and unit of a layer's inputs. The
-price is the mean and the variance of each input; no matrix is stored or factored.
+$\Delta b = \Delta c - \Delta W \bar x$. So a step does not depend on the origin and unit of a layer's inputs. (Centered
+units: Schraudolph, Centering neural network gradient factors, 1998; Raiko, Valpola and LeCun, AISTATS 2012.)
 
 An optimizer like Adam gives all entries of an update about the same size. A row of n such entries changes an output
-$\sqrt n$ times as much as one. The update of W is therefore divided by $\sqrt{n / 128}$ too where n is above 128, and
-one rate suits layers of any width. (Larger steps of narrower layers gained nothing.)
+$\sqrt n$ times as much as one: the update of W is divided by $\sqrt{n / 128}$ too where n is above 128.
 
 Layers in branches beside residual connections change one sum together. Their steps are made smaller like those of
 other layers, but never larger. Where a layer's outputs are added, as they are, to a value that they are computed from,
-a change of them counts relative to the deviation of this sum: where the deviation is below one, the update of W is
-multiplied by it. (Without, steps were too large in a transformer: `benchmarks/accuracy.py --task digits-transformer`.)
-
-(Centered units: Schraudolph, Centering neural network gradient factors, 1998; Raiko, Valpola and LeCun, AISTATS 2012.)
+a change of them counts relative to the deviation of this sum: where this is below one, it multiplies the update of W.
 
 Limits: it acts on the layers that [`layers`][] finds, also inside of a `scan`, where the inputs of all time steps
 count. A weight without a bias is only scaled, by the deviation from zero. Weights with constraints, and weights inside
@@ -48,20 +44,16 @@ from .._problem._readers import context, shown, value_of
 from .._program._recurrence import Recurrence
 from ._layers import Layer, layers, only_reader
 
-_LEAST = 0.1
-"""The least number that a step is divided by: an input that hardly varies is noise."""
-_ROWS = 2048
-"""From how many rows of inputs, at most, the mean and the deviation are computed."""
-_WIDTH = 128
-"""Layers with more inputs take smaller steps. The default rate was chosen with layers of this width."""
+_LEAST = 0.1  # the least number that a step is divided by: an input that hardly varies is noise
+_ROWS = 2048  # from how many rows of inputs, at most, the mean and the deviation are computed
+_WIDTH = 128  # the default rate was chosen with layers of this width; those with more inputs take smaller steps
 
 
 class Preconditioner(eqx.Module):
     """Displacements and updates in the coordinates of the layers' inputs.
 
-    - `means`: for each layer the mean of its inputs, shaped to multiply the weight.
-    - `scales`: for each layer the factor of its updates: one over the deviation of its inputs, and over the root of
-        their number.
+    For each layer, `means` holds the mean of its inputs, shaped to multiply the weight, and `scales` the factor of its
+    updates: one over the deviation of its inputs, and over the root of their number.
     """
 
     means: tuple[Array, ...]
@@ -107,28 +99,22 @@ def _offset(layer: Layer, weight: Array, bias: Array, mean: Array) -> Array:
 
 
 def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) -> Preconditioner:
-    """The preconditioner of a problem, from the inputs of its layers on the forward pass.
-
-    Layers with a parameter among `excluded`, positions among the parameters, are left out.
-    """
+    """The preconditioner of a problem, from its forward pass, without the layers of the parameters `excluded`."""
     owner = {value: i for i, value in enumerate(problem.graph.parameters) if value is not None}
     found, means, scales = [], [], []
     for one in _with_inputs(problem, owner):
-        layer, inputs, total = one.layer, one.inputs, one.total
-        if inputs.size and layer.weight not in excluded and layer.bias not in excluded:
+        layer = one.layer
+        if one.inputs.size and layer.weight not in excluded and layer.bias not in excluded:
             shape = problem.trace.parameters[layer.weight].shape[int(layer.stacked) :]
-            mean, scale = _each(lambda layer, x, shape=shape: _statistics(x, layer, shape), layer)(inputs)
+            mean, scale = _each(ft.partial(_statistics, shape), layer)(one.inputs)
             found.append(layer)
             means.append(mean)
-            scales.append(scale if total is None else scale * _each(_unit, layer)(total))
+            scales.append(scale if one.total is None else scale * _each(_unit, layer)(one.total))
     return Preconditioner(tuple(means), tuple(scales), tuple(found))
 
 
 class LayerInputs(eqx.Module):
-    """A layer, all of its inputs, and the sum that its outputs are a part of, if they are.
-
-    The axis of the sum that belongs to the layer's outputs is its last one.
-    """
+    """A layer, its inputs, and the sum that its outputs are a part of, if they are, along the sum's last axis."""
 
     layer: Layer = eqx.field(static=True)
     inputs: Array
@@ -176,15 +162,14 @@ def _inside(problem: FeasibilityProblem, number: int, owner: Mapping[int, int]) 
     operands = [shown(problem, problem.start(False), e) for e in node.edges]
     ctx = replace(context(problem, number, False), residuals_hold=True)  # as on the forward pass
     assert isinstance(node.rule, Scan)
-    stacked = [_stacked(one, sliced) for one in node.rule.over_time(ctx, operands, inputs_of)]
+    stacked = (_stacked(one, sliced) for one in node.rule.over_time(ctx, operands, inputs_of))
     return [one for one in stacked if one is not None]
 
 
 def _stacked(one: LayerInputs, sliced: Collection[int]) -> LayerInputs | None:
     """A layer of a recurrence, whose inputs have the steps along their first axis.
 
-    Its parameters are the same at all steps, or all of them among the `sliced` ones, which are others at each step. For
-    other layers, and slices of layers that are stacked already, the answer is `None`.
+    `None` where some parameters are the same at all steps and some `sliced`, or where stacked layers are sliced.
     """
     layer, inputs, total = one.layer, one.inputs, one.total
     varies = {position in sliced for position in (layer.weight, layer.bias) if position is not None}
@@ -198,11 +183,9 @@ def _stacked(one: LayerInputs, sliced: Collection[int]) -> LayerInputs | None:
 
 
 def _read_alone(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dict[int, int], set[int], list[int]]:
-    """The parameters that a recurrence reads as they are, and nothing else reads.
+    """The parameters that a recurrence alone reads, and as they are.
 
-    **Returns:**
-
-    For each of them its place among the unknown operands of the body; the positions of those that are slices; and the
+    **Returns:** Place among the unknown operands of the body to parameter; the parameters that are sliced; and the
     places of the carries.
     """
     assert node.equation is not None
@@ -222,12 +205,8 @@ def _read_alone(graph: Graph, node: Node, owner: Mapping[int, int]) -> tuple[dic
     return places, along, carried
 
 
-def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """The mean of a layer's inputs, shaped to multiply a weight of shape `shape`, and the factor of its updates.
-
-    The mean of n rows is multiplied by 1 - 1/n: with one row, weights would not move along the inputs otherwise. For a
-    weight without a bias the deviation is taken from zero.
-    """
+def _statistics(shape: tuple[int, ...], layer: Layer, inputs: Array) -> tuple[Array, Array]:
+    """The mean of a layer's inputs, shaped to multiply a weight of shape `shape`, and the factor of its updates."""
     rows = tuple(a for a in range(inputs.ndim) if a not in layer.axes)
     inputs = _thinned(inputs, rows)
     count = math.prod(inputs.shape[a] for a in rows)
@@ -242,7 +221,7 @@ def _statistics(inputs: Array, layer: Layer, shape: tuple[int, ...]) -> tuple[Ar
     summed = math.prod(shape[a] for a in layer.along) if layer.out is None else math.prod(shape) / shape[layer.out]
     least = 1.0 if layer.in_branch else _LEAST
     size = jnp.sqrt(jnp.maximum(variance * max(1.0, summed / _WIDTH), least**2))
-    return (1.0 - 1.0 / count) * mean, 1.0 / size
+    return (1.0 - 1.0 / count) * mean, 1.0 / size  # with one row, weights would not move along the inputs otherwise
 
 
 def _unit(layer: Layer, total: Array) -> Array:

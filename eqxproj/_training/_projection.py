@@ -51,11 +51,9 @@ def projection(
     - `solver`, `steps`: alternating projections between the graphs of the operations and the target by default.
     - `metric`, `copies`: as for [`feasibility_problem`][].
 
-    **Returns:**
-
-    `(out, project)`. `project(target)` takes a pytree like `out` and returns a tuple like `primals`: inputs near
-    `primals`, the nearest ones where `f` is one linear operation. The output at these inputs approaches the target as
-    `steps` grow, where it can be reached at all.
+    **Returns:** `(out, project)`. `project(target)` takes a pytree like `out` and returns a tuple like `primals`:
+    inputs near `primals`, the nearest ones where `f` is one linear operation. The output at these inputs approaches the
+    target as `steps` grow, where it can be reached at all.
 
     **Raises:** `ValueError` where the target is not shaped like the output.
     """

@@ -72,13 +72,11 @@ def train(
 
     **Arguments:**
 
-    - `model`: any pytree; its inexact arrays are trained. Arrays of bfloat16 or float16 are kept in float32 between the
-        steps, and so is the state of the optimizer; the model runs, and is returned, in its own types.
+    - `model`: any pytree; its inexact arrays are trained. Those of bfloat16 or float16, and the state of the optimizer,
+        are kept in float32 between the steps; the model runs, and is returned, in its own types.
     - `data`: `(x, y)`, or any tuple of pytrees of arrays with one entry a sample along their first axis.
-    - `loss`: `loss(model, *batch)`, a scalar, as for `equinox.filter_value_and_grad`. A loss with an argument named
-        `key` gets a new PRNG key each step.
-    - `steps`: number of minibatches.
-    - `batch_size`: samples a minibatch; 256, or all of them if they are fewer, by default.
+    - `loss`: `loss(model, *batch)`, a scalar. One with an argument named `key` gets a new PRNG key each step.
+    - `steps`: number of minibatches. `batch_size`: their samples; 256, or all of them if they are fewer, by default.
     - `key`: PRNG key of the shuffling and of the loss's `key`; `jax.random.key(0)` by default.
     - `solver`, `solver_steps`: the solver on each minibatch, and its steps from the forward pass; one cyclic sweep by
         default.
@@ -99,9 +97,7 @@ def train(
     - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
     - `progress`: show a progress bar.
 
-    **Returns:**
-
-    A [`TrainResult`][].
+    **Returns:** A [`TrainResult`][].
 
     **Raises:** `ValueError` or `TypeError` for unusable arguments, before any training; `NonFiniteError` where a
     state becomes NaN or infinite, and `TrainingInterrupted` on Ctrl-C, both with the last good model and the history.
@@ -133,7 +129,6 @@ def train(
 
 
 def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:
-    """Whether steps are preconditioned, which is the default where the default optimizer runs on displacements."""
     if precondition is None:
         return optimizer is None and method == "projection"
     if not isinstance(precondition, bool):
@@ -155,42 +150,31 @@ def _check_batch_size(batch_size: int | None, count: int) -> int:
 
 
 def _evaluation(
-    eval_data: Sequence[Any] | None,
-    evaluate: Metrics | None,
-    eval_every: int | None,
-    loss: Callable[..., Any],
-    steps: int,
+    eval_data: Sequence[Any] | None, evaluate: Metrics | None, every: int | None, loss: Callable[..., Any], steps: int
 ) -> Evaluation:
     """The evaluation of these arguments; of the loss alone where no functions are given."""
     if evaluate is not None and not (isinstance(evaluate, Mapping) and all(map(callable, evaluate.values()))):
         raise TypeError(f"`evaluate` must map names to functions `(model, *eval_data) -> scalar`, got {evaluate!r}.")
     if evaluate is not None and eval_data is None:
         raise ValueError("`evaluate` was given without data. Pass the data to evaluate on as `eval_data`.")
-    if eval_every is not None:
-        check_positive("eval_every", eval_every)
+    if every is not None:
+        check_positive("eval_every", every)
     data = None if eval_data is None else check_data(eval_data, "eval_data")[0]
-    return Evaluation(data, {"loss": loss} if evaluate is None else dict(evaluate), eval_every, steps)
+    return Evaluation(data, {"loss": loss} if evaluate is None else dict(evaluate), every, steps)
 
 
 def _check_first_value(direction: AbstractDirection, model: PyTree, data: Sequence[PyTree], count: int) -> None:
-    """Traces the loss on samples that show what can go wrong, before any training."""
-    rows = np.unique(np.array([0, *_extremes(data, count)], int))
+    """Traces the loss on the first sample, and on those with the least and the largest entry of each integer array."""
+    integers = [x for x in jtu.tree_leaves(data) if x.dtype.kind in "iu"]
+    flat = [x.reshape(count, -1) for x in integers]
+    extremes = [int(row) for x in flat for row in (np.argmin(x.min(1)), np.argmax(x.max(1)))]
+    rows = np.unique(np.array([0, *extremes], int))
     value = direction.first_value(model, take(data, rows), data)
     if bool(jnp.isfinite(value)):
         return
-    labels = [f"{x.min()} to {x.max()}" for x in jtu.tree_leaves(data) if x.dtype.kind in "iu"]
+    labels = [f"{x.min()} to {x.max()}" for x in integers]
     hint = f" The integer arrays of `data` run from {', '.join(labels)}: are labels out of range?" if labels else ""
     raise ValueError(
         f"`loss` is {float(value)} at the initial parameters, on samples {rows.tolist()}, though data and "
         f"parameters are finite.{hint}"
     )
-
-
-def _extremes(data: Sequence[PyTree], count: int) -> list[int]:
-    """The samples with the least and the largest entry of each integer array of labels."""
-    found = []
-    for leaf in jtu.tree_leaves(data):
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu":
-            flat = leaf.reshape(count, -1)
-            found += [int(np.argmin(flat.min(1))), int(np.argmax(flat.max(1)))]
-    return found
