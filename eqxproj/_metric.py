@@ -1,4 +1,4 @@
-r"""The metric: one weight for every edge, laid out from the objective back.
+r"""The metric: one weight for every edge, from the objective back.
 
 The weight of an edge is $g^{d}$ with `grade` $g$ and $d$ the depth of its consumer (the longest way to the objective,
 whose own operands weigh one), times `parameter` where it shows parameters alone. Weights are kept as logarithms, so
@@ -40,7 +40,7 @@ class Metric(eqx.Module):
         self.grade, self.parameter = float(grade), float(parameter)
 
     @property
-    def is_steep(self) -> bool:
+    def in_gradient_regime(self) -> bool:
         """Whether nodes answer by their pullback: the gradient regime, from a grade of 100 on.
 
         So steep a metric lets no node move farther than its function is straight, or across a jump.

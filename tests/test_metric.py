@@ -63,7 +63,7 @@ def test_ratios_are_exact_where_values_are_clamped():
 @pytest.mark.parametrize("grade, steep", [(1e-3, False), (1.0, False), (99.0, False), (100.0, True), (1e6, True)])
 @pytest.mark.parametrize("parameter", [1.0, 1e6])
 def test_the_grade_alone_decides_the_regime(grade, parameter, steep):
-    assert Metric(grade, parameter).is_steep is steep
+    assert Metric(grade, parameter).in_gradient_regime is steep
 
 
 def test_is_static_and_hashable():

@@ -54,9 +54,9 @@ class Scan(AbstractRule):
 
         def back(state, now):
             of_constants, of_carries = state
-            carry, x, of_ys, products = now
+            carry, x, of_ys, residuals = now
             full = walk.fill(1, of_carries, [jnp.zeros_like(c) for c in carry])
-            new_constants, new_carries, of_x = walk.step(constants, carry, x, full, of_ys, ctx, products)
+            new_constants, new_carries, of_x = walk.step(constants, carry, x, full, of_ys, ctx, residuals)
             added = [a + b for a, b in zip(of_constants, new_constants, strict=True)]
             return (added, new_carries), of_x
 
@@ -77,16 +77,16 @@ class Scan(AbstractRule):
         """
         walk, constants, along = _walked(ctx, inputs)
 
-        def once(carry, x, products):
-            function, start, stiff = walk.function(constants, carry, x, ctx)
+        def once(carry, x, residuals):
+            function, start, is_parameter = walk.function(constants, carry, x, ctx)
             zeros = [jnp.zeros_like(y) for y in function(*start)]
-            return look(problem_of(function, start, zeros, stiff, ctx, products))
+            return look(problem_of(function, start, zeros, is_parameter, ctx, residuals))
 
         return jax.vmap(once)(*along)
 
 
 def _walked(ctx: Context, inputs: Sequence[Array]) -> tuple[_Walk, list[Array], tuple[list[Array], ...]]:
-    """The walk, its constants, and for all time steps the entering carries, the slices and the body's products."""
+    """The walk, its constants, and for all time steps the entering carries, the slices and the body's residuals."""
     assert ctx.equation is not None
     recurrence = Recurrence.of(ctx.equation)
     constants, carries, slices = recurrence.split(ctx.operands(inputs))
@@ -128,12 +128,14 @@ class _Walk:
         parameter = iter(ctx.is_parameter)
         given = self.recurrence.split(ctx.unknown)
         likes = [[next(parameter, False) if u else False for u in flags] for flags in given]
-        stiff = [likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u]
-        return function, start, stiff
+        is_parameter = [
+            likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u
+        ]
+        return function, start, is_parameter
 
-    def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, products=()) -> tuple[list, list, list]:
-        """The duals of the unknown constants, carries and slices of one time step, whose products may be at hand."""
-        function, start, stiff = self.function(constants, carry, x, ctx)
+    def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, residuals=()) -> tuple[list, list, list]:
+        """The duals of the unknown constants, carries and slices of one time step, whose residuals may be at hand."""
+        function, start, is_parameter = self.function(constants, carry, x, ctx)
         duals = [mu for mu, u in zip(of_carries, self.unknown[1], strict=True) if u]
         duals += [mu for mu in of_ys if jnp.issubdtype(mu.dtype, jnp.inexact)]
-        return self.unknown.split(sweep(function, start, duals, stiff, ctx, products))
+        return self.unknown.split(sweep(function, start, duals, is_parameter, ctx, residuals))

@@ -35,19 +35,19 @@ def sweep(
     function: Callable[..., Sequence[Array]],
     inputs: Sequence[Array],
     duals: Sequence[Array],
-    stiff: Sequence[bool],
+    is_parameter: Sequence[bool],
     ctx: Context,
-    recalled: Sequence[Array] = (),
+    residuals: Sequence[Array] = (),
 ) -> list[Array]:
     """The dual of each input of a function, zero where no output depends on it.
 
-    `duals` belong to the outputs, `stiff` says which inputs are parameters, `ctx` is the node whose function it is (or
-    part of it), and `recalled` are the function's products at these inputs, where they are known ([`forward`][]).
+    `duals` belong to the outputs, `is_parameter` says which inputs are parameters, `ctx` is the node whose function it is (or
+    part of it), and `residuals` are the function's products at these inputs, where they are known ([`forward`][]).
     """
     zeros = [jnp.zeros_like(x) for x in inputs]
     if not depends(function, inputs):
         return zeros
-    problem = problem_of(function, inputs, duals, stiff, ctx, recalled)
+    problem = problem_of(function, inputs, duals, is_parameter, ctx, residuals)
     solver = CyclicProjections()
     state = solver.step(problem, solver.init(problem))
     shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
@@ -58,9 +58,9 @@ def problem_of(
     function: Callable[..., Sequence[Array]],
     inputs: Sequence[Array],
     duals: Sequence[Array],
-    stiff: Sequence[bool],
+    is_parameter: Sequence[bool],
     ctx: Context,
-    recalled: Sequence[Array] = (),
+    residuals: Sequence[Array] = (),
 ) -> FeasibilityProblem:
     """The problem that [`sweep`][] runs through, of the same arguments. The inputs are its parameters, in order."""
 
@@ -68,9 +68,9 @@ def problem_of(
         outputs = function(*values)
         return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
 
-    traced = trace(loss, list(inputs), (list(duals),), is_parameter=stiff)
+    traced = trace(loss, list(inputs), (list(duals),), is_parameter=is_parameter)
     own = Metric(ctx.metric.grade, ctx.metric.parameter)
-    problem = make_problem(traced, own, ctx.copies, 1.0, "constant", False, _offset(ctx), recalled=recalled)  # pyright: ignore[reportArgumentType]
+    problem = make_problem(traced, own, ctx.copies, 1.0, "constant", False, _offset(ctx), residuals=residuals)  # pyright: ignore[reportArgumentType]
     return replace(problem, outer_unit=ctx.unit)
 
 
@@ -83,8 +83,8 @@ def depends(function: Callable[..., Sequence[Array]], inputs: Sequence[Array]) -
 
 def _offset(ctx: Context) -> float:
     """The logarithm of the weight of a node's outputs, from those of its operands, one step farther back."""
-    stiffness = math.log(ctx.metric.parameter)
-    logs = [log - stiff * stiffness for log, stiff in zip(ctx.log_weights, ctx.is_parameter, strict=True)]
+    factor = math.log(ctx.metric.parameter)
+    logs = [log - flag * factor for log, flag in zip(ctx.log_weights, ctx.is_parameter, strict=True)]
     return min(logs, default=0.0) - math.log(ctx.metric.grade)
 
 

@@ -22,7 +22,7 @@ def edge_logs(graph: Graph, metric: Metric, offset: float = 0.0) -> tuple[float,
     one weight. In a steep metric all that lies as deep as a cycle therefore gets so large a further offset that nothing
     there moves. The ratios stay exact ([`reader_logs`][]).
     """
-    cycle = graph.cyclic_depth if metric.is_steep else math.inf
+    cycle = graph.cyclic_depth if metric.in_gradient_regime else math.inf
 
     def log(edge: Edge) -> float:
         depth = graph.depth[edge.consumer]
@@ -41,7 +41,7 @@ def reader_logs(graph: Graph, metric: Metric, logs: Sequence[float], value: int)
     found = []
     for edge in graph.readers[value]:
         log = logs[edge]
-        if metric.is_steep and value in graph.edges[edge].delayed:
+        if metric.in_gradient_regime and value in graph.edges[edge].delayed:
             own = graph.nodes[graph.producers[value]].edges
             log = min([log, *(logs[e] - math.log(metric.grade) for e in own)])
         found.append(log)

@@ -107,7 +107,7 @@ def max_dual(
     return jnp.where(finite & (mu != 0), dual, 0).astype(x0.dtype)
 
 
-def steep_max_dual(
+def first_order_max_dual(
     x0: Float[Array, "*batch n"], mu: Num[ArrayLike, "*#batch"], weights: float | tuple[float, ...]
 ) -> Float[Array, "*batch n"]:
     r"""[`max_dual`][] in the gradient regime: $\kappa / w \to 0$, and no gap but zero is as small as a step.

@@ -93,18 +93,18 @@ def make_problem(
     data: str,
     two_colored: bool,
     offset: float = 0.0,
-    recalled: Sequence[Array] = (),
+    residuals: Sequence[Array] = (),
 ) -> FeasibilityProblem:
     """The problem of a traced loss; other arguments as for `feasibility_problem`.
 
     Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each.
-    `offset` is the logarithm of the weight of the objective's own edges, `recalled` are results of products of the
+    `offset` is the logarithm of the weight of the objective's own edges, `residuals` are results of products of the
     forward pass that are known already.
     """
     graph = build(traced, data, not two_colored)
     if two_colored:
         graph = with_identities(graph, identity(graph.values[0]))
-    env = forward(graph.program, [*traced.parameters, *traced.arguments], recalled)
+    env = forward(graph.program, [*traced.parameters, *traced.arguments], residuals)
     needed = {i for edge in graph.edges for i in edge.view.known}
     for node in graph.nodes:
         needed |= _needed(node)

@@ -92,7 +92,7 @@ class FeasibilityProblem(eqx.Module):
     @property
     def gradient_scale(self) -> float:
         """What divides an accumulated dual to give it the size of a gradient. A projection onto a set has no tau."""
-        projected = self.graph.hard and not self.metric.is_steep
+        projected = self.graph.hard and not self.metric.in_gradient_regime
         return (1.0 if projected else self.tau) / self.graph.largest
 
     @property

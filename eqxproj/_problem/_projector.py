@@ -60,7 +60,7 @@ class Projector(AbstractProjector):
         comes from moves of the operands is as small, and the duals tell of it.
         """
         gap = written - output
-        if not problem.metric.is_steep:
+        if not problem.metric.in_gradient_regime:
             return gap
         size = jnp.max(jnp.abs(output), initial=0.0)
         return jnp.where(jnp.abs(gap) > _ROUNDING * jnp.finfo(gap.dtype).eps * size, gap, jnp.zeros_like(gap))
@@ -70,7 +70,7 @@ class Projector(AbstractProjector):
 
         The one place where the regime is decided: by the metric.
         """
-        node, gradient_regime = problem.graph.nodes[number], problem.metric.is_steep
+        node, gradient_regime = problem.graph.nodes[number], problem.metric.in_gradient_regime
         if node.rule is None:
             return None
         wanted = [incoming[v] for v in node.outputs]

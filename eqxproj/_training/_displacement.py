@@ -62,7 +62,7 @@ class Options:
         program, tau = traced.program, self.tau
         if tau is None:
             variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
-            small = self.metric.is_steep and not any(v.dtype == jnp.float16 for v in variables)
+            small = self.metric.in_gradient_regime and not any(v.dtype == jnp.float16 for v in variables)
             tau = DEFAULT_TAU if small else LARGE_TAU
         return make_problem(traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors)
 

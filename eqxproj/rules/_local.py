@@ -91,8 +91,8 @@ def nearest_locally(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array
     )
 
 
-def _divide(nus: Sequence[Array], weights: Sequence[float]) -> list[Array]:
-    return [step(w, nu) for nu, w in zip(nus, weights, strict=True)]
+def _divide(input_duals: Sequence[Array], weights: Sequence[float]) -> list[Array]:
+    return [step(w, nu) for nu, w in zip(input_duals, weights, strict=True)]
 
 
 def _pull(ctx: Context, at: Sequence[Array], multiplier: Sequence[Array]) -> list[Array]:
@@ -150,10 +150,10 @@ def largest(values: Sequence[Scale]) -> Scale:
     return jnp.max(jnp.stack([jnp.max(jnp.asarray(x)) for x in values]))
 
 
-def _cost(ctx: Context, inputs, duals, nus) -> Array:
+def _cost(ctx: Context, inputs, duals, input_duals) -> Array:
     r"""The cost, times one over kappa of the first output: $\sum w|d|^2 + \kappa|f(x_0+d) - f(x_0) - r|^2$."""
-    steps = _divide(nus, ctx.weights)
-    total = sum(jnp.vdot(nu, d) for nu, d in zip(nus, steps, strict=True))
+    steps = _divide(input_duals, ctx.weights)
+    total = sum(jnp.vdot(nu, d) for nu, d in zip(input_duals, steps, strict=True))
     before, after = ctx.function(*inputs), ctx.function(*[x + d for x, d in zip(inputs, steps, strict=True)])
     for y, new, dual, kappa in zip(before, after, duals, ctx.output_weights, strict=True):
         gap = (new - y) - _quotient(dual, kappa)
@@ -164,12 +164,12 @@ def _cost(ctx: Context, inputs, duals, nus) -> Array:
 def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
     """Gauss-Newton steps from the linearized answer, each taken only as far as it lowers the cost."""
 
-    def moved(nus):
-        steps = _divide(nus, ctx.weights)
+    def moved(input_duals):
+        steps = _divide(input_duals, ctx.weights)
         return steps, [x + d for x, d in zip(inputs, steps, strict=True)]
 
-    def right_side(nus):
-        steps, at = moved(nus)
+    def right_side(input_duals):
+        steps, at = moved(input_duals)
         before = ctx.function(*inputs)
         after, slope = jax.jvp(ctx.function, tuple(at), tuple(steps))
         return [
@@ -177,16 +177,16 @@ def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
             for mu, kappa, new, y, jd in zip(duals, ctx.output_weights, after, before, slope, strict=True)
         ]
 
-    def gauss_newton(nus, right, multiplier):
-        at = moved(nus)[1]
+    def gauss_newton(input_duals, right, multiplier):
+        at = moved(input_duals)[1]
         multiplier = _linearized(ctx, at, right, multiplier)
-        return [new - nu for new, nu in zip(_pull(ctx, at, multiplier), nus, strict=True)], multiplier
+        return [new - nu for new, nu in zip(_pull(ctx, at, multiplier), input_duals, strict=True)], multiplier
 
     def is_done(right, before):
         return _size([a - b for a, b in zip(right, before, strict=True)]) <= _SAME * _size(duals)
 
-    def cost(nus):
-        return _cost(ctx, inputs, duals, nus)
+    def cost(input_duals):
+        return _cost(ctx, inputs, duals, input_duals)
 
     zero = [jnp.zeros_like(x) for x in first]
     limits = {"max_steps": 1 + _OUTER, "max_halvings": _HALVINGS}

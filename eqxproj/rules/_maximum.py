@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._numerics._water_level import max_dual, steep_max_dual
+from .._numerics._water_level import first_order_max_dual, max_dual
 from .._numerics._windows import reads
 from .._program._equations import Equation
 from ._base import AbstractRule, Context, Projected
@@ -54,7 +54,7 @@ def _spread(windows: Array, params, shape: Sequence[int], fill: float | int) -> 
 
 
 def _tiled_dual(x: Array, mu: Array, params) -> Array:
-    """[`steep_max_dual`][] on windows that do not overlap, in the shape of the elements.
+    """[`first_order_max_dual`][] on windows that do not overlap, in the shape of the elements.
 
     Each compares what its window has, the maximum, how often it is there and where first, with its own, so that nothing
     needs to be scattered back.
@@ -141,7 +141,7 @@ class Maximum(AbstractRule):
         if self._is_window(ctx) and not ctx.store_copies and _tile(ctx.params):
             return [sign * _tiled_dual(sign * inputs[0], sign * duals[0], ctx.params)]
         weights = ctx.weights if len(inputs) == 2 else ctx.weights[0]
-        nu = steep_max_dual(sign * self._last(ctx, inputs), sign * duals[0], weights)
+        nu = first_order_max_dual(sign * self._last(ctx, inputs), sign * duals[0], weights)
         return self._back(ctx, sign * nu, inputs)
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array] | Projected:
