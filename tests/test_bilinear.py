@@ -307,7 +307,8 @@ def test_duals_are_sums_over_the_pairs_of_each_output(name, unknown, weights):
         np.testing.assert_allclose(reached, out[i].ravel(), rtol=1e-4, atol=1e-4)
         for side, nu in enumerate(moved):
             total = sums(setup, side, nu).reshape(nus[side][i].shape)
-            np.testing.assert_allclose(nus[side][i], total, rtol=1e-4, atol=1e-4 * np.abs(total).max())
+            # The multiplier is read off outputs in float32, which leave it three digits where the step is short.
+            np.testing.assert_allclose(nus[side][i], total, rtol=1e-4, atol=1e-3 * np.abs(total).max())
 
 
 def test_batch_groups_hold_no_copies():

@@ -131,7 +131,7 @@ class _Walk:
         is_parameter = [
             likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u
         ]
-        return function, start, is_parameter
+        return function, start, flags
 
     def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, residuals=()) -> tuple[list, list, list]:
         """The duals of the unknown constants, carries and slices of one time step, whose residuals may be at hand."""

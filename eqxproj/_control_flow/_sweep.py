@@ -41,8 +41,8 @@ def sweep(
 ) -> list[Array]:
     """The dual of each input of a function, zero where no output depends on it.
 
-    `duals` belong to the outputs, `is_parameter` says which inputs are parameters, `ctx` is the node whose function it is (or
-    part of it), and `residuals` are the function's products at these inputs, where they are known ([`forward`][]).
+    `duals` belong to the outputs, `is_parameter` says which inputs are parameters, `ctx` is the node whose function it
+    is (or part of it), and `residuals` are the function's products at these inputs, where they are known.
     """
     zeros = [jnp.zeros_like(x) for x in inputs]
     if not depends(function, inputs):
