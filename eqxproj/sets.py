@@ -211,19 +211,8 @@ class Simplex(AbstractSet):
         return _by_slices(x, self.axis, lambda rows: nearest.simplex(rows, self.total, x.dtype))
 
 
-class _AbstractRadius(AbstractSet):
-    """A set with a radius and an axis."""
-
-    radius: float = eqx.field(static=True)
-    axis: Axis = eqx.field(static=True)
-
-    def __init__(self, radius: float = 1.0, axis: Axis = None):
-        owner = type(self).__name__
-        self.radius, self.axis = _positive(owner, "radius", radius), _axis(owner, axis)
-
-
 @final
-class L1Ball(_AbstractRadius):
+class L1Ball(AbstractSet):
     r"""All arrays with $\sum_i |x_i| \le r$ along `axis`.
 
     The projection is the simplex's, of the absolute values (Duchi et al., ICML 2008, section 4).
@@ -235,12 +224,18 @@ class L1Ball(_AbstractRadius):
     **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
 
+    radius: float = eqx.field(static=True)
+    axis: Axis = eqx.field(static=True)
+
+    def __init__(self, radius: float = 1.0, axis: Axis = None):
+        self.radius, self.axis = _positive("L1Ball", "radius", radius), _axis("L1Ball", axis)
+
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return _by_slices(x, self.axis, lambda rows: nearest.l1_ball(rows, self.radius, x.dtype))
 
 
 @final
-class L2Ball(_AbstractRadius):
+class L2Ball(AbstractSet):
     r"""All arrays with Euclidean norm $|x| \le r$ along `axis`.
 
     **Arguments:**
@@ -250,12 +245,18 @@ class L2Ball(_AbstractRadius):
     **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
 
+    radius: float = eqx.field(static=True)
+    axis: Axis = eqx.field(static=True)
+
+    def __init__(self, radius: float = 1.0, axis: Axis = None):
+        self.radius, self.axis = _positive("L2Ball", "radius", radius), _axis("L2Ball", axis)
+
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return _by_slices(x, self.axis, lambda rows: nearest.l2_ball(rows, self.radius, x.dtype))
 
 
 @final
-class Sphere(_AbstractRadius):
+class Sphere(AbstractSet):
     r"""All arrays with Euclidean norm $|x| = r$ along `axis`. Zero is projected to a constant vector.
 
     **Arguments:**
@@ -264,6 +265,12 @@ class Sphere(_AbstractRadius):
 
     **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
+
+    radius: float = eqx.field(static=True)
+    axis: Axis = eqx.field(static=True)
+
+    def __init__(self, radius: float = 1.0, axis: Axis = None):
+        self.radius, self.axis = _positive("Sphere", "radius", radius), _axis("Sphere", axis)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         _check_has_entries(x.shape, self.axis, "a sphere")
