@@ -91,7 +91,7 @@ def test_functions_that_are_not_smooth_have_no_bounds(name):
 def test_a_function_of_known_arrays_has_no_bounds():
     scale = jnp.arange(1.0, 6.0)
     phi, static = fragment(lambda s: jnp.tanh(s * scale))
-    assert Scalar.create((), phi, phi, static)._bounds is None
+    assert Scalar((), phi, phi, static)._bounds is None
 
 
 @functools.cache

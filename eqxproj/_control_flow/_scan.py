@@ -128,9 +128,7 @@ class _Walk:
         parameter = iter(ctx.is_parameter)
         given = self.recurrence.split(ctx.unknown)
         likes = [[next(parameter, False) if u else False for u in flags] for flags in given]
-        is_parameter = [
-            likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u
-        ]
+        flags = [likes[kind][i] and kind != 1 for kind in range(3) for i, u in enumerate(self.unknown[kind]) if u]
         return function, start, flags
 
     def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, residuals=()) -> tuple[list, list, list]:

@@ -55,7 +55,7 @@ def _scalar(variable: Variable, equation: Equation, fusion: Fusion) -> Draft:
     after = fusion.between([root], variable) if root != variable else ()
     head, phi = Fragment(before, operands, (root,)), Fragment(after, (root,), (variable,))
     name = _joined((*before, *after)) or "identity"
-    rule = Scalar.create(tuple(terms), head, phi, fusion.program.static)
+    rule = Scalar(tuple(terms), head, phi, fusion.program.static)
     function = Fragment((*before, *after), operands, (variable,))
     return Draft(Node("operation", name, equation.source, rule, function), operands, (variable,))
 

@@ -61,7 +61,7 @@ def _published_rule(rule: AbstractRule | None) -> AbstractRule | None:
     if isinstance(rule, Maximum):
         return PublishedMaximum()
     if isinstance(rule, Scalar) and rule.pieces is not None and rule.pieces.describe() == "relu":
-        return PublishedRelu(rule.terms, rule.head, rule.phi, rule.pieces, rule.special, rule.static)
+        return PublishedRelu(rule.terms, rule.head, rule.phi, rule.static)
     return rule
 
 

@@ -35,8 +35,6 @@ ONE_TO_ONE: frozenset[str] = frozenset(
 )
 """The views that show every element exactly once (over all their outputs), so that no copies need be counted."""
 
-AT_MOST_ONCE: frozenset[str] = ONE_TO_ONE | frozenset("dynamic_slice dynamic_update_slice pad select_n slice".split())
-"""The views that show no element more than once."""
 
 AFFINE: frozenset[str] = frozenset("add add_any sub neg mul div convert_element_type copy".split())
 """Elementwise operations that may be affine in their unknown operands."""

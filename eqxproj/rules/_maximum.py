@@ -94,11 +94,11 @@ class Maximum(AbstractRule):
     def _fill(self, ctx: Context, dtype) -> float:
         return -self._sign(ctx) * float(jnp.finfo(dtype).max)
 
-    def _last(self, ctx: Context, inputs: Sequence[Array]) -> Array:
-        """The candidates on a last axis."""
-        assert ctx.equation is not None
+    def _last(self, ctx: Context, inputs: Sequence[Array], fill: float | None = None) -> Array:
+        """The candidates on a last axis: a linear map of the operands, but for what pads windows."""
         if self._is_window(ctx):
-            return inputs[0] if ctx.store_copies else _windows(inputs[0], ctx.params, self._fill(ctx, inputs[0].dtype))
+            fill = self._fill(ctx, inputs[0].dtype) if fill is None else fill
+            return inputs[0] if ctx.store_copies else _windows(inputs[0], ctx.params, fill)
         if len(inputs) == 2:
             return jnp.stack(inputs, -1)
         axes = tuple(ctx.params["axes"])
@@ -106,18 +106,9 @@ class Maximum(AbstractRule):
         return moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)
 
     def _back(self, ctx: Context, nu: Array, inputs: Sequence[Array]) -> list[Array]:
-        """The inverse of `_last` for duals: copies of one element add up."""
-        if self._is_window(ctx):
-            if ctx.store_copies:
-                return [nu]
-            shape = jax.ShapeDtypeStruct(inputs[0].shape, nu.dtype)
-            return list(jax.linear_transpose(lambda x: _windows(x, ctx.params, 0.0), shape)(nu))
-        if len(inputs) == 2:
-            return [nu[..., 0], nu[..., 1]]
-        axes = tuple(ctx.params["axes"])
-        kept = [n for i, n in enumerate(inputs[0].shape) if i not in axes]
-        split = nu.reshape(*kept, *(inputs[0].shape[a] for a in axes))
-        return [jnp.moveaxis(split, tuple(range(-len(axes), 0)), axes)]
+        """The transpose of `_last`, for duals: copies of one element add up."""
+        shapes = [jax.ShapeDtypeStruct(x.shape, nu.dtype) for x in inputs]
+        return list(jax.linear_transpose(lambda *values: self._last(ctx, values, 0.0), *shapes)(nu))
 
     def expand(self, ctx: Context, operand: int, value: Array) -> Array:
         return _windows(value, ctx.params, self._fill(ctx, value.dtype)) if self._is_window(ctx) else value
@@ -153,8 +144,7 @@ class Maximum(AbstractRule):
         input_duals = self._back(ctx, sign * nu, inputs)
         if not self._is_window(ctx) or ctx.store_copies:
             return input_duals
-        scale = jnp.asarray(ctx.weights, x.dtype) if two else ctx.weights[0]
-        change = jnp.max(x + nu / scale, -1) - jnp.max(x, -1)
+        change = jnp.max(x + nu / ctx.weights[0], -1) - jnp.max(x, -1)
         return Projected(input_duals, [sign * change])
 
     def nearest(self, x: Array, mu: Array, weights, ratio) -> Array:

@@ -16,6 +16,7 @@ through a search without derivatives, whose limits are those of `_numerics/_scal
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -72,28 +73,13 @@ class Scalar(AbstractRule):
 
     label: ClassVar[str] = "scalar"
 
-    terms: tuple[AffineTerm, ...]
-
-    def __init__(
-        self,
-        terms,
-        head: Fragment,
-        phi: Fragment,
-        pieces: PiecewiseAffine | None,
-        special: Special | None,
-        static: Mapping[int, float],
-    ):
-        self.terms = tuple(terms)
+    def __init__(self, terms: Sequence[AffineTerm], head: Fragment, phi: Fragment, static: Mapping[int, float]):
+        """The function `phi` of the affine function `head`, whose coefficients are `terms`."""
+        self.terms, self.head, self.phi = tuple(terms), head, phi
         self.static = {i: static[i] for i in phi.known if i in static}
-        self.head, self.phi, self.pieces = head, phi, pieces
-        self.special: Special | None = special
+        self.special: Special | None = _special(phi)
+        self.pieces = None if self.special else recognize(phi, static)
         self.slots = tuple(v.index for v in head.operands)
-
-    @classmethod
-    def create(cls, terms, head: Fragment, phi: Fragment, static: Mapping[int, float]) -> Scalar:
-        """The rule of the function `phi` of the affine function `head`, whose coefficients are `terms`."""
-        special = _special(phi)
-        return cls(terms, head, phi, None if special else recognize(phi, static), special, static)
 
     @property
     def repeats(self) -> bool:
@@ -121,10 +107,7 @@ class Scalar(AbstractRule):
         for slot, x in zip(self.slots, inputs, strict=True):
             mine = [t for t in self.terms if t.variable.index == slot]
             coefficient = sum((t.coefficient(ctx.known) for t in mine[1:]), start=mine[0].coefficient(ctx.known))
-            count = 1
-            for axis in mine[0].axes:
-                count *= x.shape[axis]
-            found.append((coefficient, count, mine[0].axes))
+            found.append((coefficient, math.prod(x.shape[axis] for axis in mine[0].axes), mine[0].axes))
         return found
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
@@ -249,4 +232,4 @@ def relu_dual(s0: Array, dual: Array, kappa: Array, sigma: Array, q: Array) -> A
 def identity(variable: Variable) -> Scalar:
     """The rule of a node that only sets two values equal."""
     fragment = Fragment((), (variable,), (variable,))
-    return Scalar((AffineTerm(variable, 1.0, (), ()),), fragment, fragment, PiecewiseAffine.identity(), None, {})
+    return Scalar((AffineTerm(variable, 1.0, (), ()),), fragment, fragment, {})
