@@ -21,11 +21,7 @@ Constraint = tuple[Callable[[Any], Any], AbstractSet]
 
 
 def check_constraints(model: PyTree, constraints: Sequence[Constraint]) -> None:
-    """Checks that every constraint can be attached to the model.
-
-    **Raises:** `TypeError` for what is no pair of a function and a set; `ValueError` where the function picks no
-    floating-point array, and where the set holds no array of that shape.
-    """
+    """Raises a `TypeError` for what is no pair of a function and a set, a `ValueError` where the two do not fit."""
     for i, constraint in enumerate(constraints):
         if not isinstance(constraint, tuple) or len(constraint) != 2 or not callable(constraint[0]):
             raise TypeError(f"`constraints[{i}]` must be a pair `(where, set)`, got {constraint!r}.")

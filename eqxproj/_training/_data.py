@@ -16,11 +16,7 @@ from jaxtyping import Array, PyTree
 
 
 def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
-    """The data as a tuple of pytrees of arrays of one length, and that length.
-
-    **Arguments:**
-
-    - `data`: as the user gave it. `what`: the name of this argument, for messages.
+    """The data as a tuple of pytrees of arrays of one length, and that length; `what` is its name, for messages.
 
     **Raises:** `TypeError` where it is no tuple, `ValueError` where it is empty, of unequal lengths, or not finite.
     """

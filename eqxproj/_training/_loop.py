@@ -44,11 +44,7 @@ class Evaluation(eqx.Module):
     steps: int
 
     def __init__(
-        self,
-        data: tuple[PyTree, ...] | None,
-        functions: dict[str, Callable[..., Any]],
-        every: int | None,
-        steps: int,
+        self, data: tuple[PyTree, ...] | None, functions: dict[str, Callable[..., Any]], every: int | None, steps: int
     ):
         self.data = None if data is None else jtu.tree_map(jnp.asarray, data)
         self.functions = {} if data is None else {name: eqx.filter_jit(f) for name, f in functions.items()}
@@ -70,21 +66,9 @@ class Evaluation(eqx.Module):
 
 
 def fit(
-    step: Step,
-    state: TrainState,
-    data: Sequence[PyTree],
-    picks: Iterator[Pick],
-    evaluation: Evaluation,
-    progress: bool,
+    step: Step, state: TrainState, data: Sequence[PyTree], picks: Iterator[Pick], evaluation: Evaluation, progress: bool
 ) -> tuple[PyTree, History]:
-    """Trains for as many steps as the evaluation counts.
-
-    **Arguments:**
-
-    - `data`: arrays on the host. `picks`: the rows and the key of each minibatch, at least one a step.
-    - `progress`: show a progress bar.
-
-    **Returns:** The trained model, and the history.
+    """The trained model and its history, after as many steps as the evaluation counts; `data` is on the host.
 
     **Raises:** `NonFiniteError`, and `TrainingInterrupted` on Ctrl-C, as [`train`][].
     """

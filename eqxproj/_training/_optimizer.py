@@ -1,7 +1,6 @@
 """The default optimizer, and the check of one that the user gives.
 
-Transforms nothing itself: it makes optax transformations. The default rate is chosen for the coordinates of
-[`Preconditioner`][], and suits plain gradients and displacements too.
+The default rate is chosen for the coordinates of [`Preconditioner`][], and suits plain gradients and displacements too.
 """
 
 from __future__ import annotations
@@ -16,12 +15,7 @@ from jaxtyping import Array, PyTree
 
 
 def default_optimizer(steps: int) -> optax.GradientTransformation:
-    """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends.
-
-    With gradients and displacements alike it reaches what the best of three constant rates reaches, or more, on
-    multilayer perceptrons of 2 to 20 layers. On a deep autoencoder it reaches less, unless its steps are preconditioned
-    (`benchmarks/accuracy.py`). A constant factor of the loss makes no difference.
-    """
+    """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends."""
     peak, warm, hold = 3e-3, min(100, steps // 20), 6 * steps // 10
     parts = [
         optax.linear_schedule(0.1 * peak, peak, warm),
