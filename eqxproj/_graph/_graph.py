@@ -158,7 +158,7 @@ class Graph:
         return tuple(found)
 
     @cached_property
-    def cyclic_depth(self) -> float:
+    def cyclic_depth(self) -> int | float:
         """The least depth of a node whose value is read with a delay; infinite in a graph without cycles."""
         late = {self.producers[v] for edge in self.edges for v in edge.delayed}
         return min((self.depth[node] for node in late), default=math.inf)
