@@ -167,7 +167,8 @@ def feasibility_problem(
         or `"none"` (one constraint for the whole product).
     - `metric`: a [`Metric`][]; the unit metric by default.
     - `data`: `"constant"`, or `"pinned"` for data as variables held in place.
-    - `tau`: factor of one sample's loss in the prox of the objective. Losses that are sets do not use it.
+    - `tau`: factor of one sample's loss in the prox of the objective. In the projection regime losses that are sets do
+        not use it.
     - `has_aux`: whether the loss returns `(value, auxiliary)`.
     - `kwargs`: keyword arguments of the loss.
 
