@@ -58,9 +58,9 @@ def read_twice(m, x):
     return jnp.concatenate([h, h[:, :2]], 1) @ m + (h @ m)[:, jnp.array([0, 0, 0, 1, 2, 3, 4, 5])]
 
 
-LINEAR = [affine]
+CLOSED_FORM = [affine, windows]  # a known product is linear, and up to four candidates are enumerated
 SMOOTH = [product, elementwise, softmax, normalization, attention, read_twice]
-FUNCTIONS = [*LINEAR, *SMOOTH, convolution, windows]
+FUNCTIONS = [*CLOSED_FORM, *SMOOTH, convolution]
 STEEP = [(100.0, 1.0), (1e3, 1e6), (1e18, 1.0)]
 
 
@@ -97,7 +97,7 @@ def test_below_a_grade_of_a_hundred_nodes_are_solved(function):
     steep, less = moved(function, 100.0), moved(function, 99.0)
     count, more = (list(primitives(jax.make_jaxpr(f)(W).jaxpr)) for f in (steep, less))
     assert len(count) < len(more)
-    assert ("while" in more) is (function not in LINEAR)
+    assert ("while" in more) is (function not in CLOSED_FORM)
     gradient = steep(W)
     size = float(jnp.linalg.norm(gradient))
     far, near = (float(jnp.linalg.norm(moved(function, g)(W) - gradient)) / size for g in (1.0, 99.0))
