@@ -17,3 +17,14 @@ def forget_compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def registry():
+    """The rules that a test registers are gone after it."""
+    from eqxproj.rules import RULES  # not at the top: types are checked in what is imported after the plugins start
+
+    before = dict(RULES.maps[0])
+    yield
+    RULES.clear()
+    RULES.update(before)

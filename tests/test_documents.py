@@ -8,7 +8,6 @@ import jax
 import pytest
 
 import eqxproj
-from eqxproj.rules import RULES
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -16,15 +15,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 def python_of(name):
     """The Python of a document, without what is indented."""
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
-
-
-@pytest.fixture
-def same_rules():
-    """Rules that a document registers are gone after it."""
-    before = dict(RULES.maps[0])
-    yield
-    RULES.clear()
-    RULES.update(before)
 
 
 @pytest.fixture
@@ -37,7 +27,7 @@ def quick_compilation():
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/pieces.md"])
-def test_the_code_of_a_document_runs(name, same_rules, quick_compilation):
+def test_the_code_of_a_document_runs(name, registry, quick_compilation):
     names = {}
     for block in python_of(name):
         exec(compile(block, name, "exec"), names)

@@ -12,7 +12,6 @@ import pytest
 
 import eqxproj
 from eqxproj import rules, sets, solvers
-from eqxproj.rules import RULES
 
 A = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
@@ -35,15 +34,6 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture
-def registry():
-    """What a test registers is gone after it."""
-    before = dict(RULES.maps[0])
-    yield
-    RULES.clear()
-    RULES.update(before)
 
 
 def test_a_solver():

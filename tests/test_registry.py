@@ -15,14 +15,7 @@ import eqxproj
 from eqxproj.losses import cross_entropy, squared_error
 from eqxproj.rules import RULES, registry_version
 
-
-@pytest.fixture(autouse=True)
-def registry():
-    """What a test registers is gone after it."""
-    before = dict(RULES.maps[0])
-    yield
-    RULES.clear()
-    RULES.update(before)
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 def new_primitive(name):

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._errors import Unsupported, UnsupportedPrimitiveError
-from .._metric import Metric
 from .._problem._make import make_problem
 from .._problem._problem import FeasibilityProblem
 from .._program._custom import custom_loss
@@ -69,8 +68,7 @@ def problem_of(
         return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
 
     traced = trace(loss, list(inputs), (list(duals),), is_parameter=is_parameter)
-    own = Metric(ctx.metric.grade, ctx.metric.parameter)
-    problem = make_problem(traced, own, ctx.copies, 1.0, "constant", False, _offset(ctx), residuals=residuals)  # pyright: ignore[reportArgumentType]
+    problem = make_problem(traced, ctx.metric, ctx.copies, 1.0, "constant", False, _offset(ctx), residuals=residuals)  # pyright: ignore[reportArgumentType]
     return replace(problem, outer_unit=ctx.unit)
 
 
