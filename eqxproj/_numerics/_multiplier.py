@@ -43,7 +43,9 @@ def _stable_g(t: Array, hp: Array, apart: Array, tau: Array) -> tuple[Array, Arr
 
 
 def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
-    r"""The root $t$ in $[0, 1)$ of $G$ for $\tau \ge 0$, elementwise, and where there is none (there $t = 1/2$).
+    r"""$\rho = t/\tau$ for the root $t$ in $[0, 1)$ of $G$ for $\tau \ge 0$, elementwise, and where there is none.
+
+    There $t = 1$. The multiplier is $\rho\mu$; neither sign nor underflow of a short step is lost.
 
     `hp` has the sign of the dual, `tau` is $|\mu|/\sqrt{\alpha\omega}$, and `apart` is
     $q + 2hp = h|a_0 \pm r w_0|^2/r$, which is zero where $a_0 = \mp r w_0$.
@@ -55,16 +57,19 @@ def solve_multiplier(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Arr
     inverse = 1.0 / (1.0 + q)
     t = jnp.minimum(tau * inverse, 0.25)
     u = 3.0 * hp * inverse
-    t = jnp.clip(t * (1.0 + t * (2.0 * t * (u * u - q * inverse) - u)), 0.0, 0.5)
-    # Newton on G times (1 - t^2)^2, which has one division.
+    ratio = inverse * (1.0 + t * (2.0 * t * (u * u - q * inverse) - u))
+    # Newton on G times (1 - t^2)^2 / tau, which has one division.
+    t = tau * ratio
     t2 = t * t
     rest = 1.0 - t2
-    value = (t - tau) * rest * rest + t * (hp * t * (3.0 - t2) + q)
-    slope = rest * rest - 4.0 * t * rest * (t - tau) + hp * t * (6.0 - 4.0 * t2) + q
+    square = rest * rest
+    value = (ratio - 1.0) * square + ratio * (hp * t * (3.0 - t2) + q)
+    slope = square - 4.0 * t * rest * (t - tau) + hp * t * (6.0 - 4.0 * t2) + q
     step = value / slope
     # A Newton step shorter than the square root of what is wanted leaves an error below it.
-    done = jnp.all(jnp.abs(step) <= 0.1 * jnp.sqrt(jnp.finfo(tau.dtype).eps) * t)
-    return jax.lax.cond(done, lambda: (t - step, jnp.zeros(t.shape, bool)), lambda: _bracketed(hp, q, tau, apart))
+    done = jnp.all((jnp.abs(step) <= 0.1 * jnp.sqrt(jnp.finfo(tau.dtype).eps) * ratio) & (t <= 0.5))
+    quick = ratio - step, jnp.zeros(t.shape, bool)
+    return jax.lax.cond(done, lambda: quick, lambda: _bracketed(hp, q, tau, apart))
 
 
 def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Array]:
@@ -73,11 +78,14 @@ def _bracketed(hp: Array, q: Array, tau: Array, apart: Array) -> tuple[Array, Ar
     top = jnp.full_like(tau, 1.0 - 8.0 * eps)
     hp = jnp.clip(hp, -0.5 * q, 0.5 * q)
     no_root = _stable_g(top, hp, apart, tau)[0] < 0
-    tau = jnp.where(no_root, 0.0, tau)  # has the root zero, and delays no other
-    start = jnp.clip(tau / (1.0 + q), 0.0, 0.9)
-    function = functools.partial(_stable_g, hp=hp, apart=apart, tau=tau)
+    goal = jnp.where(no_root, 0.0, tau)  # has the root zero, and delays no other
+    start = jnp.clip(goal / (1.0 + q), 0.0, 0.9)
+    function = functools.partial(_stable_g, hp=hp, apart=apart, tau=goal)
     t, _ = bracketed_root(function, start, jnp.zeros_like(tau), top, rtol=4.0 * eps, max_steps=_STEPS)
-    return jnp.where(no_root, 0.5, t), no_root
+    # Below rounding the root is that of the first order.
+    short = tau < 0.1 * eps
+    ratio = jnp.where(short, 1.0 / (1.0 + q), jnp.where(no_root, 1.0, t) / jnp.where(short, 1.0, tau))
+    return ratio, no_root
 
 
 def published_multiplier(hp: Array, q: Array, tau: Array) -> Array:

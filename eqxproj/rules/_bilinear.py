@@ -90,14 +90,12 @@ class Bilinear(AbstractRule):
         apart = ratios[1] * form.square_of_sum(a, w, opposed, (p, square_a, square_w))
         # Operands whose squared distance is below this part of their squares count as equal.
         tau = jnp.abs(dual) / unit
-        t, no_root = solve_multiplier(hp, q, tau, jnp.where(apart < 1e-6 * q, 0.0, apart))
-        multiplier = jnp.where(dual < 0, -unit, unit).astype(dual.dtype) * jnp.where(no_root, 1.0, t)
-        # Of a step this short the first order is exact, and in units of the weights it would be lost to underflow.
-        multiplier = jnp.where(tau < 0.1 * jnp.finfo(dual.dtype).eps, dual / (1.0 + q), multiplier)
+        ratio, stuck = solve_multiplier(hp, q, tau, jnp.where(apart < 1e-6 * q, 0.0, apart))
+        multiplier = ratio * dual
         out = p + step(kappa, dual - multiplier).astype(p.dtype)
         part = multiplier / unit
         rest = 1.0 - part * part
-        stuck = rest <= 0
+        stuck = stuck | (rest <= 0)
         scaled = jnp.where(stuck, 0.0, multiplier / jnp.where(stuck, 1.0, rest))
         zero = (jnp.zeros_like(form.spread_a(dual)),) * 2 + (jnp.zeros_like(form.spread_w(dual)),) * 2
         # Only elementwise work stands inside the branch: XLA runs convolutions inside of branches far slower on a CPU.
