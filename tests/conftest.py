@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 
 import jax
+import jaxtyping
 import pytest
 
 
@@ -28,3 +29,11 @@ def registry():
     yield
     RULES.clear()
     RULES.update(before)
+
+
+@pytest.fixture
+def untyped():
+    """The library as users have it, without the check of annotated types that these tests run under."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

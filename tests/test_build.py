@@ -8,15 +8,8 @@ import optax
 import pytest
 
 import eqxproj
-from eqxproj._graph._build import build
-from eqxproj._problem._readers import output_weight
-from eqxproj._problem._state import iterate
-from eqxproj._program._affine import affine_terms
-from eqxproj._program._equations import dependents
-from eqxproj._program._normal_form import normal_form
-from eqxproj._program._trace import trace
 from eqxproj.losses import cross_entropy, squared_error
-from eqxproj.solvers._solve import violation
+from eqxproj.readers import output_weight, violation
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
 Y = jnp.array([0, 1, 2, 0, 1])
@@ -27,7 +20,7 @@ P = {
 
 
 def graph_of(loss, model, *args, data="constant"):
-    return build(trace(loss, model, args), data)
+    return eqxproj.feasibility_problem(loss, model, *args, data=data, two_colors=False).graph
 
 
 def logits(body):
@@ -126,46 +119,7 @@ def test_loss_that_does_not_depend_on_the_model():
         graph_of(lambda p, x: jax.lax.stop_gradient(x @ p["a"]).sum(), P, X)
 
 
-def test_dependents():
-    program = normal_form(jax.make_jaxpr(lambda a, b: (a + 1, b * 2, jax.lax.stop_gradient(a) * 3, a * b))(1.0, 2.0))
-    found = dependents(program.equations, [program.inputs[0]])
-    assert [v.index in found for v in program.outputs] == [True, False, False, True]
-
-
-AFFINE = {
-    "add": (lambda x, y, k: x + y, [(1.0, None), (1.0, None)]),
-    "sub": (lambda x, y, k: x - y, [(1.0, None), (-1.0, None)]),
-    "sub known": (lambda x, y, k: k - x, [(-1.0, None)]),
-    "neg": (lambda x, y, k: -x, [(-1.0, None)]),
-    "mul number": (lambda x, y, k: 3.0 * x, [(3.0, None)]),
-    "mul zero": (lambda x, y, k: 0.0 * x, [(0.0, None)]),
-    "div number": (lambda x, y, k: x / 4.0, [(0.25, None)]),
-    "mul known": (lambda x, y, k: x * k, [(1.0, 1)]),
-    "div known": (lambda x, y, k: x / k, [(1.0, -1)]),
-    "convert": (lambda x, y, k: x.astype(jnp.bfloat16), [(1.0, None)]),
-    "div zero": (lambda x, y, k: x / 0.0, None),
-    "by unknown": (lambda x, y, k: k / x, None),
-    "product": (lambda x, y, k: x * y, None),
-    "to integers": (lambda x, y, k: x.astype(jnp.int32), None),
-    "function": (lambda x, y, k: jnp.exp(x), None),
-}
-
-
-@pytest.mark.parametrize("name", AFFINE)
-def test_affine_terms(name):
-    f, want = AFFINE[name]
-    program = normal_form(jax.make_jaxpr(f)(*jnp.ones((3, 4))))
-    unknown = dependents(program.equations, program.inputs[:2])
-    found = affine_terms(program.equations[-1], unknown, program.static)
-    if want is None:
-        assert found is None
-        return
-    assert [(t.scale, t.factors[0][1] if t.factors else None) for t in found] == want
-    assert all(t.axes == () and t.variable in program.inputs[:2] for t in found)
-    assert all(v == program.inputs[2] for t in found for v, _ in t.factors)
-
-
-def test_data_option_is_checked():
+def test_data_option_is_checked(untyped):
     with pytest.raises(ValueError, match='`data` must be "constant" or "pinned", got \'fixed\''):
         graph_of(linear, P, X, jnp.ones((5, 6)), data="fixed")
 
@@ -410,7 +364,9 @@ def test_every_constraint_holds_on_the_forward_pass(name, data):
     y = jnp.ones((5, 3)) if name == "tied" else Y
     problem = eqxproj.feasibility_problem(LOSSES[name], P, X, y, data=data)
     np.testing.assert_allclose(problem.value, LOSSES[name](P, X, y), rtol=1e-6)
-    assert float(violation(problem, iterate(lambda s: s, problem.start(False), 1))) < 1e-5
+    unchecked = eqxproj.combine([1.0], [problem.start(store_copies=False)])  # no output is known to be up to date
+    assert not any(unchecked.up_to_date)
+    assert float(violation(problem, unchecked)) < 1e-5
     assert all(problem.graph.readers[v] for v in range(len(problem.graph.values)))
 
 

@@ -3,7 +3,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -41,14 +40,6 @@ def no_training(monkeypatch):
         raise AssertionError("training has begun")
 
     monkeypatch.setattr("eqxproj._training._loop.compiled", compiled)
-
-
-@pytest.fixture
-def untyped():
-    """The library as users have it, without the check of annotated types that these tests run under."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def train(model=MODEL, data=(X, Y), loss=loss, steps=3, batch_size=8, **options):

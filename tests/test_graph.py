@@ -1,7 +1,5 @@
 """The factor graph: its order, its two colors on random graphs, and what `explain` prints."""
 
-from dataclasses import fields
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,12 +7,7 @@ import numpy as np
 import pytest
 
 import eqxproj
-from eqxproj._graph._build import build
-from eqxproj._graph._graph import Graph, conflicts, table, with_identities
-from eqxproj._problem._published import PublishedGraph
-from eqxproj._program._trace import trace
 from eqxproj.losses import cross_entropy, squared_error
-from eqxproj.rules._scalar import identity
 
 WIDTH, BATCH = 6, 5
 
@@ -70,13 +63,9 @@ def assert_ordered(graph):
             assert place[producer] < place[edge.consumer]
 
 
-def published(graph):
-    """The same graph, with frontiers as its layers."""
-    return PublishedGraph(**{field.name: getattr(graph, field.name) for field in fields(Graph)})
-
-
-def assert_consistent(graph):
+def assert_consistent(problem):
     """Positions refer to one another as they must, and all of the graph leads to the objective."""
+    graph = problem.graph
     for i, node in enumerate(graph.nodes):
         assert all(graph.edges[e].consumer == i for e in node.edges)
         assert all(graph.producers[v] == i for v in node.outputs)
@@ -86,7 +75,7 @@ def assert_consistent(graph):
         assert all(value in graph.edges[e].sources for e in graph.readers[value])
     assert sorted(e for n in graph.nodes for e in n.edges) == list(range(len(graph.edges)))
     for order in ("topological", "breadth_first"):
-        layers = published(graph).layers if order == "breadth_first" else graph.layers
+        layers = eqxproj.as_published(problem).graph.layers if order == "breadth_first" else graph.layers
         listed = [n for layer in layers for n in layer]
         # A breadth-first walk meets a node once for each length of way to it.
         assert sorted(set(listed) if order == "breadth_first" else listed) == list(range(len(graph.nodes)))
@@ -98,35 +87,36 @@ def assert_consistent(graph):
 @pytest.mark.parametrize("seed", range(40))
 def test_two_colors_of_random_graphs(seed, data):
     loss, *args = random_loss(seed)
-    plain = build(trace(loss, args[0], args[1:]), data)
+    plain = eqxproj.feasibility_problem(loss, *args, data=data, two_colors=False).graph
     assert_ordered(plain)
-    graph = with_identities(plain, identity(plain.values[0]))
+    problem = eqxproj.feasibility_problem(loss, *args, data=data)
+    graph = problem.graph
     assert_ordered(graph)
-    assert_consistent(graph)
-    assert conflicts(graph) == ()
+    assert_consistent(problem)
+    assert graph.conflicts == ()
     for edge in graph.edges:
         assert all(graph.colors[graph.producers[v]] != graph.colors[edge.consumer] for v in edge.sources)
     assert all(graph.colors[i] == 0 for i in graph.objectives)
     added = [n for n in graph.nodes if n.kind == "identity"]
     assert len(graph.nodes) == len(plain.nodes) + len(added)
-    assert bool(added) == bool(conflicts(plain))
+    assert bool(added) == bool(plain.conflicts)
 
 
 def test_random_graphs_are_various():
     """The property above means something: some graphs have conflicts, and some edges show several values."""
-    plain = [build(trace(loss, args[0], args[1:])) for loss, *args in map(random_loss, range(40))]
-    assert 5 <= sum(bool(conflicts(g)) for g in plain) <= 38
+    plain = [eqxproj.feasibility_problem(*case, two_colors=False).graph for case in map(random_loss, range(40))]
+    assert 5 <= sum(bool(g.conflicts) for g in plain) <= 38
     assert any(len(e.sources) > 1 for g in plain for e in g.edges)
     assert any(len(readers) > 2 for g in plain for readers in g.readers)
 
 
 def test_a_chain_needs_no_identity():
     model = eqx.nn.MLP(4, 3, 5, 3, key=jax.random.key(0))
-    graph = build(
-        trace(lambda m, x, y: squared_error(jax.vmap(m)(x), y).mean(), model, (jnp.ones((5, 4)), jnp.ones((5, 3))))
+    problem = eqxproj.feasibility_problem(
+        lambda m, x, y: squared_error(jax.vmap(m)(x), y).mean(), model, jnp.ones((5, 4)), jnp.ones((5, 3))
     )
-    assert conflicts(graph) == ()
-    assert with_identities(graph, identity(graph.values[0])) is graph
+    assert problem.graph.conflicts == ()
+    assert "identity" not in {node.kind for node in problem.graph.nodes}
 
 
 def test_identity_on_the_conflicting_value_alone():
@@ -137,8 +127,7 @@ def test_identity_on_the_conflicting_value_alone():
         return squared_error(jnp.concatenate([h, jnp.tanh(h)], -1) @ p["b"], y).mean()
 
     model = {"a": jnp.ones((4, 6)), "b": jnp.ones((12, 3))}
-    plain = build(trace(loss, model, (jnp.ones((5, 4)), jnp.ones((5, 3)))))
-    graph = with_identities(plain, identity(plain.values[0]))
+    graph = eqxproj.feasibility_problem(loss, model, jnp.ones((5, 4)), jnp.ones((5, 3))).graph
     assert [n.kind for n in graph.nodes].count("identity") == 1
     (edge,) = [e for e in graph.edges if len(e.sources) > 1]
     kinds = {graph.nodes[graph.producers[v]].kind for v in edge.sources}
@@ -151,7 +140,7 @@ def test_depth_is_the_longest_way_and_distance_the_shortest():
         return squared_error(h + jnp.tanh(h @ p["b"]), y).mean()
 
     model = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 6))}
-    graph = build(trace(loss, model, (jnp.ones((5, 4)), jnp.ones((5, 6)))))
+    graph = eqxproj.feasibility_problem(loss, model, jnp.ones((5, 4)), jnp.ones((5, 6)), two_colors=False).graph
     found = {(n.operation, graph.depth[i], graph.distance[i]) for i, n in enumerate(graph.nodes)}
     assert found == {
         ("objective", 0, 0),
@@ -164,8 +153,17 @@ def test_depth_is_the_longest_way_and_distance_the_shortest():
     }
 
 
-def test_table():
-    assert table([["a", "long"], ["12345", ""]]) == "a      long\n-----  ----\n12345"
+def test_solvers_of_two_colors_need_them():
+    def loss(p, x, y):
+        h = x @ p["a"]
+        return squared_error(h + h @ p["b"], y).mean()
+
+    args = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 6))}, jnp.ones((5, 4)), jnp.ones((5, 6))
+    problem = eqxproj.feasibility_problem(loss, *args, two_colors=False)
+    assert problem.graph.conflicts
+    with pytest.raises(ValueError, match="DouglasRachford projects all nodes of one color together.*two_colors=True"):
+        eqxproj.solve(problem, eqxproj.DouglasRachford(), steps=1)
+    assert eqxproj.solve(problem, eqxproj.CyclicProjections(), steps=1).stats["steps"] == 1
 
 
 # What `explain` prints.

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from eqxproj._program._equations import live
+from eqxproj._program._affine import affine_terms
+from eqxproj._program._equations import dependents, live
 from eqxproj._program._fragment import forward
 from eqxproj._program._normal_form import normal_form
 
@@ -454,3 +455,42 @@ def test_precision_goes_with_the_operands(rng):
     program = program_of(TURNED["precision"], random(rng, 2, 3, 4), random(rng, 2, 5, 4))
     (product,) = [e for e in program.equations if e.name == "dot_general"]
     assert product.params["precision"] == (jax.lax.Precision.HIGH, jax.lax.Precision.DEFAULT)
+
+
+def test_dependents():
+    program = normal_form(jax.make_jaxpr(lambda a, b: (a + 1, b * 2, jax.lax.stop_gradient(a) * 3, a * b))(1.0, 2.0))
+    found = dependents(program.equations, [program.inputs[0]])
+    assert [v.index in found for v in program.outputs] == [True, False, False, True]
+
+
+AFFINE = {
+    "add": (lambda x, y, k: x + y, [(1.0, None), (1.0, None)]),
+    "sub": (lambda x, y, k: x - y, [(1.0, None), (-1.0, None)]),
+    "sub known": (lambda x, y, k: k - x, [(-1.0, None)]),
+    "neg": (lambda x, y, k: -x, [(-1.0, None)]),
+    "mul number": (lambda x, y, k: 3.0 * x, [(3.0, None)]),
+    "mul zero": (lambda x, y, k: 0.0 * x, [(0.0, None)]),
+    "div number": (lambda x, y, k: x / 4.0, [(0.25, None)]),
+    "mul known": (lambda x, y, k: x * k, [(1.0, 1)]),
+    "div known": (lambda x, y, k: x / k, [(1.0, -1)]),
+    "convert": (lambda x, y, k: x.astype(jnp.bfloat16), [(1.0, None)]),
+    "div zero": (lambda x, y, k: x / 0.0, None),
+    "by unknown": (lambda x, y, k: k / x, None),
+    "product": (lambda x, y, k: x * y, None),
+    "to integers": (lambda x, y, k: x.astype(jnp.int32), None),
+    "function": (lambda x, y, k: jnp.exp(x), None),
+}
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_affine_terms(name):
+    f, want = AFFINE[name]
+    program = normal_form(jax.make_jaxpr(f)(*jnp.ones((3, 4))))
+    unknown = dependents(program.equations, program.inputs[:2])
+    found = affine_terms(program.equations[-1], unknown, program.static)
+    if want is None:
+        assert found is None
+        return
+    assert [(t.scale, t.factors[0][1] if t.factors else None) for t in found] == want
+    assert all(t.axes == () and t.variable in program.inputs[:2] for t in found)
+    assert all(v == program.inputs[2] for t in found for v, _ in t.factors)

@@ -5,7 +5,6 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -26,14 +25,6 @@ def toward_targets(predictions, targets, tau):
 
 
 absolute_error = eqxproj.custom_loss(distance, toward_targets)
-
-
-@pytest.fixture
-def untyped():
-    """The library as users have it, without the check of annotated types that these tests run under."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_solver():

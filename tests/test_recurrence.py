@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import eqxproj
-from eqxproj._graph._graph import conflicts
 
 
 class Elman(eqx.Module):
@@ -64,7 +63,7 @@ def test_solvers_run_on_the_cycle(solver):
     model, x, y = case(4)
     problem = eqxproj.feasibility_problem(loss, model, x, y, tau=1.0)
     assert any(edge.delayed for edge in problem.graph.edges)
-    assert not conflicts(problem.graph)
+    assert not problem.graph.conflicts
     solution = eqxproj.solve(problem, solver, steps=5)
     assert np.all(np.isfinite(solution.stats["violation"])) and solution.stats["change"][0] > 0
 

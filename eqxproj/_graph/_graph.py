@@ -195,12 +195,12 @@ class Graph:
         """The nodes of one color."""
         return tuple(i for i, c in enumerate(self.colors) if c == color)
 
-
-def conflicts(graph: Graph) -> tuple[int, ...]:
-    """The edges that join two nodes of one color."""
-    color = [graph.colors[producer] for producer in graph.producers]
-    joins = [any(color[v] == graph.colors[edge.consumer] for v in edge.sources) for edge in graph.edges]
-    return tuple(i for i, bad in enumerate(joins) if bad)
+    @cached_property
+    def conflicts(self) -> tuple[int, ...]:
+        """The edges that join two nodes of one color."""
+        color = [self.colors[producer] for producer in self.producers]
+        joins = [any(color[v] == self.colors[edge.consumer] for v in edge.sources) for edge in self.edges]
+        return tuple(i for i, bad in enumerate(joins) if bad)
 
 
 def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
@@ -209,9 +209,9 @@ def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
     Where only some of the values that an edge shows conflict, the others stay as they are.
     """
     for _ in range(len(graph.edges) + 1):
-        if not (bad := conflicts(graph)):
+        if not graph.conflicts:
             return graph
-        graph = _split(graph, bad[0], identity)
+        graph = _split(graph, graph.conflicts[0], identity)
     raise AssertionError("two-coloring did not end")
 
 

@@ -91,18 +91,17 @@ def make_problem(
     copies: Copies,
     tau: float,
     data: str,
-    two_colored: bool,
+    two_colors: bool,
     offset: float = 0.0,
     residuals: Sequence[Array] = (),
 ) -> FeasibilityProblem:
     """The problem of a traced loss; other arguments as for `feasibility_problem`.
 
-    Without `two_colored` it gets no identity nodes, as cyclic sweeps need none, and recurrences stay one node each.
     `offset` is the logarithm of the weight of the objective's own edges, `residuals` are results of products of the
     forward pass that are known already.
     """
-    graph = build(traced, data, not two_colored)
-    if two_colored:
+    graph = build(traced, data, not two_colors)
+    if two_colors:
         graph = with_identities(graph, identity(graph.values[0]))
     env = forward(graph.program, [*traced.parameters, *traced.arguments], residuals)
     needed = {i for edge in graph.edges for i in edge.view.known}
@@ -152,6 +151,7 @@ def feasibility_problem(
     copies: Copies = "neuron",
     metric: Metric | None = None,
     data: Literal["constant", "pinned"] = "constant",
+    two_colors: bool = True,
     tau: float = RAW_TAU,
     has_aux: bool = False,
     kwargs: Mapping[str, Any] | None = None,
@@ -167,6 +167,8 @@ def feasibility_problem(
         or `"none"` (one constraint for the whole product).
     - `metric`: a [`Metric`][]; the unit metric by default.
     - `data`: `"constant"`, or `"pinned"` for data as variables held in place.
+    - `two_colors`: whether the graph gets two colors, by identity nodes and with a node for each time step of a
+        recurrence. Cyclic solvers do without: nothing is added, and a recurrence is one node.
     - `tau`: factor of one sample's loss in the prox of the objective. In the projection regime losses that are sets do
         not use it.
     - `has_aux`: whether the loss returns `(value, auxiliary)`.
@@ -184,7 +186,7 @@ def feasibility_problem(
     metric = Metric() if metric is None else metric
     check_metric(metric)
     traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-    problem = make_problem(traced, metric, copies, tau, data, two_colored=True)
+    problem = make_problem(traced, metric, copies, tau, data, two_colors)
     check_labels(problem, args)
     return problem
 

@@ -74,7 +74,7 @@ def projection(
     def solved(version: Hashable, primals: tuple[PyTree, ...], target: PyTree) -> tuple[PyTree, ...]:
         del version  # a static argument: other rules, another program
         traced = trace(loss, primals, (target,))
-        problem = make_problem(traced, chosen, copies, 1.0, "constant", two_colored=True)
+        problem = make_problem(traced, chosen, copies, 1.0, "constant", two_colors=True)
         state = canonicalised(lambda: run(problem, solver, steps), traced.program)
         return traced.rebuild(solver.postprocess(problem, state))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools as ft
 import numbers
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import equinox as eqx
@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._errors import NonFiniteError
+from .._problem._measures import change, violation
 from .._problem._problem import FeasibilityProblem
-from .._problem._readers import context, operand, value_of
 from .._problem._state import State, iterate, prepared
 from .._program._canonical import canonicalised
 from ..rules._registry import registry_version
@@ -37,37 +37,6 @@ class Solution(eqx.Module):
     state: State
     stats: dict[str, Any]
     result: str = eqx.field(static=True)
-
-
-def violation(problem: FeasibilityProblem, state: State) -> Float[Array, ""]:
-    r"""The largest violation of any constraint: $|y - f(x)|$ over the nodes, with every copy of $y$ that there is."""
-    graph = problem.graph
-    gaps: list[Array] = []
-    for i, spec in enumerate(graph.nodes):
-        for edge in [e for v in spec.outputs for e in graph.readers[v]]:
-            dual = state.duals[edge]
-            if dual is not None:
-                gaps.append(jnp.max(jnp.abs(dual), initial=0.0) / problem.edge_weight(edge))
-        if spec.kind in ("operation", "identity") and not state.up_to_date[i]:
-            assert spec.rule is not None
-            inputs = [operand(problem, state, e) for e in spec.edges]
-            outputs = spec.rule.evaluate(context(problem, i, state.store_copies), inputs)
-            gaps += [value_of(problem, state, v) - y for v, y in zip(spec.outputs, outputs, strict=True)]
-    return _largest(gaps)
-
-
-def change(problem: FeasibilityProblem, old: State, new: State) -> Float[Array, ""]:
-    """The largest change of any copy or parameter between two states."""
-    parameters = [v for v in problem.graph.parameters if v is not None]
-    gaps = [operand(problem, new, e) - operand(problem, old, e) for e in range(len(problem.graph.edges))]
-    return _largest([*gaps, *(value_of(problem, new, v) - value_of(problem, old, v) for v in parameters)])
-
-
-def _largest(gaps: Iterable[Array]) -> Float[Array, ""]:
-    worst = jnp.asarray(0.0)
-    for gap in gaps:
-        worst = jnp.maximum(worst, jnp.max(jnp.abs(gap), initial=0.0).astype(worst.dtype))
-    return worst
 
 
 def finite_nodes(problem: FeasibilityProblem, state: State) -> Bool[Array, " nodes"]:
@@ -144,6 +113,11 @@ def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, to
     if not isinstance(problem, FeasibilityProblem):
         raise TypeError(f"`problem` must come from `eqxproj.feasibility_problem`, got {problem!r}.")
     check_solver(solver)
+    if solver.needs_two_colors and problem.graph.conflicts:
+        raise ValueError(
+            f"{type(solver).__name__} projects all nodes of one color together, but `problem` has edges that join two "
+            "nodes of one color. Make it with `two_colors=True`."
+        )
     check_positive("steps", steps)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
         raise ValueError(f"`tol` must be a number of at least zero, got {tol!r}.")
