@@ -2,7 +2,7 @@
 
 import sys
 
-from eqxproj._compare import main
+from eqxproj._compare._command import main
 
 if __name__ == "__main__":
     sys.exit(main())

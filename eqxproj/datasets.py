@@ -150,7 +150,7 @@ def _load_local(path: str, **options: Any) -> _Splits:
 def _load_digits(spec: _Spec, data_dir: str | os.PathLike[str] | None) -> Dataset:
     """The built-in digits, divided by a fixed permutation."""
     if data_dir is not None:
-        raise ValueError(f"`data_dir`: got {str(data_dir)!r}; wanted None, since 'digits' comes with the package.")
+        raise ValueError(f"`data_dir`: got {str(data_dir)!r}; wanted none, since 'digits' comes with the package.")
     source = _Source("digits", spec, f"the package's file {str(_DIGITS_FILE)!r}")
     if not _DIGITS_FILE.is_file():
         raise FileNotFoundError(f"{str(_DIGITS_FILE)!r} is missing from this installation: install eqxproj again.")
@@ -169,7 +169,7 @@ def _load_folder(name: str, folder: pathlib.Path) -> _Splits:
         "(`train-00000-of-00001.parquet`, `test-00000-of-00001.parquet`)"
     )
     if not folder.is_dir():
-        raise FileNotFoundError(f"`data_dir`: got {str(folder)!r}, which is not a folder. {remedy}, or pass None.")
+        raise FileNotFoundError(f"`data_dir`: got {str(folder)!r}, which is not a folder. {remedy}, or leave it out.")
     try:
         return _load_local(str(folder))
     except FileNotFoundError as error:  # includes the errors of `datasets` for a folder without data
@@ -181,7 +181,7 @@ def _load_folder(name: str, folder: pathlib.Path) -> _Splits:
 
 def _load_hub(name: str, spec: _Spec) -> _Splits:
     if spec.hub is None:
-        raise ValueError(f"`data_dir`: got None; wanted a folder, since {name!r} is not on the hub.")
+        raise ValueError(f"`data_dir`: got none; wanted a folder, since {name!r} is not on the hub.")
     try:
         return _hugging_face().load_dataset(spec.hub, revision=spec.revision)
     except Exception as error:  # a missing network shows in many types, which depend on the version of `datasets`

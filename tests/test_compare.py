@@ -1,17 +1,21 @@
 """Tests of `python -m eqxproj compare`."""
 
+import importlib.util
 import json
 import math
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
 import pytest
 
 import eqxproj
-from eqxproj import _compare
+from eqxproj._compare import _command, _output, _picture
 
 SMALL = ["compare", "--steps", "3", "--batch-size", "32", "--width", "8", "--depth", "1", "--no-progress"]
 
@@ -35,20 +39,20 @@ def faked(monkeypatch):
 
 
 def run(arguments: list[str]) -> int:
-    return _compare.main([*SMALL, *arguments])
+    return _command.main([*SMALL, *arguments])
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"]])
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
-        _compare.main(arguments)
+        _command.main(arguments)
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert "compare" in out and "None" not in out
 
 
 def test_defaults_of_the_parser():
-    options = _compare._parser().parse_args(["compare"])
+    options = _command._parser().parse_args(["compare"])
     assert (options.dataset, options.width, options.depth, options.seed) == ("digits", 128, 2, 0)
     assert options.output == "compare.png"
     assert options.data_dir is options.steps is options.batch_size is options.solver is options.json is None
@@ -67,24 +71,24 @@ def test_defaults_of_the_parser():
 )
 def test_wrong_arguments(arguments, words, capsys):
     with pytest.raises(SystemExit) as exit_:
-        _compare.main(arguments)
+        _command.main(arguments)
     assert exit_.value.code == 2
     err = capsys.readouterr().err
     assert all(word in err for word in words), err
 
 
 def test_every_solver_of_the_command_line_can_be_made():
-    for name in _compare._SOLVERS.values():
+    for name in _command._SOLVERS.values():
         assert getattr(eqxproj, name)() is not None
 
 
 def test_table():
-    finished = _compare._Outcome("projection", 0.97251, 3.456, 1.2, 1200, {})
-    stopped = _compare._Outcome("gradient", math.nan)
-    lines = _compare._table([finished, stopped]).split("\n")
+    finished = _command._Outcome("projection", 0.97251, 3.456, 1.2, 1200, {})
+    stopped = _command._Outcome("gradient", steps=12, is_complete=False)
+    lines = _command._table([finished, stopped]).split("\n")
     assert lines[0].split() == ["method", "test", "accuracy", "seconds", "compile", "seconds", "steps"]
     assert lines[2].split() == ["projection", "0.9725", "3.46", "1.20", "1,200"]
-    assert lines[3].split() == ["gradient", "-", "-", "-", "interrupted"]
+    assert lines[3].split() == ["gradient", "-", "-", "-", "12,", "interrupted"]
     assert len(set(map(len, lines))) == 1
 
 
@@ -111,25 +115,52 @@ def test_not_a_number_is_null_in_json(faked, tmp_path):
     assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
-def test_without_matplotlib_the_table_is_printed(faked, monkeypatch, tmp_path, capsys):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
+@pytest.fixture
+def untrained(monkeypatch):
+    """Fails where data are loaded, which is before anything is trained."""
+
+    def load(*_, **__):
+        raise AssertionError("data are loaded")
+
+    monkeypatch.setattr(eqxproj.datasets, "load", load)
+
+
+def test_without_matplotlib_there_is_an_error_before_training(untrained, monkeypatch, tmp_path, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    assert run(["--output", str(tmp_path / "a.png")]) == 1
+    err = capsys.readouterr().err
+    assert "pip install 'eqxproj[plot]'" in err and "--no-picture" in err
+
+
+def test_without_a_picture_matplotlib_is_not_needed(faked, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report = tmp_path / "a.json"
-    assert run(["--output", str(tmp_path / "a.png"), "--json", str(report)]) == 1
-    captured = capsys.readouterr()
-    assert "projection" in captured.out and "test accuracy" in captured.out
-    assert "pip install 'eqxproj[plot]'" in captured.err
-    assert report.exists() and not (tmp_path / "a.png").exists()
-
-
-@pytest.mark.parametrize("output", ["missing/a.png", "a.nonsense", "."])
-def test_an_output_that_cannot_be_written(faked, output, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(["--output", output]) == 1
-    captured = capsys.readouterr()
-    assert "test accuracy" in captured.out
-    assert "--output" in captured.err and output in captured.err and "Traceback" not in captured.err
+    assert run(["--no-picture"]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["--output", "missing/a.png"], "--output"),
+        (["--output", "a.nonsense"], ".png"),
+        (["--output", "."], "folder"),
+        (["--output", "a.png", "--json", "missing/a.json"], "--json"),
+        (["--output", "a.png", "--json", "."], "--json"),
+        (["--output", "a.png", "--json", "../here/a.png"], "another file"),
+    ],
+)
+def test_files_that_cannot_be_written_are_found_before_training(
+    untrained, arguments, word, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(arguments) == 1
+    err = capsys.readouterr().err
+    assert word in err and repr(arguments[-1])[1:-1] in err and "Traceback" not in err
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs the device /dev/full")
@@ -141,27 +172,33 @@ def test_a_full_disk(faked, tmp_path, capsys):
     assert (tmp_path / "a.png").exists() and pathlib.Path("/dev/full").exists()
 
 
-def test_a_half_written_file_is_removed(tmp_path, monkeypatch, capsys):
-    class FullFile:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def write(self, content):
-            raise OSError(28, "No space left on device")
-
+def test_a_full_disk_keeps_the_file_that_was_there(tmp_path, monkeypatch, capsys):
     target = tmp_path / "a.png"
-    target.write_bytes(b"half")
-    monkeypatch.setattr(pathlib.Path, "open", lambda *_: FullFile())
-    assert _compare._write(str(target), "--output", b"whole") == 1
-    assert "No space left" in capsys.readouterr().err
-    assert not target.exists()
+    target.write_bytes(b"of another run")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert _output.write([("--output", str(target), b"whole"), ("--json", str(tmp_path / "b"), b"more")]) == 1
+    assert capsys.readouterr().err.count("No space left") == 2
+    assert target.read_bytes() == b"of another run"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_is_replaced_behind_its_link_and_keeps_its_mode(tmp_path):
+    target, link = tmp_path / "a.json", tmp_path / "link.json"
+    target.write_bytes(b"old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    assert _output.write([("--json", str(link), b"new")]) == 0
+    assert link.is_symlink() and target.read_bytes() == b"new" and target.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("interrupted", ["projection", "gradient"])
 def test_interrupt(interrupted, monkeypatch, tmp_path, capsys):
+    """The table and the files hold all that was reached."""
+
     def train(*args, method, **options):
         result = fake_train(*args, method=method, **options)
         if method == interrupted:
@@ -169,18 +206,71 @@ def test_interrupt(interrupted, monkeypatch, tmp_path, capsys):
         return result
 
     monkeypatch.setattr(eqxproj, "train", train, raising=False)
-    assert run(["--output", str(tmp_path / "a.png")]) == 130
+    report, picture = tmp_path / "a.json", tmp_path / "a.png"
+    assert run(["--output", str(picture), "--json", str(report)]) == 130
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     (last,) = [line for line in lines if line[-1:] == ["interrupted"]]
     assert last[0] == interrupted
     assert 0 <= float(last[1]) <= 1
     assert (["projection"] in [line[:1] for line in lines[:-1]]) == (interrupted == "gradient")
-    assert not (tmp_path / "a.png").exists()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    outcomes = json.loads(report.read_text())["outcomes"]
+    assert [o["is_complete"] for o in outcomes] == [True] * (interrupted == "gradient") + [False]
+    assert len(outcomes[-1]["history"]["eval_accuracy"]) == 3
+
+
+def test_interrupt_before_the_first_report(monkeypatch, tmp_path, capsys):
+    def train(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eqxproj, "train", train, raising=False)
+    assert run(["--output", str(tmp_path / "a.png")]) == 130
+    captured = capsys.readouterr()
+    assert "Nothing was trained" in captured.out and "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.0, 3.0])
+def test_signals_end_a_real_run_cleanly(number, delay, tmp_path):
+    words = [sys.executable, "-u", "-m", "eqxproj", "compare", "--steps", "100000000", "--json", "a.json"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "100,000,000 steps" in process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "Stopped by" in out and "Traceback" not in out + err
+    assert {p.name for p in tmp_path.iterdir()} in (set(), {"a.json", "compare.png"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs the device /dev/full")
+@pytest.mark.parametrize("out", ["| true", "> /dev/full", ">&-", "2>&-", "2> /dev/full"])
+def test_output_that_nobody_reads_ends_quietly(out, tmp_path):
+    command = f"{sys.executable} -m eqxproj compare --steps 20 --json a.json {out}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert "Traceback" not in done.stdout + done.stderr and "Exception" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "compare.png"}
+
+
+def test_the_scale_shows_the_last_nine_tenths():
+    steps = list(range(0, 101, 10))
+    history = {"step": steps, "seconds": steps, "eval_accuracy": [0.1, *np.linspace(0.9, 0.98, 10)]}
+    curve = _picture.Curve("", history)
+    low, high = _picture.limits([curve], 1000)
+    late = _picture.errors_of(curve, 1000)[1:]
+    assert low < min(late) and max(late) < high < 0.2
+    exact = _picture.Curve("", history | {"eval_accuracy": [1.0] * 11})
+    assert _picture.errors_of(exact, 50) == [0.01] * 11
 
 
 def test_missing_data(capsys, tmp_path):
     assert run(["--dataset", "mnist", "--data-dir", str(tmp_path / "nowhere")]) == 1
-    assert "nowhere" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "nowhere" in err and "--data-dir" in err and "data_dir" not in err
 
 
 def test_batch_larger_than_the_data(capsys):

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
-from tqdm.auto import tqdm
 
 from .._errors import NonFiniteError, TrainingInterrupted
 from ._data import take
+from ._progress import progress
 from ._step import Step, TrainState, compiled
 
 Pick = tuple[np.ndarray, Array]
@@ -66,7 +66,7 @@ class Evaluation(eqx.Module):
 
 
 def fit(
-    step: Step, state: TrainState, data: Sequence[PyTree], picks: Iterator[Pick], evaluation: Evaluation, progress: bool
+    step: Step, state: TrainState, data: Sequence[PyTree], picks: Iterator[Pick], evaluation: Evaluation, shown: bool
 ) -> tuple[PyTree, History]:
     """The trained model and its history, after as many steps as the evaluation counts; `data` is on the host.
 
@@ -75,7 +75,7 @@ def fit(
     records: list[Record] = []
     recent: list[Pick] = []
     done, value, seconds, compile_seconds = 0, float("nan"), 0.0, 0.0
-    bar = tqdm(total=evaluation.steps, desc=step.direction.name, disable=not progress, leave=True)
+    bar = progress(evaluation.steps, step.direction.name, shown)
     try:
         first = next(picks)
         start = time.perf_counter()

@@ -8,12 +8,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import math
 import pathlib
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +23,9 @@ from jax.typing import ArrayLike
 
 import eqxproj
 from eqxproj import datasets
+
+from . import _output
+from ._picture import Curve, draw
 
 # The defaults of each data set: (steps, batch size).
 _DEFAULTS = {"digits": (600, 128), "mnist": (1200, 256), "cifar10": (1200, 256)}
@@ -45,49 +46,79 @@ _EVALUATIONS = 20  # how many points a curve has
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """The result of one method. Without `history`, it was interrupted, and `accuracy` is that of the last report."""
+    """The result of one method. Where it was interrupted, accuracy and history are those of its last report."""
 
     method: str
-    accuracy: float
+    accuracy: float = math.nan
     seconds: float = math.nan
     compile_seconds: float = math.nan
-    steps: int | None = None
-    history: dict[str, list[float]] | None = None
+    steps: int = 0
+    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    is_complete: bool = True
 
 
 class _Interrupted(Exception):
     """The user has stopped the comparison; `outcomes` holds the results until then."""
 
-    def __init__(self, outcomes: list[_Outcome]):
+    def __init__(self, outcomes: Sequence[_Outcome] = ()):
         super().__init__()
-        self.outcomes = outcomes
+        self.outcomes = tuple(outcomes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line: `arguments` are the words after the name of the program, by default the process's.
 
-    **Returns:** The exit status: 0, 1 after an error that has been printed, 130 after Ctrl-C.
+    **Returns:** The exit status: 0, 1 after an error that has been printed, 130 after Ctrl-C, 143 after SIGTERM.
     """
     options = _parser().parse_args(arguments)
     steps, batch_size = _DEFAULTS[options.dataset]
     options.steps, options.batch_size = options.steps or steps, options.batch_size or batch_size
-    try:
-        data = datasets.load(options.dataset, options.data_dir).flatten()
-    except (OSError, ValueError) as error:
-        return _fail(str(error))
-    if options.batch_size > len(data.train[0]):
-        return _fail(
-            f"--batch-size: got {options.batch_size}; {options.dataset!r} has {len(data.train[0])} samples to train on."
-        )
-    print(_headline(options, data), flush=True)
-    try:
-        outcomes = _compare(options, data)
-    except _Interrupted as interruption:
-        print("\nStopped by Ctrl-C. Reached so far:")
-        print(_table(interruption.outcomes))
-        return 130
-    print(_table(outcomes), flush=True)
-    return _write_files(options, data, outcomes)
+    if (problem := _problem(options)) is not None:
+        return _output.fail(problem)
+    with _output.Stops() as stops:
+        try:
+            data = datasets.load(options.dataset, options.data_dir).flatten()
+            if options.batch_size > (samples := len(data.train[0])):
+                return _output.fail(
+                    f"--batch-size: got {options.batch_size}; {options.dataset!r} has {samples} samples to train on."
+                )
+            _output.say(_headline(options, data))
+            outcomes, status = _compare(options, data), 0
+        except (OSError, ValueError) as error:
+            return _output.fail(_in_words_of_the_command_line(error))
+        except KeyboardInterrupt:
+            outcomes, status = [], stops.status
+        except _Interrupted as interruption:
+            outcomes, status = interruption.outcomes, stops.status
+        stops.ignore()
+        if status:
+            _output.say(f"\nStopped by {stops.name}. " + ("Reached so far:" if outcomes else "Nothing was trained."))
+        if not outcomes:
+            return status
+        _output.say(_table(outcomes))
+        return _output.write(_files(options, data, outcomes)) or status
+
+
+def _problem(options: argparse.Namespace) -> str | None:
+    """What can be said to be wrong with the files before anything is trained; `None` for nothing."""
+    problems = []
+    if not options.no_picture:
+        problems.append(_output.picture_problem("--output", options.output))
+        problems.append(_output.output_problem("--output", options.output))
+    if options.json is not None:
+        problems.append(_output.output_problem("--json", options.json))
+        same = pathlib.Path(options.json).resolve() == pathlib.Path(options.output).resolve()
+        if same and not options.no_picture:
+            problems.append(f"--json: got {options.json!r}, which is the picture too. Name another file.")
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _in_words_of_the_command_line(error: Exception) -> str:
+    """The message of an error, with options in the place of arguments of Python."""
+    message = str(error)
+    for words in ("`data_dir=`", "`data_dir`"):
+        message = message.replace(words, "--data-dir")
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     output_help = f"the picture; its suffix is its format {shown}"
     compare.add_argument("--output", metavar="FILE", default="compare.png", help=output_help)
     compare.add_argument("--json", metavar="FILE", help="write the settings and the curves there as well")
-    compare.add_argument("--no-progress", action="store_true", help="draw no progress bars")
+    compare.add_argument("--no-picture", action="store_true", help="draw no picture, which needs matplotlib")
+    compare.add_argument("--no-progress", action="store_true", help="report no progress")
     return parser
 
 
@@ -159,22 +191,21 @@ def _accuracy(model: Callable, x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 
 def _compare(options: argparse.Namespace, data: datasets.Dataset) -> list[_Outcome]:
-    """Train by both methods. Raises `_Interrupted` at Ctrl-C."""
-    model_key, train_key = jax.random.split(jax.random.key(options.seed))
-    model = eqx.nn.MLP(
-        data.input_shape[0], data.n_classes, options.width, options.depth, activation=jax.nn.relu, key=model_key
-    )
-    solver = None if options.solver is None else getattr(eqxproj, _SOLVERS[options.solver])()
-    outcomes = []
-    for method, settings in (("projection", {"solver": solver}), ("gradient", {})):
-        try:
+    """Train by both methods. Raises `_Interrupted` at Ctrl-C and SIGTERM."""
+    outcomes: list[_Outcome] = []
+    try:
+        model_key, train_key = jax.random.split(jax.random.key(options.seed))
+        model = eqx.nn.MLP(
+            data.input_shape[0], data.n_classes, options.width, options.depth, activation=jax.nn.relu, key=model_key
+        )
+        solver = None if options.solver is None else getattr(eqxproj, _SOLVERS[options.solver])()
+        for method, settings in (("projection", {"solver": solver}), ("gradient", {})):
             outcomes.append(_train(options, data, model, train_key, method=method, **settings))
-        except eqxproj.TrainingInterrupted as stop:
-            reached = stop.history["eval_accuracy"]
-            last = float(reached[-1]) if len(reached) else math.nan
-            raise _Interrupted([*outcomes, _Outcome(method, last)]) from None
-        except KeyboardInterrupt:
-            raise _Interrupted(outcomes) from None
+    except eqxproj.TrainingInterrupted as stop:
+        method = ("projection", "gradient")[len(outcomes)]
+        raise _Interrupted([*outcomes, _outcome(method, stop.history, stop.step, is_complete=False)]) from None
+    except KeyboardInterrupt:
+        raise _Interrupted(outcomes) from None
     return outcomes
 
 
@@ -195,10 +226,17 @@ def _train(
         progress=not options.no_progress,
         **settings,
     )
-    history = {name: np.asarray(values, float).ravel().tolist() for name, values in result.history.items()}
-    (compile_seconds,) = history.pop("compile_seconds")
-    accuracy, seconds = history["eval_accuracy"][-1], history["seconds"][-1]
-    return _Outcome(settings["method"], accuracy, seconds, compile_seconds, options.steps, history)
+    return _outcome(settings["method"], result.history, options.steps)
+
+
+def _outcome(method: str, history: dict[str, Any], steps: int, is_complete: bool = True) -> _Outcome:
+    """An outcome from the history of a run, which is empty where that ended before the first report."""
+    curves = {name: np.asarray(values, float).ravel().tolist() for name, values in history.items()}
+    (compile_seconds,) = curves.pop("compile_seconds")
+    if not curves["eval_accuracy"]:
+        return _Outcome(method, steps=steps, is_complete=is_complete)
+    accuracy, seconds = curves["eval_accuracy"][-1], curves["seconds"][-1]
+    return _Outcome(method, accuracy, seconds, compile_seconds, steps, curves, is_complete)
 
 
 # --- table, picture and report ---
@@ -209,26 +247,32 @@ def _table(outcomes: Sequence[_Outcome]) -> str:
     rows = [["method", "test accuracy", "seconds", "compile seconds", "steps"]]
     for outcome in outcomes:
         numbers = [f"{outcome.accuracy:.4f}", f"{outcome.seconds:.2f}", f"{outcome.compile_seconds:.2f}"]
-        steps = "interrupted" if outcome.steps is None else f"{outcome.steps:,}"
+        steps = f"{outcome.steps:,}" if outcome.is_complete else f"{outcome.steps:,}, interrupted"
         rows.append([outcome.method, *("-" if number == "nan" else number for number in numbers), steps])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
-def _write_files(options: argparse.Namespace, data: datasets.Dataset, outcomes: Sequence[_Outcome]) -> int:
-    """Write the JSON file, where one is wanted, and the picture; both, even if one fails. Returns the exit status."""
-    status = 0
+def _files(
+    options: argparse.Namespace, data: datasets.Dataset, outcomes: Sequence[_Outcome]
+) -> list[tuple[str, str, bytes]]:
+    """The JSON file, where one is wanted, and the picture: for each the argument, the path, and the content."""
+    files = []
     if options.json is not None:
         text = json.dumps(_finite(_report(options, outcomes)), indent=1, allow_nan=False) + "\n"
-        status |= _write(options.json, "--json", text.encode())
-    try:
-        picture = _picture(pathlib.Path(options.output), _headline(options, data), outcomes)
-    except ImportError as error:
-        return _fail(f"no picture was drawn, since matplotlib is missing ({error}): pip install 'eqxproj[plot]'")
-    except ValueError as error:
-        return _fail(f"--output: got {options.output!r}; wanted a file name with the suffix of a format. {error}")
-    return status | _write(options.output, "--output", picture)
+        files.append(("--json", options.json, text.encode()))
+    curves = [Curve(_label(outcome), outcome.history) for outcome in outcomes if outcome.history]
+    if curves and not options.no_picture:
+        suffix = pathlib.Path(options.output).suffix
+        content = draw(_headline(options, data), curves, len(data.test[0]), suffix)
+        files.append(("--output", options.output, content))
+    return files
+
+
+def _label(outcome: _Outcome) -> str:
+    names = {"projection": "projection (eqxproj)", "gradient": "gradient (same optimizer)"}
+    return f"{names[outcome.method]}: accuracy {outcome.accuracy:.4f}, compiled in {outcome.compile_seconds:.1f} s"
 
 
 def _report(options: argparse.Namespace, outcomes: Sequence[_Outcome]) -> dict[str, Any]:
@@ -249,52 +293,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _picture(path: pathlib.Path, title: str, outcomes: Sequence[_Outcome]) -> bytes:
-    """Test accuracy over steps and over seconds, in the format of the path's suffix."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, 2, sharey=True)
-    labels = {"projection": "projection (eqxproj)", "gradient": "gradient (same optimizer)"}
-    for axis, over, unit in zip(axes, ("step", "seconds"), ("steps", "seconds of training"), strict=True):
-        for outcome, color, line in zip(outcomes, ("tab:blue", "tab:orange"), ("-", "--"), strict=True):
-            history = outcome.history or {}
-            label = f"{labels[outcome.method]}: {outcome.accuracy:.4f}"
-            axis.plot(history[over], history["eval_accuracy"], linestyle=line, marker=".", color=color, label=label)
-        axis.set_xlabel(unit)
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy")
-    axes[0].legend(loc="lower right")
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix(".") or "png", dpi=150)
-    return content.getvalue()
-
-
-def _write(path: str, argument: str, content: bytes) -> int:
-    """Write a file, or print why that failed and leave no half-written file behind."""
-    target = pathlib.Path(path)
-    try:
-        file = target.open("wb")
-    except OSError as error:
-        return _fail(f"{argument}: {path!r} could not be opened for writing ({error}). Name a file that can be.")
-    try:
-        with file:
-            file.write(content)
-    except OSError as error:
-        if target.is_file():  # and not a device such as /dev/full
-            target.unlink(missing_ok=True)
-        return _fail(f"{argument}: {path!r} could not be written ({error}). Free some space, or name another file.")
-    print(f"wrote {path}")
-    return 0
-
-
-def _fail(message: str) -> int:
-    """Print an error, and return the exit status 1."""
-    print(f"error: {message}", file=sys.stderr)
-    return 1

@@ -1,0 +1,155 @@
+"""What the command line writes, and what ends it: standard output, files, Ctrl-C and SIGTERM.
+
+A file is written under another name and then renamed, so that there is never half of one. Limits: a device or a pipe is
+written to as it is.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+
+
+def say(text: str) -> None:
+    """Print to standard output. Where nobody reads it any more, or it is full, go on without it."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):  # a closed pipe, a full disk, a closed file
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+
+
+def fail(message: str) -> int:
+    """Print an error, and return the exit status 1."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+# --- signals ---
+
+
+class Stops:
+    """Makes SIGTERM raise `KeyboardInterrupt` as Ctrl-C does, inside of a `with`; `status` is the exit status for it.
+
+    After `ignore`, neither does anything: what is left to do is short, and leaves nothing half done.
+    """
+
+    def __init__(self):
+        self._number = signal.SIGINT
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Stops":
+        if threading.current_thread() is threading.main_thread():  # handlers can be set from there alone
+            self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in self._before:
+                signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _stop(self, number: int, _: object) -> None:
+        self._number = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    def ignore(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    @property
+    def name(self) -> str:
+        return "Ctrl-C" if self._number == signal.SIGINT else self._number.name
+
+    @property
+    def status(self) -> int:
+        return 128 + self._number
+
+
+# --- files ---
+
+
+def output_problem(argument: str, path: str) -> str | None:
+    """Why a file cannot be written, found by making and removing one beside it; `None` where it can be."""
+    target = pathlib.Path(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(f"{path!r} is a folder")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(f"{path!r} may not be written to")
+        if _is_replaced(target):
+            with tempfile.NamedTemporaryFile(dir=target.resolve().parent):
+                pass
+    except OSError as error:
+        return f"{argument}: {path!r} cannot be written ({error}). Name a file in a folder that is there."
+    return None
+
+
+def picture_problem(argument: str, path: str) -> str | None:
+    """Why a picture cannot be drawn: matplotlib is missing, or does not know the suffix; `None` where it can be."""
+    without = "or leave the picture out with --no-picture"
+    if importlib.util.find_spec("matplotlib") is None:
+        return f"a picture needs matplotlib, which is missing: pip install 'eqxproj[plot]', {without}."
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if (suffix := pathlib.Path(path).suffix) and suffix.removeprefix(".").lower() not in formats:
+        known = ", ".join(f".{name}" for name in sorted(formats))
+        return f"{argument}: got {path!r}; wanted a file name with one of the suffixes {known}, {without}."
+    return None
+
+
+def write(files: Sequence[tuple[str, str, bytes]]) -> int:
+    """Write files, each `(argument, path, content)`; all of them, even if one fails. Returns the exit status."""
+    status = 0
+    for argument, path, content in files:
+        try:
+            _write(pathlib.Path(path), content)
+        except OSError as error:
+            status = fail(
+                f"{argument}: {path!r} could not be written ({error}). Free some space, or name another file."
+            )
+        else:
+            say(f"wrote {path}")
+    return status
+
+
+def _is_replaced(target: pathlib.Path) -> bool:
+    """Whether a path is a file, or may become one: not a device or a pipe."""
+    return target.is_file() or not target.exists()
+
+
+def _write(target: pathlib.Path, content: bytes) -> None:
+    if not _is_replaced(target):
+        target.write_bytes(content)
+        return
+    target = target.resolve()  # what a link leads to is replaced, not the link
+    with _beside(target) as (temporary, descriptor):
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show itself here only
+        os.chmod(temporary, target.stat().st_mode if target.exists() else 0o666 & ~_umask())
+        os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def _beside(target: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """A temporary file in the folder of another, which is gone afterwards, unless it was renamed."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        yield temporary, descriptor
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
