@@ -13,6 +13,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 
 def say(text: str) -> None:
@@ -34,41 +36,63 @@ def fail(message: str) -> int:
 
 
 class Stops:
-    """Makes SIGTERM raise `KeyboardInterrupt` as Ctrl-C does, inside of a `with`; `status` is the exit status for it.
+    """Makes Ctrl-C and SIGTERM raise `KeyboardInterrupt`, inside of a `with`; `status` is the exit status for them.
 
-    After `ignore`, neither does anything: what is left to do is short, and leaves nothing half done.
+    JAX may crash where an exception ends it halfway, so that a signal waits until no function of JAX is running; a
+    second one does not. After `ignore`, none does anything: what is left to do is short, and leaves nothing half done.
     """
 
     def __init__(self):
-        self._number = signal.SIGINT
-        self._before: dict[int, object] = {}
+        self._number: int | None = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stops":
         if threading.current_thread() is threading.main_thread():  # handlers can be set from there alone
-            self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.getsignal(number) for number in (*_STOPPING, *_WAITING)}
             for number in self._before:
                 signal.signal(number, self._stop)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ignore()
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+            signal.signal(number, handler)
 
-    def _stop(self, number: int, _: object) -> None:
-        self._number = signal.Signals(number)
-        raise KeyboardInterrupt
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        may_wait = bool(_WAITING) and (self._number is None or number in _WAITING)
+        if number in _STOPPING:
+            self._number = number
+        if may_wait and _is_inside_jax(frame):
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS)  # then this is called again
+        else:
+            raise KeyboardInterrupt
 
     def ignore(self) -> None:
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
+        if self._before and _WAITING:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     @property
     def name(self) -> str:
-        return "Ctrl-C" if self._number == signal.SIGINT else self._number.name
+        return "SIGTERM" if self._number == signal.SIGTERM else "Ctrl-C"
 
     @property
     def status(self) -> int:
-        return 128 + self._number
+        return 128 + (self._number or signal.SIGINT)
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_WAITING = (signal.SIGALRM,) if hasattr(signal, "SIGALRM") else ()  # Windows has no such timer
+_SECONDS = 0.005
+
+
+def _is_inside_jax(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] in ("jax", "jaxlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 # --- files ---
