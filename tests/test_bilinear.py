@@ -295,20 +295,29 @@ def test_duals_are_sums_over_the_pairs_of_each_output(name, unknown, weights):
     """
     setup, (left, right), (alpha, omega, kappa) = Setup(name, "neuron", unknown), pairs_of(name), weights
     operands, dual, _ = instances(setup, SMALL + MODERATE, weights)
-    nus, out, evaluated = project(setup, weights, operands, dual)
+    nus, out, _ = project(setup, weights, operands, dual)
     for i in range(len(dual)):
         a, w = (np.append(x[i], 0.0)[pairs].astype(float) for x, pairs in zip(operands, (left, right)))
-        wanted = evaluated[i].ravel() + dual[i].ravel() / kappa
-        multiplier = (kappa * (wanted - out[i].ravel()))[:, None]
-        t2 = multiplier**2 / (alpha * omega) if all(unknown) else 0.0
-        moved = [(multiplier * w + t2 * alpha * a) / (1 - t2), (multiplier * a + t2 * omega * w) / (1 - t2)]
-        moved = [nu * u for nu, u in zip(moved, unknown)]
-        reached = ((a + moved[0] / alpha) * (w + moved[1] / omega)).sum(1)
+        wanted = (a * w).sum(1) + dual[i].ravel().astype(float) / kappa
+
+        def moves(multiplier, a=a, w=w):
+            m, t2 = multiplier[:, None], multiplier[:, None] ** 2 / (alpha * omega) if all(unknown) else 0.0
+            moved = [(m * w + t2 * alpha * a) / (1 - t2), (m * a + t2 * omega * w) / (1 - t2)]
+            moved = [nu * u for nu, u in zip(moved, unknown)]
+            return moved, ((a + moved[0] / alpha) * (w + moved[1] / omega)).sum(1)
+
+        # The multiplier is kappa times what is still wanted: a root in double precision, by bisection.
+        size = np.sqrt(alpha * omega) if all(unknown) else np.abs(dual[i]).max()
+        low, high = np.full(wanted.shape, -size), np.full(wanted.shape, size)
+        for _ in range(100):
+            middle = (low + high) / 2
+            is_low = middle < kappa * (wanted - moves(middle)[1])
+            low, high = np.where(is_low, middle, low), np.where(is_low, high, middle)
+        moved, reached = moves((low + high) / 2)
         np.testing.assert_allclose(reached, out[i].ravel(), rtol=1e-4, atol=1e-4)
         for side, nu in enumerate(moved):
             total = sums(setup, side, nu).reshape(nus[side][i].shape)
-            # The multiplier is read off outputs in float32, which leave it three digits where the step is short.
-            np.testing.assert_allclose(nus[side][i], total, rtol=1e-4, atol=1e-3 * np.abs(total).max())
+            np.testing.assert_allclose(nus[side][i], total, rtol=1e-4, atol=1e-5 * np.abs(total).max())
 
 
 def test_batch_groups_hold_no_copies():
