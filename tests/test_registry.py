@@ -265,3 +265,21 @@ def test_unregistering_what_was_not_registered(primitive):
     eqxproj.register_projection("cumsum")(lambda ctx, inputs, target: inputs)
     with pytest.raises(ValueError, match=f"'{primitive}'.*rules for: cumsum"):
         eqxproj.unregister_projection(primitive)
+
+
+@pytest.mark.parametrize("name", ["exp", "div", "sub"])
+def test_a_registered_rule_is_not_hidden_in_a_softmax(name):
+    def loss(p, x, y):
+        return squared_error(jax.nn.softmax(x @ p["a"]) @ p["d"], y).mean()
+
+    model, x, _ = classification()
+    args = {k: model[k] for k in "ad"}, x, jnp.ones((len(x), model["d"].shape[1]))
+    before = eqxproj.feasibility_problem(loss, *args).explain()
+    assert "softmax" in before and "registered" not in before
+
+    @eqxproj.register_projection(name, form="duals")
+    def rule(ctx, inputs, dual):
+        return jax.vjp(ctx.function, *inputs)[1](dual)[0]
+
+    after = eqxproj.feasibility_problem(loss, *args).explain()
+    assert any(line.split()[1:2] == [name] and "registered" in line for line in after.splitlines())

@@ -13,7 +13,7 @@ from .._errors import Unsupported, UnsupportedPrimitiveError
 from .._program._composites import with_composites
 from .._program._equations import Variable, dependents, live
 from .._program._trace import Trace
-from ._fusion import Fusion, is_view
+from ._fusion import Fusion, is_view, takes_precedence
 from ._graph import Edge, Graph, Node
 from ._live import LiveProgram, live_program
 from ._nodes import Draft, draft_of
@@ -70,7 +70,7 @@ def _fused(program: LiveProgram, objective: Objective) -> Fusion:
     ends += [v for v in program.fed if v.index in program.unknown]
     custom = set(objective.custom_equations)
     before = [e for e in program.equations if e not in custom]
-    equations = with_composites(live(before, ends), program.unknown, ends)
+    equations = with_composites(live(before, ends), program.unknown, ends, takes_precedence)
     views = {v.index for e in equations if is_view(e, program.unknown) for v in e.outputs}
     kept = frozenset(v.index for v in (*ends, *program.parameters, *program.pinned))
     return Fusion(program.program, equations, program.unknown, kept - views)

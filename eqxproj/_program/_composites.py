@@ -12,7 +12,7 @@ pull apart. A composite is one constraint, which the local solver projects.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,9 @@ class Composite(Equation):
         return [env[v.index] for v in self.outputs]
 
 
-def _dominators(equations: Sequence[Equation], unknown: frozenset[int]) -> dict[int, int]:
+def _dominators(
+    equations: Sequence[Equation], unknown: frozenset[int], is_apart: Callable[[Equation], bool]
+) -> dict[int, int]:
     """For each unknown result its dominator, as far as light equations reach."""
     parent: dict[int, int] = {}
     depth: dict[int, int] = {}
@@ -58,7 +60,7 @@ def _dominators(equations: Sequence[Equation], unknown: frozenset[int]) -> dict[
         inputs = list(dict.fromkeys(v.index for v in equation.inputs if v.index in unknown))
         for index in inputs:
             depth.setdefault(index, 0)
-        if equation.name not in (ELEMENTWISE | VIEWS | _REDUCTIONS) or not inputs:
+        if equation.name not in (ELEMENTWISE | VIEWS | _REDUCTIONS) or not inputs or is_apart(equation):
             continue
         common: int | None = inputs[0]
         for index in inputs[1:]:
@@ -77,27 +79,39 @@ def _common(a: int | None, b: int | None, parent: Mapping[int, int], depth: Mapp
 
 
 def with_composites(
-    equations: Sequence[Equation], unknown: frozenset[int], ends: Sequence[Variable]
+    equations: Sequence[Equation],
+    unknown: frozenset[int],
+    ends: Sequence[Variable],
+    is_apart: Callable[[Equation], bool],
 ) -> tuple[Equation, ...]:
-    """Equations that compute the same `ends`, with those joined that make one composite."""
+    """Equations that compute the same `ends`, with those joined that make one composite.
+
+    `is_apart` tells which are never joined, such as operations with a rule that a user has registered.
+    """
     makers = {v.index: e for e in equations for v in e.outputs}
-    dominators = _dominators(equations, unknown)
+    dominators = _dominators(equations, unknown, is_apart)
     readers = Counter(index for e in equations for index in {v.index for v in e.inputs})
 
     def joined(equation: Equation) -> Equation:
         out, inputs = equation.outputs[0], {v.index for v in equation.inputs if v.index in unknown}
         if len(inputs) < 2 or equation.name not in ELEMENTWISE or out.index not in dominators or not out.is_float:
             return equation
-        start = _prepared(dominators[out.index], makers, readers, unknown)
+        start = _prepared(dominators[out.index], makers, readers, unknown, is_apart)
         return _joined(equation, start, equations, unknown) or equation
 
     return live([joined(e) for e in equations], ends)
 
 
-def _prepared(start: int, makers: Mapping[int, Equation], readers: Counter[int], unknown: frozenset[int]) -> int:
+def _prepared(
+    start: int,
+    makers: Mapping[int, Equation],
+    readers: Counter[int],
+    unknown: frozenset[int],
+    is_apart: Callable[[Equation], bool],
+) -> int:
     """The start of a composite, moved back through what prepares its reduction."""
     exponential, at = False, start
-    while at in makers and makers[at].name in _PREPARES:
+    while at in makers and makers[at].name in _PREPARES and not is_apart(makers[at]):
         inputs = [v for v in makers[at].inputs if v.index in unknown]
         if len(inputs) != 1 or not inputs[0].is_float or (readers[at] > 1 and at != start):
             break
