@@ -123,8 +123,8 @@ def _slopes(node: Node, shapes: dict[int, Any]) -> list[int]:
     """For each operand of a node the outputs with a derivative by it, as bits."""
     if node.function is None:
         return []
-    if node.rule is not None and node.rule.is_flat:
-        return [0] * len(node.edges)
+    if node.rule is not None and node.rule.has_slope is not None:
+        return [-1 if node.rule.has_slope else 0] * len(node.edges)
     operands = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in node.function.operands]
     return slopes_of(node.function, operands, {i: shapes[i] for i in node.function.known})
 

@@ -154,9 +154,9 @@ class AbstractRule(abc.ABC):
         return False
 
     @property
-    def is_flat(self) -> bool:
-        """Whether it is known that the derivative is zero wherever it is defined: the output moves by jumps alone."""
-        return False
+    def has_slope(self) -> bool | None:
+        """Whether there is a derivative by every operand (by none, if not); `None` where JAX is to be asked."""
+        return None
 
     @abc.abstractmethod
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> Sequence[Array]:

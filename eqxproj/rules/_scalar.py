@@ -197,8 +197,8 @@ class Scalar(AbstractRule):
         return self.special in ("round", "floor", "ceil") or (self.special is None and bool(self._jumps))
 
     @property
-    def is_flat(self) -> bool:
-        return self.pieces is not None and not any(self.pieces.slopes)
+    def has_slope(self) -> bool | None:
+        return None if self.pieces is None else any(self.pieces.slopes)
 
     @functools.cached_property
     def _bounds(self) -> Bounds | None:
