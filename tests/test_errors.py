@@ -203,6 +203,7 @@ BAD_OPTIONS = [
     *[(ValueError, "steps", v, ("train",)) for v in (0, -1, 2.5, True, "3", None)],
     *[(TypeError, "solver", v, ("train", "displacement")) for v in SOLVERS],
     *[(ValueError, "copies", v, tuple(CALLS)) for v in ("all", 3)],
+    *[(ValueError, "noise", v, tuple(CALLS)) for v in ("sometimes", None, True)],
     *[(ValueError, "data", v, ("problem",)) for v in ("variable", 3)],
     (ValueError, "method", "adam", ("train",)),
     *[(ValueError, "tau", v, tuple(CALLS)) for v in (0, 0.0, -1, np.nan, np.inf, True, "1")],

@@ -54,7 +54,8 @@ class Branch(AbstractRule):
 
             def back(start, duals, function=function):
                 outputs = lambda *values: [function(*values)[i] for i in shown]  # noqa: E731
-                return sweep(outputs, start, duals, ctx.is_parameter, ctx)
+                reached = [ctx.reached[i] for i in shown] if ctx.reached else ()
+                return sweep(outputs, start, duals, ctx.is_parameter, ctx, reached=reached)
 
             choices.append(back)
         return jax.lax.switch(jnp.asarray(index, jnp.int32), choices, list(inputs), [duals[i] for i in shown])

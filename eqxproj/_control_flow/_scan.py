@@ -21,6 +21,7 @@ from .._errors import Unsupported
 from .._problem._problem import FeasibilityProblem
 from .._program._equations import Equation
 from .._program._recurrence import Recurrence
+from .._program._slopes import slopes_of
 from ..rules._base import AbstractRule, Context
 from ._sweep import missing_in, problem_of, sweep
 
@@ -136,4 +137,25 @@ class _Walk:
         function, start, is_parameter = self.function(constants, carry, x, ctx)
         duals = [mu for mu, u in zip(of_carries, self.unknown[1], strict=True) if u]
         duals += [mu for mu in of_ys if jnp.issubdtype(mu.dtype, jnp.inexact)]
-        return self.unknown.split(sweep(function, start, duals, is_parameter, ctx, residuals))
+        reached = self._reached(function, start, ctx)
+        return self.unknown.split(sweep(function, start, duals, is_parameter, ctx, residuals, reached))
+
+    def _reached(self, function: Callable[..., list[Array]], start: Sequence[Array], ctx: Context) -> list[bool]:
+        """For each output of one time step, whether a gradient reaches it, at this or at a later step.
+
+        A carry is reached where the last one is, or where the next step leads from it to an output that is reached.
+        """
+        if ctx.noise != "unreached" or not ctx.reached:
+            return []
+        assert ctx.equation is not None
+        last, stacked = ctx.reached[: self.recurrence.carries], ctx.reached[self.recurrence.carries :]
+        shown = [v.is_float for v in ctx.equation.outputs[self.recurrence.carries :]]
+        carries = [r for r, u in zip(last, self.unknown[1], strict=True) if u]
+        ys = [r for r, is_float in zip(stacked, shown, strict=True) if is_float]
+        _, slopes, _ = self.unknown.split(slopes_of(lambda _, values: function(*values), start))
+        while True:
+            bits = sum(1 << i for i, is_reached in enumerate([*carries, *ys]) if is_reached)
+            more = [r or bool(through & bits) for r, through in zip(carries, slopes, strict=True)]
+            if more == carries:
+                return [*carries, *ys]
+            carries = more

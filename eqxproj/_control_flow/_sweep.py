@@ -37,16 +37,18 @@ def sweep(
     is_parameter: Sequence[bool],
     ctx: Context,
     residuals: Sequence[Array] = (),
+    reached: Sequence[bool] = (),
 ) -> list[Array]:
     """The dual of each input of a function, zero where no output depends on it.
 
     `duals` belong to the outputs, `is_parameter` says which inputs are parameters, `ctx` is the node whose function it
-    is (or part of it), and `residuals` are the function's products at these inputs, where they are known.
+    is (or part of it), and `residuals` are the function's products at these inputs, where they are known. `reached`
+    says for each output whether its dual is a gradient.
     """
     zeros = [jnp.zeros_like(x) for x in inputs]
     if not depends(function, inputs):
         return zeros
-    problem = problem_of(function, inputs, duals, is_parameter, ctx, residuals)
+    problem = problem_of(function, inputs, duals, is_parameter, ctx, residuals, reached)
     solver = CyclicProjections()
     state = solver.step(problem, solver.init(problem))
     shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
@@ -60,6 +62,7 @@ def problem_of(
     is_parameter: Sequence[bool],
     ctx: Context,
     residuals: Sequence[Array] = (),
+    reached: Sequence[bool] = (),
 ) -> FeasibilityProblem:
     """The problem that [`sweep`][] runs through, of the same arguments. The inputs are its parameters, in order."""
 
@@ -68,7 +71,18 @@ def problem_of(
         return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
 
     traced = trace(loss, list(inputs), (list(duals),), is_parameter=is_parameter)
-    problem = make_problem(traced, ctx.metric, ctx.copies, 1.0, "constant", False, _offset(ctx), residuals=residuals)  # pyright: ignore[reportArgumentType]
+    problem = make_problem(
+        traced,
+        ctx.metric,
+        ctx.copies,  # pyright: ignore[reportArgumentType]
+        1.0,
+        "constant",
+        False,
+        _offset(ctx),
+        residuals=residuals,
+        noise=ctx.noise,
+        sends=reached,
+    )
     return replace(problem, outer_unit=ctx.unit)
 
 

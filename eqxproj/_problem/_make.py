@@ -18,11 +18,13 @@ from jaxtyping import Array, PyTree
 
 from .._graph._build import build
 from .._graph._graph import Graph, Node, with_identities
+from .._graph._reach import reach_of
 from .._graph._weights import edge_logs, reader_logs
 from .._metric import Metric, check_metric
 from .._program._fragment import View, forward
 from .._program._primitives import ONE_TO_ONE
 from .._program._trace import Trace, trace
+from ..rules._base import Noise
 from ..rules._loss import integer_labels
 from ..rules._scalar import identity
 from ._problem import Copies, FeasibilityProblem
@@ -80,6 +82,14 @@ def check_copies(copies: str) -> None:
         raise ValueError(f'`copies` must be "neuron" or "none", got {copies!r}.')
 
 
+def check_noise(noise: str) -> None:
+    if noise not in ("unreached", "everywhere", "never"):
+        raise ValueError(
+            f'`noise` must be "unreached" (jumps answer under noise where no gradient reaches), "everywhere" or '
+            f'"never", got {noise!r}.'
+        )
+
+
 def check_tau(tau: Any) -> None:
     if isinstance(tau, bool) or not isinstance(tau, numbers.Real) or not 0 < float(tau) < float("inf"):
         raise ValueError(f"`tau` must be a positive finite number, the factor of one sample's loss; got {tau!r}.")
@@ -94,11 +104,14 @@ def make_problem(
     two_colors: bool,
     offset: float = 0.0,
     residuals: Sequence[Array] = (),
+    noise: Noise = "unreached",
+    sends: Sequence[bool] = (),
 ) -> FeasibilityProblem:
     """The problem of a traced loss; other arguments as for `feasibility_problem`.
 
     `offset` is the logarithm of the weight of the objective's own edges, `residuals` are results of products of the
-    forward pass that are known already.
+    forward pass that are known already. `sends` says for each argument whether the terms of the loss with this target
+    send a gradient back; all do by default.
     """
     graph = build(traced, data, not two_colors)
     if two_colors:
@@ -111,6 +124,8 @@ def make_problem(
     values = [jnp.asarray(env[v.index]) for v in graph.values]  # an identity node's output is its operand's variable
     is_given = [graph.nodes[producer].kind in ("parameter", "data") for producer in graph.producers]
     logs = edge_logs(graph, metric, offset)
+    arguments = traced.program.inputs[len(traced.parameters) :]
+    stopped = {v.index for v, is_sent in zip(arguments, sends, strict=False) if not is_sent}
     value, *rest = (env[v.index] for v in graph.program.outputs)
     return FeasibilityProblem(
         trace=traced,
@@ -126,6 +141,8 @@ def make_problem(
         tau=float(tau),
         log_weights=logs,
         projector=Projector(),
+        noise=noise,
+        reach=reach_of(graph, noise if metric.in_gradient_regime else "everywhere", stopped),
     )
 
 
@@ -153,6 +170,7 @@ def feasibility_problem(
     data: Literal["constant", "pinned"] = "constant",
     two_colors: bool = True,
     tau: float = RAW_TAU,
+    noise: Noise = "unreached",
     has_aux: bool = False,
     kwargs: Mapping[str, Any] | None = None,
 ) -> FeasibilityProblem:
@@ -171,6 +189,8 @@ def feasibility_problem(
         recurrence. Cyclic solvers do without: nothing is added, and a recurrence is one node.
     - `tau`: factor of one sample's loss in the prox of the objective. In the projection regime losses that are sets do
         not use it.
+    - `noise`: in the gradient regime, where operations with jumps (signs, roundings, positions of maxima) answer under
+        noise: `"unreached"`, for what no gradient reaches; `"everywhere"`, beside the gradient too; or `"never"`.
     - `has_aux`: whether the loss returns `(value, auxiliary)`.
     - `kwargs`: keyword arguments of the loss.
 
@@ -183,10 +203,11 @@ def feasibility_problem(
     """
     check_copies(copies)
     check_tau(tau)
+    check_noise(noise)
     metric = Metric() if metric is None else metric
     check_metric(metric)
     traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-    problem = make_problem(traced, metric, copies, tau, data, two_colors)
+    problem = make_problem(traced, metric, copies, tau, data, two_colors, noise=noise)
     check_labels(problem, args)
     return problem
 

@@ -13,8 +13,10 @@ import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
 from .._graph._graph import Graph, table
+from .._graph._reach import Reach, answers_freely, reach_of
 from .._metric import Metric, clamped
 from .._program._trace import Trace
+from ..rules._base import Noise
 from ._state import State
 
 Copies = Literal["neuron", "none"]
@@ -43,6 +45,7 @@ class FeasibilityProblem(eqx.Module):
     - `forward`: the values of the nodes' outputs on the forward pass. `value`: the loss there.
     - `copy_counts`: for each value how many copies of it its consumers own, those of the heaviest counting as one.
     - `log_weights`: the logarithm of the weight of each edge.
+    - `noise`: where operations with jumps answer under noise. `reach`: where gradients and these answers go.
     - `outer_unit`: the unit of the duals, where the problem is part of another.
     """
 
@@ -59,6 +62,8 @@ class FeasibilityProblem(eqx.Module):
     tau: float = eqx.field(static=True)
     log_weights: tuple[float, ...] = eqx.field(static=True)
     projector: AbstractProjector = eqx.field(static=True)
+    noise: Noise = eqx.field(static=True)
+    reach: Reach = eqx.field(static=True)
     outer_unit: float | None = eqx.field(static=True, default=None)
 
     def project(self, state: State, nodes: Sequence[int]) -> State:
@@ -112,7 +117,8 @@ class FeasibilityProblem(eqx.Module):
         **Returns:**
 
         Operation, rule, shapes of the operands and outputs, color, and the source line in the model. After the table
-        stands which nodes go through the local solver, and how many parameters the loss does not depend on.
+        stands which nodes go through the local solver, which jumps answer under noise in the gradient regime, and how
+        many parameters the loss does not depend on.
         """
         graph = self.graph
         rows = [["node", "operation", "rule", "shapes", "color", "source"]]
@@ -127,6 +133,20 @@ class FeasibilityProblem(eqx.Module):
         lines = [table(rows), ""]
         if local:
             lines.append(f"Through the generic local solver (derivatives of the node alone): nodes {local}.")
+        lines += self._explain_jumps()
         if unused:
             lines.append(f"Parameters that the loss does not depend on: {', '.join(unused)}.")
         return "\n".join([*lines, "Operations without a rule: none."])
+
+    def _explain_jumps(self) -> list[str]:
+        """What the nodes with jumps answer in the gradient regime, whatever the metric is."""
+        edges = reach_of(self.graph, self.noise).edges
+        jumps = [i for i, node in enumerate(self.graph.nodes) if answers_freely(node)]
+        noisy = [i for i in jumps if any(edges[e] for e in self.graph.nodes[i].edges)]
+        plain = [i for i in jumps if i not in noisy]
+        lines = []
+        if noisy:
+            lines.append(f"Jumps that answer under noise in the gradient regime: nodes {noisy}.")
+        if plain:
+            lines.append(f"Jumps that answer by their derivative alone in the gradient regime: nodes {plain}.")
+        return lines

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._metric import clamped_output
-from ..rules._base import as_duals, outputs_after
+from ..rules._base import AbstractRule, Context, as_duals, outputs_after
 from ._problem import AbstractProjector, FeasibilityProblem
 from ._readers import collapsed, context, operand, output_weight, shown_marks, value_of
 from ._state import State
@@ -48,9 +48,12 @@ class Projector(AbstractProjector):
         found: dict[int, list[Array]] = {}
         for edge in dict.fromkeys(e for v in values for e in problem.graph.readers[v]):
             spec, dual = problem.graph.edges[edge], collapsed(problem, state, edge)
-            if dual is not None:
-                for value, part in zip(spec.sources, spec.view.transpose(problem.known, dual), strict=True):
-                    found.setdefault(value, []).append(part)
+            counts = [problem.reach.counts(edge, value) for value in spec.sources]
+            if dual is not None and any(counts):
+                parts = spec.view.transpose(problem.known, dual)
+                for value, part, is_counted in zip(spec.sources, parts, counts, strict=True):
+                    if is_counted:
+                        found.setdefault(value, []).append(part)
         return {v: sum(parts[1:], start=parts[0]) if (parts := found.get(v)) else None for v in values}
 
     def residual(self, problem: FeasibilityProblem, value: int, written: Array, output: Array) -> Array:
@@ -89,9 +92,36 @@ class Projector(AbstractProjector):
                 scale, count = output_weight(problem, value)
                 gap = self.residual(problem, value, written[i], outputs[i])
                 duals[i] = duals[i] + gap * jnp.asarray(count * clamped_output(scale), written[i].dtype)
-        found = (node.rule.pullback if gradient_regime else node.rule.project)(ctx, inputs, duals)
+        found = (
+            _pulled_back(problem, number, node.rule, ctx, inputs, duals)
+            if gradient_regime
+            else node.rule.project(ctx, inputs, duals)
+        )
         stays = keeps or not node.outputs
         return as_duals(found), written if stays else outputs_after(node.rule, ctx, inputs, outputs, found)
+
+
+def _pulled_back(
+    problem: FeasibilityProblem,
+    number: int,
+    rule: AbstractRule,
+    ctx: Context,
+    inputs: Sequence[Array],
+    duals: Sequence[Array],
+) -> list[Array]:
+    """The duals of a node's operands in the gradient regime.
+
+    Operands that take answers under noise are answered with all duals, the others by the gradient alone.
+    """
+    heard = [problem.reach.edges[e] for e in problem.graph.nodes[number].edges]
+    if all(heard) and heard:
+        return list(rule.pullback(ctx, inputs, duals))
+    gradients = [mu if is_reached else jnp.zeros_like(mu) for mu, is_reached in zip(duals, ctx.reached, strict=True)]
+    plain = list(rule.pullback(replace(ctx, noise="never"), inputs, gradients))
+    if not any(heard):
+        return plain
+    noisy = rule.pullback(ctx, inputs, duals)
+    return [n if is_heard else p for n, p, is_heard in zip(noisy, plain, heard, strict=True)]
 
 
 def _unmoved(problem: FeasibilityProblem, state: State, node: int) -> bool:

@@ -105,6 +105,7 @@ class Displacement(AbstractDirection):
             copies=self.options.copies,
             metric=self.options.metric,
             tau=DEFAULT_TAU if self.options.tau is None else self.options.tau,
+            noise=self.options.noise,
             has_aux=self.has_aux,
             kwargs=key_argument(self.loss, jax.random.key(0)),
         )

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._metric import Metric, check_metric
-from .._problem._make import RAW_TAU, check_copies, check_tau, make_problem
+from .._problem._make import RAW_TAU, check_copies, check_noise, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
 from .._problem._state import State, iterate
 from .._program._canonical import canonicalised
 from .._program._trace import Trace, trace
+from ..rules._base import Noise
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
@@ -56,6 +57,7 @@ class Options:
     metric: Metric
     copies: Copies
     tau: float | None
+    noise: Noise
 
     def problem(self, traced: Trace) -> FeasibilityProblem:
         """The problem of a traced loss, whose tau by default is small in the gradient regime, except in float16."""
@@ -64,7 +66,9 @@ class Options:
             variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
             small = self.metric.in_gradient_regime and not any(v.dtype == jnp.float16 for v in variables)
             tau = DEFAULT_TAU if small else LARGE_TAU
-        return make_problem(traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors)
+        return make_problem(
+            traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors, noise=self.noise
+        )
 
 
 def checked_options(
@@ -73,6 +77,7 @@ def checked_options(
     metric: Metric | None,
     copies: Copies | None,
     tau: float | None,
+    noise: Noise,
     steps_name: str = "steps",
 ) -> Options:
     """Options from those of a user, checked. `None` means the default; `steps_name` is the user's name of `steps`."""
@@ -83,9 +88,10 @@ def checked_options(
     check_positive(steps_name, steps)
     check_metric(metric)
     check_copies(copies)
+    check_noise(noise)
     if tau is not None:
         check_tau(tau)
-    return Options(solver, steps, metric, copies, tau)
+    return Options(solver, steps, metric, copies, tau, noise)
 
 
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
@@ -113,6 +119,7 @@ def filter_value_and_displacement(
     metric: Metric | None = None,
     copies: Copies = "neuron",
     tau: float | None = None,
+    noise: Noise = "unreached",
     steps: int = 1,
     raw: bool = False,
     has_aux: bool = False,
@@ -128,6 +135,8 @@ def filter_value_and_displacement(
     - `copies`: `"neuron"` or `"none"`, see [`feasibility_problem`][].
     - `tau`: factor of one sample's loss in the prox of the objective. By default 1e-6 in the gradient regime (a metric
         with a grade of 100 or more), 0.01 outside of it and for a loss that computes in float16; with `raw` 0.1.
+    - `noise`: where operations with jumps answer under noise: `"unreached"`, for what no gradient reaches, so that all
+        else gets its gradient; `"everywhere"`, beside the gradient too; or `"never"`.
     - `raw`: return $x - P(x)$ itself, unscaled: `optax.sgd(1.0)` then replaces x by P(x).
     - `has_aux`: as in `equinox.filter_value_and_grad`.
 
@@ -140,7 +149,7 @@ def filter_value_and_displacement(
     """
     if raw:
         metric, tau = Metric() if metric is None else metric, RAW_TAU if tau is None else tau
-    chosen = checked_options(solver, steps, metric, copies, tau)
+    chosen = checked_options(solver, steps, metric, copies, tau, noise)
 
     @eqx.filter_jit
     def compute(version: Hashable, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):

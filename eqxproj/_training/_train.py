@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from .._metric import Metric
 from .._problem._problem import Copies
+from ..rules._base import Noise
 from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive
 from ._constraints import Constraint, check_constraints, constrained
@@ -58,6 +59,7 @@ def train(
     metric: Metric | None = None,
     copies: Copies | None = None,
     tau: float | None = None,
+    noise: Noise = "unreached",
     solver_steps: int = 1,
     precondition: bool | None = None,
     method: Literal["projection", "gradient"] = "projection",
@@ -82,7 +84,7 @@ def train(
         default.
     - `optimizer`: any optax transformation of the displacements; by default Adam, its rate rising to 3e-3 at first and
         falling with a cosine to a hundredth of that over the last four tenths of the `steps`.
-    - `metric`, `copies`, `tau`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
+    - `metric`, `copies`, `tau`, `noise`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
         [`filter_value_and_displacement`][].
     - `precondition`: whether the steps of layers are measured by how much they change the layers' outputs, given the
         mean, deviation and number of their inputs: the origin and unit of the inputs then make no difference. By
@@ -112,7 +114,7 @@ def train(
     evaluation = _evaluation(eval_data, evaluate, eval_every, value_alone(loss, has_aux), int(steps))
     check_model(model)
     check_constraints(model, constraints)
-    options = checked_options(solver, solver_steps, metric, copies, tau, "solver_steps")
+    options = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps")
     excluded = constrained(model, constraints) if _check_precondition(precondition, optimizer, method) else None
     displacement = Displacement(loss, has_aux, options, excluded)
     direction = displacement if method == "projection" else Gradient(loss, has_aux)

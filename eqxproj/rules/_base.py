@@ -19,7 +19,7 @@ import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from .._program._equations import Equation
 
 Scale = float | Array | np.ndarray
 """A weight: one number, or one an element."""
+Noise = Literal["unreached", "everywhere", "never"]
+"""Where operations with jumps answer under noise: where no gradient reaches, wherever they are, or nowhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,8 @@ class Context:
     - `metric`: of the problem, for rules that make a problem of their own.
     - `unit`: what divides a dual to give it the size of a gradient of the loss.
     - `residuals_hold`: whether the operands are those of the forward pass, so that its residuals can be used.
+    - `noise`: for a pullback, whether jumps answer under noise; with `"never"` by the derivative, as JAX defines it.
+    - `reached`: for each output, whether its dual is a gradient. A node that is a program needs it.
     """
 
     function: Callable[..., list[Array]]
@@ -68,6 +72,8 @@ class Context:
     metric: Metric = Metric()
     unit: float = 1.0
     residuals_hold: bool = False
+    noise: Noise = "everywhere"
+    reached: tuple[bool, ...] = ()
 
     @classmethod
     def plain(cls, unknown: Sequence[bool] = ()) -> Context:
@@ -146,6 +152,11 @@ class AbstractRule(abc.ABC):
     def is_discontinuous(self) -> bool:
         """Whether the output may jump where an operand hardly moves."""
         return False
+
+    @property
+    def has_slope(self) -> bool | None:
+        """Whether there is a derivative by every operand (by none, if not); `None` where JAX is to be asked."""
+        return None
 
     @abc.abstractmethod
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> Sequence[Array]:

@@ -36,6 +36,10 @@ class Bilinear(AbstractRule):
 
     label: ClassVar[str] = "bilinear"
 
+    @property
+    def has_slope(self) -> bool:
+        return True
+
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
         return equation.name != "mul" or all(unknown)
 

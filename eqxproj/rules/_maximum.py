@@ -80,6 +80,10 @@ class Maximum(AbstractRule):
 
     label: ClassVar[str] = "maximum"
 
+    @property
+    def has_slope(self) -> bool:
+        return True
+
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
         return all(unknown)
 

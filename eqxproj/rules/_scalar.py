@@ -158,6 +158,8 @@ class Scalar(AbstractRule):
 
     def _slope(self, ctx: Context, s0: Array) -> Array:
         r"""The slope of $\phi$, or where $\phi$ jumps, the slope of its expectation under noise."""
+        if ctx.noise == "never":
+            return self._plain_slope(ctx, s0)
         if self.special in ("round", "floor", "ceil"):
             return jnp.ones_like(s0)
         if self.pieces is not None and self.pieces.has_jumps:
@@ -194,6 +196,10 @@ class Scalar(AbstractRule):
             return self.pieces.has_jumps
         return self.special in ("round", "floor", "ceil") or (self.special is None and bool(self._jumps))
 
+    @property
+    def has_slope(self) -> bool | None:
+        return None if self.pieces is None else any(self.pieces.slopes)
+
     @functools.cached_property
     def _bounds(self) -> Bounds | None:
         """Of a function that reads known arrays nothing is known."""
@@ -205,14 +211,14 @@ class Scalar(AbstractRule):
     @functools.cached_property
     def _jumps(self) -> tuple[float, ...]:
         """Where a function of known numbers has jumps. Of one that reads known arrays that is not found out."""
-        may = any(e.name in _MAY_JUMP for e in self.phi.equations) and self.phi.known <= self.static.keys()
+        may = any(e.name in MAY_JUMP for e in self.phi.equations) and self.phi.known <= self.static.keys()
         if not may:
             return ()
         operand = self.phi.operands[0]
         return jumps_of(self.phi.of_one(self.static, operand.shape), operand.shape, operand.dtype)
 
 
-_MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
+MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
 
 
 def relu_dual(s0: Array, dual: Array, kappa: Array, sigma: Array, q: Array) -> Array:

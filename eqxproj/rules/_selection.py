@@ -61,7 +61,8 @@ class Selection(AbstractRule):
         return self.label if self.chosen else "local solver, position of the forward pass"
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        return self._with_scores(ctx, inputs, duals, transposed(self, ctx, inputs, duals), _expected)
+        input_duals = transposed(self, ctx, inputs, duals)
+        return input_duals if ctx.noise == "never" else self._with_scores(ctx, inputs, duals, input_duals, _expected)
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         return self._with_scores(ctx, inputs, duals, nearest_locally(ctx, inputs, duals), _nearest)

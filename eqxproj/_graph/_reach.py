@@ -1,0 +1,144 @@
+"""Where a gradient reaches, and where operations with jumps answer under noise instead.
+
+Transforms a graph into a [`Reach`][]. A value is *reached* when a way of derivatives leads from it to the objective. An
+edge *carries* a gradient where its consumer has a derivative by that operand in an output that is reached. What is
+reached takes the duals of such edges alone, so that its dual is the gradient; what is not takes all that come. Limits:
+this is structure, seen once and for all: a derivative that happens to be zero reaches too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from .._program._slopes import slopes_of
+from ..rules._base import Noise
+from ..rules._local import FLAT
+from ..rules._registry import is_registered
+from ..rules._scalar import MAY_JUMP
+from ..rules._selection import POSITIONS
+from ._fusion import takes_precedence
+from ._graph import Graph, Node
+
+_JUMPS = frozenset((*FLAT, *POSITIONS, *MAY_JUMP, "custom_projection"))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What gradients and answers under noise do on a graph.
+
+    - `carries`: for each edge, whether it carries a gradient. `reached`: for each value, whether a gradient reaches it.
+    - `noisy`: for each value, whether it takes answers under noise.
+    - `edges`: for each edge, whether its consumer answers it under noise.
+    """
+
+    carries: tuple[bool, ...]
+    reached: tuple[bool, ...]
+    noisy: tuple[bool, ...]
+    edges: tuple[bool, ...]
+
+    def counts(self, edge: int, value: int) -> bool:
+        """Whether a value takes the dual of an edge that shows it."""
+        return self.carries[edge] or self.noisy[value]
+
+
+def reach_of(graph: Graph, noise: Noise, stopped: Collection[int] = ()) -> Reach:
+    """The reach of a graph's gradients. Terms of the objective whose targets are `stopped` variables send none."""
+    edges, values = len(graph.edges), len(graph.values)
+    if noise == "everywhere":
+        return Reach((False,) * edges, (False,) * values, (True,) * values, (True,) * edges)
+    if noise == "never" or not any(map(answers_freely, graph.nodes)):
+        return Reach((True,) * edges, (True,) * values, (False,) * values, (False,) * edges)
+    carries, reached = _gradients(graph, frozenset(stopped))
+    noisy = _noisy(graph, reached)
+    heard = [not c and any(noisy[v] for v in e.sources) for c, e in zip(carries, graph.edges, strict=True)]
+    return Reach(tuple(carries), tuple(reached), tuple(noisy), tuple(heard))
+
+
+def answers_freely(node: Node) -> bool:
+    """Whether a node may answer otherwise than by its derivative: it jumps, or its rule or part of it is a user's."""
+    if node.rule is None or node.kind == "objective":
+        return False
+    if node.rule.is_discontinuous or (node.equation is not None and takes_precedence(node.equation)):
+        return True
+    programs = () if node.equation is None else _programs(node.equation.params)
+    return any(name in _JUMPS or is_registered(name) for program in programs for name in _names(program))
+
+
+def _programs(params: Any) -> Iterator[Jaxpr]:
+    """The programs among the parameters of an operation."""
+    for value in params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, (ClosedJaxpr, Jaxpr)):
+                yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
+
+
+def _names(program: Jaxpr) -> Iterator[str]:
+    """The operations of a program, and of those in it."""
+    for equation in program.eqns:
+        yield equation.primitive.name
+        for inner in _programs(equation.params):
+            yield from _names(inner)
+
+
+def _gradients(graph: Graph, stopped: frozenset[int]) -> tuple[list[bool], list[bool]]:
+    """Which edges carry a gradient, and which values it reaches: the least that agree with each other."""
+    shapes = _shapes(graph)
+    slopes = [_slopes(node, shapes) for node in graph.nodes]
+    carries, reached = [False] * len(graph.edges), [False] * len(graph.values)
+    is_new = True
+    while is_new:  # once from the objective back, and once more for each way back through time
+        is_new = False
+        for number in reversed(graph.forward_order):
+            node = graph.nodes[number]
+            ends = _sends(node, stopped) if node.kind == "objective" else [reached[v] for v in node.outputs]
+            bits = sum(1 << i for i, is_reached in enumerate(ends) if is_reached)
+            for edge, through in zip(node.edges, slopes[number], strict=True):
+                if through & bits and not carries[edge]:
+                    carries[edge] = is_new = True
+                    for value in graph.edges[edge].sources:
+                        reached[value] = True
+    return carries, reached
+
+
+def _sends(node: Node, stopped: frozenset[int]) -> list[bool]:
+    """Which terms of an objective send a gradient back."""
+    assert node.function is not None
+    reads = () if node.equation is None else node.equation.inputs
+    return [not any(v.index in stopped for v in reads)] * len(node.function.outputs)
+
+
+def _shapes(graph: Graph) -> dict[int, Any]:
+    """The shape of each variable of the program."""
+    program = graph.program
+    variables = [*program.inputs, *(v for e in program.equations for v in (*e.inputs, *e.outputs))]
+    return {v.index: jax.ShapeDtypeStruct(v.shape, v.dtype) for v in variables}
+
+
+def _slopes(node: Node, shapes: dict[int, Any]) -> list[int]:
+    """For each operand of a node the outputs with a derivative by it, as bits."""
+    if node.function is None:
+        return []
+    if node.rule is not None and node.rule.has_slope is not None:
+        return [-1 if node.rule.has_slope else 0] * len(node.edges)
+    operands = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in node.function.operands]
+    return slopes_of(node.function, operands, {i: shapes[i] for i in node.function.known})
+
+
+def _noisy(graph: Graph, reached: list[bool]) -> list[bool]:
+    """The values that no gradient reaches, and that depend on such a parameter: elsewhere no answer is needed."""
+    noisy = [False] * len(graph.values)
+    is_new = True
+    while is_new:
+        is_new = False
+        for number in graph.forward_order:
+            node = graph.nodes[number]
+            wants = node.kind == "parameter" or any(noisy[v] for e in node.edges for v in graph.edges[e].sources)
+            for value in node.outputs if wants else ():
+                if not reached[value] and not noisy[value]:
+                    noisy[value] = is_new = True
+    return noisy
