@@ -10,6 +10,7 @@ In the normal form,
 - implicit broadcasting of elementwise operations is a `broadcast_in_dim`;
 - a short `scan` of elementwise operations over constants, as in JAX's special functions, is unrolled, so that such a
   function is elementwise throughout;
+- a `scan` or `cond` of complex numbers is one of their real and imaginary parts;
 - a product that is only read transposed, as `vmap` of a matrix times a vector leaves it, is computed transposed;
 - dead code is dropped, but for side effects.
 """
@@ -28,6 +29,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
+from ._complex import in_pairs
 from ._effects import acts
 from ._equations import Equation, Fresh, Program, Variable, live
 from ._primitives import ELEMENTWISE, OWN_DERIVATIVE, VIEWS
@@ -47,6 +49,7 @@ class _Builder:
     def __init__(self) -> None:
         self.equations: list[Equation] = []
         self.fresh = Fresh()
+        self.parts: dict[int, tuple[Variable, ...]] = {}  # the real and the imaginary part of what is made of them
 
     def _literal(self, literal: Any) -> Variable:
         variable = self.fresh.constant(np.asarray(literal.val, literal.aval.dtype))
@@ -58,6 +61,8 @@ class _Builder:
         outputs = tuple(self.fresh.variable(aval.shape, aval.dtype) for aval in avals)
         self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source, acts=acts(effects)))
         static = self.fresh.static
+        if primitive.name == "complex":
+            self.parts[outputs[0].index] = tuple(inputs)
         if primitive.name in _KEEPS_NUMBERS and inputs[0].index in static:
             value = static[inputs[0].index] * (-1 if primitive.name == "neg" else 1)
             kind = np.dtype(outputs[0].dtype).kind if hasattr(outputs[0].dtype, "kind") else "f"
@@ -92,6 +97,12 @@ class _Builder:
             return operands
         if inner is not None:
             return self.walk(inner[0], inner[1], operands, source)
+        if name in ("real", "imag") and operands[0].index in self.parts:
+            return [self.parts[operands[0].index][name == "imag"]]
+        if name in ("scan", "cond"):
+            real = in_pairs(equation, scan_counts(equation.params) if name == "scan" else None)
+            if real is not None:
+                return self.walk(real.jaxpr, real.consts, operands, source)
         polynomial = self._polynomial(equation, operands, source) if name == "scan" else None
         if polynomial is not None:
             return polynomial

@@ -94,7 +94,12 @@ def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> Stat
 
 
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:
-    """The displacement of every parameter, as a pytree like the model."""
+    """The displacement of every parameter, as a pytree like the model.
+
+    Of a complex parameter it is, as JAX has it for gradients, the conjugate of what lowers the loss if it is taken off.
+    A `raw` one is taken off as it is.
+    """
+    conjugate = () if raw else problem.trace.imaginary
 
     def leaf(start: Array, value: int | None) -> Array:
         if value is None or (shift := state.shifts[value]) is None:
@@ -103,7 +108,8 @@ def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyT
         assert moved is not None
         return -moved.astype(start.dtype)
 
-    return problem.trace.tree(list(map(leaf, problem.trace.parameters, problem.graph.parameters)))
+    parts = map(leaf, problem.trace.parameters, problem.graph.parameters)
+    return problem.trace.tree([-x if i in conjugate else x for i, x in enumerate(parts)])
 
 
 def filter_value_and_displacement(

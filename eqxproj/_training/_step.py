@@ -58,7 +58,7 @@ class Step(eqx.Module):
         """The next state, and the loss of this minibatch; `number` is that of the step, from 0."""
         model = apply_constraints(self._combined(state.parameters), self.before)
         value, moved, coordinates = self.direction(model, batch, key)
-        moved = cast(moved, state.parameters)
+        moved = jtu.tree_map(jnp.conj, cast(moved, state.parameters))  # as JAX has gradients of complex parameters
         moved = moved if coordinates is None else coordinates.centered(moved)
         updates, optimizer = self.optimizer.update(moved, state.optimizer, state.parameters, value=value)
         updates = updates if coordinates is None else coordinates.applied(updates)
