@@ -8,6 +8,7 @@ is no argument's array is part of the trace (Python numbers, functions, integer 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,6 +86,12 @@ def _check_value(value: Any) -> None:
 
 
 def _check_parameters(model: PyTree, parameters: Sequence[Array]) -> None:
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(model, nnx.Module):  # its running statistics would be trained
+        raise TypeError(
+            f"`model` must be a pytree here, but it is {type(model).__name__}, an nnx module. Convert it with "
+            "`eqxproj.flax.from_nnx(model)`; `train` and the displacements take it as it is."
+        )
     if not parameters:
         raise ValueError(
             f"`model` holds no floating-point array, but got {type(model).__name__}: there is nothing to train. Pass "
