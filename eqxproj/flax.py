@@ -1,7 +1,7 @@
 """Flax models, of linen and of nnx, as callable Equinox modules that train like any other model.
 
 `from_linen` and `from_nnx` transform a Flax model into a pytree whose only inexact arrays are its parameters: the
-collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the module.
+collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the module. `train` and the displacements also take an nnx module as it is.
 
 All other arrays (running statistics, caches, PRNG states) are held as the bits of their numbers, in unsigned integers,
 so that nothing that asks `equinox.is_inexact_array` takes them for parameters. Numpy arrays and static fields would not
@@ -13,7 +13,8 @@ of a loss, and new running statistics with it; see `LinenModel` for how to carry
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools as ft
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,11 @@ def _freeze(tree: Any) -> Any:
 
 def _thaw(tree: Any) -> Any:
     """The inverse of `_freeze`."""
-    return jtu.tree_map(
-        lambda x: x.value if isinstance(x, _Frozen) else x, tree, is_leaf=lambda x: isinstance(x, _Frozen)
-    )
+    return jtu.tree_map(lambda x: x.value if _is_frozen(x) else x, tree, is_leaf=_is_frozen)
+
+
+def _is_frozen(x: Any) -> bool:
+    return isinstance(x, _Frozen)
 
 
 def _trainable(tree: Any) -> Any:
@@ -326,6 +329,63 @@ def from_nnx(module: Any) -> NNXModel:
             f"`module` must have variables of type `nnx.Param` to train, but {type(module).__name__} has none."
         )
     return NNXModel(_trainable(params), _freeze(rest), graphdef)
+
+
+class ModuleLoss:
+    """A loss of an nnx module as one of an [`NNXModel`][], which also returns the variables that the call has changed.
+
+    Its auxiliary output is `(the auxiliary output of the loss or None, the variables that are no parameters)`.
+    """
+
+    def __init__(self, loss: Callable[..., Any], has_aux: bool):
+        self._loss, self._has_aux = loss, has_aux
+        ft.update_wrapper(self, loss)
+
+    def __call__(self, model: NNXModel, *args: Any, **kwargs: Any) -> Any:
+        module = model.to_nnx()
+        out = self._loss(module, *args, **kwargs)
+        value, auxiliary = out if self._has_aux and isinstance(out, tuple) and len(out) == 2 else (out, None)
+        return value, (auxiliary, _common(_parts(module)[2], _thaw(model._rest)))
+
+    def updated(self, model: NNXModel, auxiliary: Any) -> NNXModel:
+        """The model after a call, given the auxiliary output of that call."""
+        return model.with_updates(auxiliary[1])
+
+
+def _common(new: Any, old: Any) -> Any:
+    """The entries of a nested dictionary that another one has too: what a call adds, such as `sow`, is left out."""
+    if not isinstance(old, Mapping):
+        return new
+    return {name: _common(new[name], old[name]) for name in old}
+
+
+def of_module(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of an nnx module, such as a measure of accuracy, as one of an [`NNXModel`][]."""
+    return ft.wraps(function)(lambda model, *args, **kwargs: function(model.to_nnx(), *args, **kwargs))
+
+
+def picked(where: Any) -> Any:
+    """A function that picks variables of an nnx module as one that picks their arrays of an [`NNXModel`][]."""
+
+    def arrays(model: NNXModel) -> Any:
+        rest = jtu.tree_map(lambda x: x.bits if _is_frozen(x) else x, model._rest, is_leaf=_is_frozen)
+        found = where(nnx.merge(model._graphdef, model.params, rest))  # its leaves need be no arrays
+        return jtu.tree_map(lambda x: x.get_raw_value() if _is_variable(x) else x, found, is_leaf=_is_variable)
+
+    return arrays if callable(where) else where
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def written_back(module: nnx.Module, moved: NNXModel, rest: Any) -> nnx.State:
+    """Writes the variables that are no parameters into a module, and returns displacements as `nnx.grad` does."""
+    params, others = (jtu.tree_map(lambda x: x, part) for part in nnx.split(module, nnx.Param, ...)[1:])
+    nnx.replace_by_pure_dict(others, rest)
+    nnx.update(module, others)
+    nnx.replace_by_pure_dict(params, moved.params)
+    return params
 
 
 def _check_nnx(module: Any) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
+
 from .._errors import Unsupported, UnsupportedPrimitiveError
 from .._program._composites import with_composites
+from .._program._effects import check_derivative
 from .._program._equations import Variable, dependents, live
 from .._program._trace import Trace
 from ._fusion import Fusion, is_view, takes_precedence
@@ -32,6 +35,15 @@ def check_dependence(trace: Trace) -> None:
         )
 
 
+def _check_effects(program: LiveProgram) -> None:
+    """Raises JAX's own error for side effects of unknowns that it refuses under a gradient."""
+    unknown = dependents(program.program.equations, program.parameters)
+    for equation in program.program.equations:
+        if equation.acts:
+            shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs]
+            check_derivative(equation.bind, equation.params, shapes, [v.index in unknown for v in equation.inputs])
+
+
 def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph:
     """Builds the factor graph of a traced loss, which is not two-colored yet.
 
@@ -43,6 +55,7 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph
         raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
     check_dependence(trace)
     program = live_program(trace, data == "pinned", in_order)
+    _check_effects(program)
     objective = split_objective(program)
     if data == "pinned":
         program = pin(program, objective)
@@ -73,7 +86,7 @@ def _fused(program: LiveProgram, objective: Objective) -> Fusion:
     equations = with_composites(live(before, ends), program.unknown, ends, takes_precedence)
     views = {v.index for e in equations if is_view(e, program.unknown) for v in e.outputs}
     kept = frozenset(v.index for v in (*ends, *program.parameters, *program.pinned))
-    return Fusion(program.program, equations, program.unknown, kept - views)
+    return Fusion(program.program, equations, program.unknown, kept - views, ends)
 
 
 class _Builder:

@@ -87,5 +87,5 @@ def _alive(program: Program, delayed: Mapping[int, Delayed]) -> tuple[tuple[Equa
         shown = [v for i in delayed if i in reads for e in delayed[i].equations for v in e.inputs]
         more = tuple(dict.fromkeys(v for v in shown if v.index not in made))
         if len(more) == len(fed):
-            return equations, fed
+            return tuple(e.silent() for e in equations), fed
         fed = more

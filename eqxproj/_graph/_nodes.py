@@ -69,9 +69,10 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     rule = RULES.get(equation.name)
     if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
         return _opened(equation, fusion)
-    function = _with_separate_operands(operands, equation)
-    node = Node("operation", equation.name, equation.source, rule, function, equation=equation, unknown=unknown)
-    return Draft(node, operands, equation.outputs, tuple(rule.missing(equation, unknown)))
+    outputs = tuple(v for v in equation.outputs if fusion.is_read(v) or not rule.answers_for_some)
+    function, read = _with_separate_operands(operands, equation, outputs), tuple(v in outputs for v in equation.outputs)
+    node = Node("operation", equation.name, equation.source, rule, function, (), (), equation, unknown, read)
+    return Draft(node, operands, outputs, tuple(rule.missing(equation, unknown)))
 
 
 def _opened(equation: Equation, fusion: Fusion) -> Draft:
@@ -88,7 +89,7 @@ def _opened(equation: Equation, fusion: Fusion) -> Draft:
         else:
             stack.extend(fusion.inputs(fusion.makers[v.index])[::-1])
     operands = tuple(leaves)
-    outputs = tuple(v for v in equation.outputs if v.is_float)
+    outputs = tuple(v for v in equation.outputs if fusion.is_read(v))
     equations = fusion.between(operands, *outputs)
     function = Fragment(equations, operands, outputs)
     solvable = outputs and all(v.is_float for v in operands) and is_differentiable(function, fusion.program)
@@ -106,11 +107,13 @@ def _joined(equations: Iterable[Equation]) -> str:
     return "+".join(dict.fromkeys(e.name for e in equations))
 
 
-def _with_separate_operands(operands: tuple[Variable, ...], equation: Equation) -> Fragment:
+def _with_separate_operands(
+    operands: tuple[Variable, ...], equation: Equation, outputs: tuple[Variable, ...]
+) -> Fragment:
     """A fragment whose operands are separate slots even where one variable fills two of them (`w * w`)."""
     if len(set(operands)) == len(operands):
-        return Fragment((equation,), operands, equation.outputs)
+        return Fragment((equation,), operands, outputs)
     slots = tuple(Variable(-1 - i, v.shape, v.dtype) for i, v in enumerate(operands))
     rest = iter(slots)
     inputs = tuple(next(rest) if v in operands else v for v in equation.inputs)
-    return Fragment((replace(equation, inputs=inputs),), slots, equation.outputs)
+    return Fragment((replace(equation, inputs=inputs),), slots, outputs)

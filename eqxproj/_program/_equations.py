@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 
+from ._effects import silenced
+
 
 @dataclass(frozen=True)
 class Variable:
@@ -46,10 +48,16 @@ class Equation:
     source: str
     residuals: tuple[Variable, ...] = field(default=(), kw_only=True)
     """What `bind` returns after the outputs. Only the rule reads it, on the way back; no equation does."""
+    acts: bool = field(default=False, kw_only=True)
+    """Whether it has side effects, for which it is kept though nothing may read its outputs."""
 
     @property
     def name(self) -> str:
         return self.primitive.name
+
+    def silent(self) -> Equation:
+        """The same without side effects, as it is evaluated on the way back."""
+        return replace(self, params=silenced(self.params), acts=False) if self.acts else self
 
     def bind(self, *operands: Any) -> list[Any]:
         """Applies the primitive to values; always returns a list."""
@@ -74,11 +82,11 @@ class Program:
     static: Mapping[int, float]
 
 
-def live(equations: Sequence[Equation], wanted: Sequence[Variable]) -> tuple[Equation, ...]:
-    """The equations that `wanted` depends on, in order."""
+def live(equations: Sequence[Equation], wanted: Sequence[Variable], with_effects: bool = False) -> tuple[Equation, ...]:
+    """The equations that `wanted` depends on, in order; and those `with_effects`, with what they depend on."""
     needed, kept = {v.index for v in wanted}, []
     for equation in reversed(equations):
-        if any(v.index in needed for v in equation.outputs):
+        if (equation.acts and with_effects) or any(v.index in needed for v in equation.outputs):
             kept.append(equation)
             needed.update(v.index for v in equation.inputs)
     return tuple(reversed(kept))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._equations import Equation, Program, Variable
+from ._equations import Equation, Program, Variable, live
 
 
 def evaluate(
@@ -34,11 +34,12 @@ def residuals_of(program: Program) -> tuple[Variable, ...]:
     """The results of the forward pass that the way back needs again: the results of products, which cost the most.
 
     There are none where the program holds a `scan`: once that is unrolled over time, other products take their place.
+    What only side effects need is not among them: the way back has none.
     """
     if any(e.name == "scan" for e in program.equations):
         return ()
     names = ("dot_general", "conv_general_dilated")
-    return tuple(v for e in program.equations if e.name in names for v in e.outputs)
+    return tuple(v for e in live(program.equations, program.outputs) if e.name in names for v in e.outputs)
 
 
 def forward(program: Program, inputs: Sequence[Array], residuals: Sequence[Array] = ()) -> dict[int, Any]:
@@ -55,7 +56,7 @@ def forward(program: Program, inputs: Sequence[Array], residuals: Sequence[Array
     fits = [v.shape for v in wanted] == [x.shape for x in residuals]
     ready = {v.index: x for v, x in zip(wanted, residuals, strict=True)} if fits else {}
     env.update(ready)
-    return evaluate([e for e in program.equations if e.outputs[0].index not in ready], env)
+    return evaluate([e for e in program.equations if not any(v.index in ready for v in e.outputs)], env)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """The normal form of a jaxpr: a flat list of primitive equations.
 
 Transforms a closed jaxpr into a [`Program`][]. Limits: control flow other than a short polynomial (`scan`, `while`,
-`cond`) stays one equation, and effects are not kept.
+`cond`) stays one equation.
 
 In the normal form,
 
@@ -10,14 +10,15 @@ In the normal form,
 - implicit broadcasting of elementwise operations is a `broadcast_in_dim`;
 - a short `scan` of elementwise operations over constants, as in JAX's special functions, is unrolled, so that such a
   function is elementwise throughout;
+- a `scan` or `cond` of complex numbers is one of their real and imaginary parts;
 - a product that is only read transposed, as `vmap` of a matrix times a vector leaves it, is computed transposed;
-- dead code is dropped.
+- dead code is dropped, but for side effects.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
+from ._complex import in_pairs
+from ._effects import acts
 from ._equations import Equation, Fresh, Program, Variable, live
 from ._primitives import ELEMENTWISE, OWN_DERIVATIVE, VIEWS
 from ._source import source_of
@@ -46,6 +49,7 @@ class _Builder:
     def __init__(self) -> None:
         self.equations: list[Equation] = []
         self.fresh = Fresh()
+        self.parts: dict[int, tuple[Variable, ...]] = {}  # the real and the imaginary part of what is made of them
 
     def _literal(self, literal: Any) -> Variable:
         variable = self.fresh.constant(np.asarray(literal.val, literal.aval.dtype))
@@ -53,10 +57,20 @@ class _Builder:
             self.fresh.note(variable, literal.val)  # before it was rounded to the dtype
         return variable
 
-    def _emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str):
+    def _emit(
+        self,
+        primitive: Primitive,
+        params: Mapping[str, Any],
+        inputs: Sequence[Variable],
+        avals,
+        source: str,
+        effects: Iterable[Any] = (),
+    ):
         outputs = tuple(self.fresh.variable(aval.shape, aval.dtype) for aval in avals)
-        self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source))
+        self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source, acts=acts(effects)))
         static = self.fresh.static
+        if primitive.name == "complex":
+            self.parts[outputs[0].index] = tuple(inputs)
         if primitive.name in _KEEPS_NUMBERS and inputs[0].index in static:
             value = static[inputs[0].index] * (-1 if primitive.name == "neg" else 1)
             kind = np.dtype(outputs[0].dtype).kind if hasattr(outputs[0].dtype, "kind") else "f"
@@ -91,6 +105,12 @@ class _Builder:
             return operands
         if inner is not None:
             return self.walk(inner[0], inner[1], operands, source)
+        if name in ("real", "imag") and operands[0].index in self.parts:
+            return [self.parts[operands[0].index][name == "imag"]]
+        if name in ("scan", "cond"):
+            real = in_pairs(equation, scan_counts(equation.params) if name == "scan" else None)
+            if real is not None:
+                return self.walk(real.jaxpr, real.consts, operands, source)
         polynomial = self._polynomial(equation, operands, source) if name == "scan" else None
         if polynomial is not None:
             return polynomial
@@ -99,7 +119,7 @@ class _Builder:
             same = [v.shape == shape or v.index in self.fresh.static for v in operands]
             operands = [v if s else self._broadcast(v, shape, source) for v, s in zip(operands, same, strict=True)]
         avals = [v.aval for v in equation.outvars]
-        return self._emit(equation.primitive, equation.params, operands, avals, source)
+        return self._emit(equation.primitive, equation.params, operands, avals, source, equation.effects)
 
     def _polynomial(self, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable] | None:
         """The last carries of a short `scan` of elementwise operations over constants; `None` of any other `scan`."""
@@ -182,8 +202,9 @@ def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple
     products = [e for e in equations if e.name == "dot_general" and reads[e.outputs[0].index] == 1]
     pairs = [(e, transposes[e.outputs[0].index]) for e in products if e.outputs[0].index in transposes]
     found = {e.outputs[0].index: _exchanged(e, after) for e, after in pairs}
-    turned = {e.outputs[0].index: e for e in found.values() if e is not None}
-    return tuple(turned.get(e.outputs[0].index, e) for e in equations if found.get(e.outputs[0].index) is None)
+    turned = {e.outputs: e for e in found.values() if e is not None}
+    gone = {pair[0].outputs for pair in pairs if found[pair[0].outputs[0].index] is not None}
+    return tuple(turned.get(e.outputs, e) for e in equations if e.outputs not in gone)
 
 
 def _exchanged(equation: Equation, after: Equation) -> Equation | None:
@@ -206,5 +227,5 @@ def normal_form(jaxpr: ClosedJaxpr) -> Program:
     builder = _Builder()
     inputs = [builder.fresh.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
     outputs = builder.walk(jaxpr.jaxpr, jaxpr.consts, inputs)
-    equations = _turned(live(builder.equations, outputs), outputs)
+    equations = _turned(live(builder.equations, outputs, with_effects=True), outputs)
     return Program(tuple(inputs), equations, tuple(outputs), builder.fresh.constants, builder.fresh.static)

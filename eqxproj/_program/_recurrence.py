@@ -6,7 +6,7 @@ Transforms nothing. Limits: the body is read in normal form, once for each quest
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
+from ._effects import silenced
 from ._equations import Equation, dependents
 from ._fragment import forward, residuals_of
 from ._normal_form import normal_form, scan_counts
@@ -60,6 +61,10 @@ class Recurrence:
     def of(cls, equation: Equation) -> Recurrence:
         params = equation.params
         return cls(params["jaxpr"], *scan_counts(params), params["length"], params["reverse"])
+
+    def silent(self) -> Recurrence:
+        """The same without side effects."""
+        return replace(self, jaxpr=silenced(self.jaxpr))
 
     def body(self, *operands: Any) -> tuple[list[Array], list[Array]]:
         """The next carries and the outputs to be stacked."""

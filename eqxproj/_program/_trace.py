@@ -1,11 +1,14 @@
 """From a loss function and a model to a program, with the model's inexact arrays as the unknowns.
 
+A complex array is two unknowns, its real and its imaginary part.
+
 Transforms `loss(model, *args, **kwargs)`, called once with abstract values, into a [`Trace`][]. Limits: all else that
 is no argument's array is part of the trace (Python numbers, functions, integer arrays of the model).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ._complex import is_complex, joined, pairs
 from ._equations import Program
 from ._normal_form import normal_form
 
@@ -23,6 +27,7 @@ class Trace(eqx.Module):
     """A traced loss: its program, the values of its inputs, and how to rebuild the model and the auxiliary output."""
 
     parameters: tuple[Array, ...]
+    """The unknowns, all of them real."""
     arguments: tuple[Array, ...]
     static_model: PyTree
     treedef: Any = eqx.field(static=True)
@@ -32,14 +37,27 @@ class Trace(eqx.Module):
     aux_static: Any = eqx.field(static=True)
     is_parameter: tuple[bool, ...] = eqx.field(static=True)
     """For each unknown whether it is a parameter; the operands of an inner program may be states."""
+    is_complex: tuple[bool, ...] = eqx.field(static=True)
+    """For each inexact array of the model whether it is complex, and thus two unknowns."""
+
+    @property
+    def leaves(self) -> tuple[int | None, ...]:
+        """For each unknown its place among the inexact arrays of the model; `None` for a part of a complex one."""
+        return tuple(part for i, pair in enumerate(self.is_complex) for part in ((None, None) if pair else (i,)))
+
+    @property
+    def imaginary(self) -> frozenset[int]:
+        """The places of the unknowns that are imaginary parts."""
+        parts = [part for pair in self.is_complex for part in ((False, True) if pair else (False,))]
+        return frozenset(i for i, is_imaginary in enumerate(parts) if is_imaginary)
 
     def rebuild(self, parameters: Sequence[Array]) -> PyTree:
         """The model with these parameters in place of its inexact arrays."""
-        return eqx.combine(jtu.tree_unflatten(self.treedef, list(parameters)), self.static_model)
+        return eqx.combine(self.tree(parameters), self.static_model)
 
-    def tree(self, leaves: Sequence[Any]) -> PyTree:
-        """A pytree of the shape that `equinox.filter_grad` returns."""
-        return jtu.tree_unflatten(self.treedef, list(leaves))
+    def tree(self, parts: Sequence[Array]) -> PyTree:
+        """A pytree of the shape that `equinox.filter_grad` returns, from one array an unknown."""
+        return jtu.tree_unflatten(self.treedef, joined(parts, self.is_complex))
 
     def auxiliary(self, leaves: Sequence[Any]) -> PyTree:
         """The auxiliary output of the loss, from the values of the program's outputs after the first."""
@@ -67,18 +85,23 @@ def _check_value(value: Any) -> None:
         )
 
 
-def _check_parameters(model: PyTree, names: Sequence[str], parameters: Sequence[Array]) -> None:
+def _check_parameters(model: PyTree, parameters: Sequence[Array]) -> None:
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(model, nnx.Module):  # its running statistics would be trained
+        raise TypeError(
+            f"`model` must be a pytree here, but it is {type(model).__name__}, an nnx module. Convert it with "
+            "`eqxproj.flax.from_nnx(model)`; `train` and the displacements take it as it is."
+        )
     if not parameters:
         raise ValueError(
             f"`model` holds no floating-point array, but got {type(model).__name__}: there is nothing to train. Pass "
             "a model whose parameters are floating-point arrays (Python numbers and integers are taken as fixed)."
         )
-    for name, leaf in zip(names, parameters, strict=True):
-        if jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"`model` must hold real parameters, but {name} is {leaf.dtype}. Keep its real and imaginary parts as "
-                "two arrays."
-            )
+
+
+def _parts(name: str, is_complex: bool) -> tuple[str, ...]:
+    """The names of the unknowns that a parameter is."""
+    return (f"{name}.real", f"{name}.imag") if is_complex else (name,)
 
 
 def trace(
@@ -98,11 +121,14 @@ def trace(
     unknown, static_model = eqx.partition(model, eqx.is_inexact_array)
     paths, treedef = jtu.tree_flatten_with_path(unknown)
     names = tuple(jtu.keystr(path).lstrip(".") or "parameter" for path, _ in paths)
-    parameters = tuple(jnp.asarray(leaf) for _, leaf in paths)
-    _check_parameters(model, names, parameters)
+    leaves = [jnp.asarray(leaf) for _, leaf in paths]
+    _check_parameters(model, leaves)
+    pair = tuple(is_complex(leaf.dtype) for leaf in leaves)
+    flags = is_parameter or (True,) * len(leaves)
     arrays, static_inputs = eqx.partition(_as_arrays((tuple(args), dict(kwargs or {}))), eqx.is_array)
 
-    def checked(unknown: PyTree, arrays: PyTree) -> tuple[Array, PyTree]:
+    def checked(parts: Sequence[Array], arrays: PyTree) -> tuple[Array, PyTree]:
+        unknown = jtu.tree_unflatten(treedef, joined(parts, pair))
         full_args, full_kwargs = eqx.combine(arrays, static_inputs)
         out = loss(eqx.combine(unknown, static_model), *full_args, **full_kwargs)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
@@ -113,15 +139,16 @@ def trace(
         _check_value(value)
         return jnp.asarray(value), _as_arrays(aux)
 
-    jaxpr, (_, aux), (_, aux_static) = eqx.filter_make_jaxpr(checked)(jtu.tree_unflatten(treedef, parameters), arrays)
+    jaxpr, (_, aux), (_, aux_static) = eqx.filter_make_jaxpr(checked)(pairs(leaves), arrays)
     return Trace(
-        parameters=parameters,
+        parameters=tuple(pairs(leaves)),
         arguments=tuple(jtu.tree_leaves(arrays)),
         static_model=static_model,
         treedef=treedef,
-        names=names,
+        names=tuple(part for name, flag in zip(names, pair, strict=True) for part in _parts(name, flag)),
         program=normal_form(jaxpr),
         aux_treedef=jtu.tree_structure(aux),
         aux_static=aux_static,
-        is_parameter=(True,) * len(parameters) if is_parameter is None else tuple(is_parameter),
+        is_parameter=tuple(f for f, is_pair in zip(flags, pair, strict=True) for f in (f,) * (1 + is_pair)),
+        is_complex=pair,
     )

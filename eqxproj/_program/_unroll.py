@@ -46,6 +46,11 @@ class Walked(Equation):
 
     recurrence: Recurrence = field(kw_only=True)
 
+    def silent(self) -> Walked:
+        plain = super().silent()
+        assert isinstance(plain, Walked)
+        return replace(plain, recurrence=self.recurrence.silent())
+
     def bind(self, *operands: Any) -> list[Any]:
         last, stacked, entering, inner = self.recurrence.walk(*self.recurrence.split(operands), with_residuals=True)
         return [*last, *stacked, *entering, *inner]
@@ -85,6 +90,9 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
         if recurrence is not None and recurrence.length > 0:
             carries = recurrence.unknown_outputs(flags)[: recurrence.carries]
             if not (in_order and any(carries)):
+                if equation.acts:  # it runs once more, in order, for its side effects alone
+                    done.append(replace(equation, outputs=tuple(map(fresh.like, equation.outputs))))
+                    equation, recurrence = equation.silent(), recurrence.silent()
                 queue[:0], shown, stacked = _unrolled(equation, recurrence, carries, fresh)
                 delayed |= shown
                 replaced |= stacked
@@ -106,7 +114,7 @@ def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:
     each = (*recurrence.split(equation.inputs)[1], *residuals_of(normal_form(recurrence.jaxpr)))
     residuals = tuple(fresh.variable((recurrence.length, *v.shape), v.dtype) for v in each)
     fields = (equation.primitive, equation.params, equation.inputs, equation.outputs, equation.source)
-    return Walked(*fields, residuals=residuals, recurrence=recurrence)
+    return Walked(*fields, residuals=residuals, acts=equation.acts, recurrence=recurrence)
 
 
 def _stopped(equation: Equation, flags: Sequence[bool], fresh: Fresh) -> list[Equation]:

@@ -35,10 +35,10 @@ def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
         if _is_key(leaf):
             raise ValueError(f"`{name}` holds PRNG keys. Give the loss an argument named `key` instead.")
         kind = leaf.dtype.kind
-        if kind not in "biufV" and not jax.numpy.issubdtype(leaf.dtype, np.floating):
+        if kind not in "biufcV" and not jax.numpy.issubdtype(leaf.dtype, np.floating):
             raise ValueError(f"`{name}` must hold numbers, got dtype {leaf.dtype}.")
-        if kind in "fV" and not _finite(leaf):
-            bad = int(np.argmin(np.isfinite(np.asarray(leaf, np.float32)).reshape(leaf.shape[0], -1).all(1)))
+        if kind in "fcV" and not _finite(leaf).all():
+            bad = int(np.argmin(_finite(leaf).reshape(leaf.shape[0], -1).all(1)))
             raise ValueError(f"`{name}` holds NaN or infinity, first at sample {bad}. Remove or replace such samples.")
     if not lengths:
         raise ValueError(f"`{what}` holds no array.")
@@ -70,8 +70,8 @@ def _as_host(x: Any) -> Any:
         return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
 
-def _finite(x: np.ndarray) -> bool:
-    return bool(np.isfinite(np.asarray(x, np.float32) if x.dtype.kind == "V" else x).all())
+def _finite(x: np.ndarray) -> np.ndarray:
+    return np.isfinite(np.asarray(x, np.float32) if x.dtype.kind == "V" else x)
 
 
 def check_model(model: PyTree) -> None:

@@ -26,11 +26,15 @@ from ._preconditioner import Preconditioner, preconditioner
 
 
 class Direction(NamedTuple):
-    """What a minibatch says: the loss, where it points, and the coordinates of the step (`None` for the plain ones)."""
+    """What a minibatch says.
+
+    The loss, where it points, the coordinates of the step (`None` for the plain ones), and the auxiliary output.
+    """
 
     value: Float[Array, ""]
     moved: PyTree
     coordinates: Preconditioner | None
+    auxiliary: PyTree
 
 
 class AbstractDirection(eqx.Module):
@@ -67,7 +71,8 @@ class Gradient(AbstractDirection):
     def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
         function = eqx.filter_value_and_grad(self.loss, has_aux=self.has_aux)
         value, moved = function(model, *batch, **key_argument(self.loss, key))
-        return Direction(value[0] if self.has_aux else value, moved, None)
+        value, auxiliary = value if self.has_aux else (value, None)
+        return Direction(value, moved, None, auxiliary)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
         traced = trace(self.loss, model, batch, key_argument(self.loss, jax.random.key(0)), has_aux=self.has_aux)
@@ -95,7 +100,7 @@ class Displacement(AbstractDirection):
         problem = self._problem(model, batch, key)
         state = run(problem, self.options.solver, self.options.steps)
         coordinates = None if self.excluded is None else preconditioner(problem, self.excluded)
-        return Direction(problem.value, displacement_of(problem, state, False), coordinates)
+        return Direction(problem.value, displacement_of(problem, state, False), coordinates, problem.auxiliary)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
         problem = feasibility_problem(

@@ -29,6 +29,7 @@ from ..rules._base import Noise
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
+from ._nnx import flax_for
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
 """The metric of the gradient regime: so steep that a displacement is the gradient where there is one, at any depth.
@@ -100,7 +101,12 @@ def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> Stat
 
 
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:
-    """The displacement of every parameter, as a pytree like the model."""
+    """The displacement of every parameter, as a pytree like the model.
+
+    Of a complex parameter it is, as JAX has it for gradients, the conjugate of what lowers the loss if it is taken off.
+    A `raw` one is taken off as it is.
+    """
+    conjugate = () if raw else problem.trace.imaginary
 
     def leaf(start: Array, value: int | None) -> Array:
         if value is None or (shift := state.shifts[value]) is None:
@@ -109,7 +115,8 @@ def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyT
         assert moved is not None
         return -moved.astype(start.dtype)
 
-    return problem.trace.tree(list(map(leaf, problem.trace.parameters, problem.graph.parameters)))
+    parts = map(leaf, problem.trace.parameters, problem.graph.parameters)
+    return problem.trace.tree([-x if i in conjugate else x for i, x in enumerate(parts)])
 
 
 def filter_value_and_displacement(
@@ -142,7 +149,9 @@ def filter_value_and_displacement(
 
     **Returns:** A function of the same arguments as `loss` that returns `(value, displacement)`, or
     `((value, auxiliary), displacement)`. The displacement is a pytree like the model, with `None` for whatever is no
-    inexact array.
+    inexact array. That of a complex array is conjugated, as its gradient is, unless it is `raw`. For an nnx module it
+    is what `nnx.grad` returns, the state of its `nnx.Param` variables; the other variables that the loss changes
+    (running statistics, counts of random numbers) are changed in the module.
 
     **Raises:** `ValueError` and `TypeError` for unusable options; on the call, `UnsupportedPrimitiveError` and
     `ValueError` as [`feasibility_problem`][].
@@ -150,6 +159,23 @@ def filter_value_and_displacement(
     if raw:
         metric, tau = Metric() if metric is None else metric, RAW_TAU if tau is None else tau
     chosen = checked_options(solver, steps, metric, copies, tau, noise)
+
+    compute = _computed(loss, chosen, raw, has_aux)
+    of_module = ft.cache(lambda flax: _computed(flax.ModuleLoss(loss, has_aux), chosen, raw, True))
+
+    @ft.wraps(loss)
+    def value_and_displacement(model: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        flax = flax_for(model)
+        if flax is None:
+            return compute(registry_version(), model, args, kwargs)
+        (value, (aux, rest)), moved = of_module(flax)(registry_version(), flax.from_nnx(model), args, kwargs)
+        return ((value, aux) if has_aux else value), flax.written_back(model, moved, rest)
+
+    return value_and_displacement
+
+
+def _computed(loss: Callable[..., Any], chosen: Options, raw: bool, has_aux: bool) -> Callable[..., Any]:
+    """The value of a loss and the displacement, compiled."""
 
     @eqx.filter_jit
     def compute(version: Hashable, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -160,11 +186,7 @@ def filter_value_and_displacement(
         moved = displacement_of(problem, state, raw)
         return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
 
-    @ft.wraps(loss)
-    def value_and_displacement(model: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        return compute(registry_version(), model, args, kwargs)
-
-    return value_and_displacement
+    return compute
 
 
 def filter_displacement(loss: Callable[..., Any], **options: Any) -> Callable[..., PyTree]:

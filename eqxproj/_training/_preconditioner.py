@@ -101,11 +101,15 @@ def _offset(layer: Layer, weight: Array, bias: Array, mean: Array) -> Array:
 def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) -> Preconditioner:
     """The preconditioner of a problem, from its forward pass, without the layers of the parameters `excluded`."""
     owner = {value: i for i, value in enumerate(problem.graph.parameters) if value is not None}
+    places = {None: None, **dict(enumerate(problem.trace.leaves))}
     found, means, scales = [], [], []
     for one in _with_inputs(problem, owner):
-        layer = one.layer
+        shape = problem.trace.parameters[one.layer.weight].shape[int(one.layer.stacked) :]
+        weight, bias = places[one.layer.weight], places[one.layer.bias]
+        if weight is None or (bias is None and one.layer.bias is not None):
+            continue  # a part of a complex parameter
+        layer = replace(one.layer, weight=weight, bias=bias)
         if one.inputs.size and layer.weight not in excluded and layer.bias not in excluded:
-            shape = problem.trace.parameters[layer.weight].shape[int(layer.stacked) :]
             mean, scale = _each(ft.partial(_statistics, shape), layer)(one.inputs)
             found.append(layer)
             means.append(mean)

@@ -18,6 +18,7 @@ from .._metric import Metric, check_metric
 from .._problem._make import check_copies, make_problem
 from .._problem._problem import Copies
 from .._program._canonical import canonicalised
+from .._program._complex import pairs
 from .._program._custom import custom_loss
 from .._program._trace import trace
 from ..rules._registry import registry_version
@@ -67,7 +68,8 @@ def projection(
 
     def loss(primals: tuple[PyTree, ...], target: PyTree) -> Array:
         outputs = jtu.tree_leaves(eqx.filter(f(*primals), eqx.is_inexact_array))
-        parts = [_equals(o, t).sum() for o, t in zip(outputs, jtu.tree_leaves(target), strict=True)]
+        sides = pairs(outputs), pairs(jtu.tree_leaves(target))
+        parts = [_equals(o, t).sum() for o, t in zip(*sides, strict=True)]
         return sum(parts[1:], start=parts[0])
 
     @eqx.filter_jit

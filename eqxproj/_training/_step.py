@@ -6,6 +6,7 @@ constraints. A step whose loss, direction or new parameters are not finite chang
 
 from __future__ import annotations
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,12 +28,14 @@ class TrainState(eqx.Module):
 
     - `parameters`: the model's inexact arrays, in float32 at least.
     - `optimizer`: the state of the optimizer.
+    - `carried`: the model's other arrays, where the loss changes them.
     - `bad_step`: the number of the first step that was not finite; -1 while there is none.
     """
 
     parameters: PyTree
     optimizer: PyTree
     bad_step: Int[Array, ""]
+    carried: PyTree = None
 
 
 class Step(eqx.Module):
@@ -42,6 +45,7 @@ class Step(eqx.Module):
     - `before`: constraints that hold in the model that is run, but not in the array that is trained.
     - `after`: constraints that the trained array itself satisfies after each step.
     - `constrained`: projects a model onto all constraints, compiled.
+    - `updated`: from a model and the auxiliary output of the loss to the model with new `carried` arrays, if any.
     """
 
     direction: AbstractDirection
@@ -51,31 +55,34 @@ class Step(eqx.Module):
     before: tuple[Constraint, ...]
     after: tuple[Constraint, ...]
     constrained: Callable[[PyTree], PyTree]
+    updated: Callable[[PyTree, PyTree], PyTree] | None
 
     def __call__(
         self, state: TrainState, number: Any, batch: Sequence[PyTree], key: Array
     ) -> tuple[TrainState, Float[Array, ""]]:
         """The next state, and the loss of this minibatch; `number` is that of the step, from 0."""
-        model = apply_constraints(self._combined(state.parameters), self.before)
-        value, moved, coordinates = self.direction(model, batch, key)
-        moved = cast(moved, state.parameters)
+        model = apply_constraints(self._combined(state), self.before)
+        value, moved, coordinates, auxiliary = self.direction(model, batch, key)
+        after = model if self.updated is None else self.updated(model, auxiliary)
+        carried = None if self.updated is None else _others(after)[0]
+        moved = jtu.tree_map(jnp.conj, cast(moved, state.parameters))  # as JAX has gradients of complex parameters
         moved = moved if coordinates is None else coordinates.centered(moved)
         updates, optimizer = self.optimizer.update(moved, state.optimizer, state.parameters, value=value)
         updates = updates if coordinates is None else coordinates.applied(updates)
-        model = eqx.combine(eqx.apply_updates(state.parameters, updates), self.static)
+        model = eqx.combine(eqx.apply_updates(state.parameters, updates), state.carried, self.static)
         parameters = eqx.filter(apply_constraints(model, self.after), eqx.is_inexact_array)
         ok = _all_finite((value, moved, cast(parameters, self.like))) & (state.bad_step < 0)
         bad = jnp.where(ok | (state.bad_step >= 0), state.bad_step, number)
-        return TrainState(
-            _chosen(ok, parameters, state.parameters), _chosen(ok, optimizer, state.optimizer), bad
-        ), value
+        new, old = (parameters, optimizer, carried), (state.parameters, state.optimizer, state.carried)
+        chosen, moments, others = map(ft.partial(_chosen, ok), new, old)
+        return TrainState(chosen, moments, bad, others), value
 
     def model(self, state: TrainState) -> PyTree:
         """The model that a state stands for, which satisfies all constraints."""
-        return self.constrained(self._combined(state.parameters))
+        return self.constrained(self._combined(state))
 
-    def _combined(self, parameters: PyTree) -> PyTree:
-        return eqx.combine(cast(parameters, self.like), self.static)
+    def _combined(self, state: TrainState) -> PyTree:
+        return eqx.combine(cast(state.parameters, self.like), state.carried, self.static)
 
 
 def prepare(
@@ -90,8 +97,15 @@ def prepare(
     like = jtu.tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), parameters)
     project = eqx.filter_jit(lambda model: apply_constraints(model, constraints)) if constraints else lambda m: m
     wide = widened(parameters)
-    step = Step(direction, optimizer, static, like, before, after, project)
-    return step, TrainState(wide, optimizer.init(wide), jnp.asarray(-1, jnp.int32))
+    updated = getattr(direction.loss, "updated", None)
+    carried, static = (None, static) if updated is None else _others(static)
+    step = Step(direction, optimizer, static, like, before, after, project, updated)
+    return step, TrainState(wide, optimizer.init(wide), jnp.asarray(-1, jnp.int32), carried)
+
+
+def _others(model: PyTree) -> tuple[PyTree, PyTree]:
+    """The arrays of a model that are not trained, and all that is no array."""
+    return eqx.partition(eqx.partition(model, eqx.is_inexact_array)[1], eqx.is_array)
 
 
 def compiled(step: Step, state: TrainState, batch: Sequence[PyTree], key: Array) -> Callable[..., Any]:

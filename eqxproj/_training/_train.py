@@ -28,6 +28,7 @@ from ._data import batches, check_data, check_model, take
 from ._direction import AbstractDirection, Displacement, Gradient, value_alone
 from ._displacement import checked_options
 from ._loop import Evaluation, fit
+from ._nnx import takes_nnx
 from ._optimizer import check_first_update, check_optimizer, default_optimizer
 from ._step import prepare, widened
 
@@ -46,6 +47,7 @@ class TrainResult(eqx.Module):
     history: dict[str, Any]
 
 
+@takes_nnx
 def train(
     model: PyTree,
     data: Sequence[Any],
@@ -74,7 +76,8 @@ def train(
 
     **Arguments:**
 
-    - `model`: any pytree; its inexact arrays are trained. Those of bfloat16 or float16, and the state of the optimizer,
+    - `model`: any pytree; its inexact arrays are trained, complex ones too. Of an nnx module the `nnx.Param` variables
+        are, its other variables follow the calls of the loss, and the returned model is a new module. Those of bfloat16 or float16, and the state of the optimizer,
         are kept in float32 between the steps; the model runs, and is returned, in its own types.
     - `data`: `(x, y)`, or any tuple of pytrees of arrays with one entry a sample along their first axis.
     - `loss`: `loss(model, *batch)`, a scalar. One with an argument named `key` gets a new PRNG key each step.

@@ -1,0 +1,59 @@
+"""An nnx module in the place of a model, without importing Flax where no such module is given.
+
+Transforms `train` into a function that takes one too: in goes the module as a pytree (`eqxproj.flax.from_nnx`), out
+comes a module. Limits: a module inside of another pytree is not found.
+"""
+
+from __future__ import annotations
+
+import functools as ft
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import equinox as eqx
+
+from .._errors import NonFiniteError, TrainingInterrupted
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def flax_for(model: Any) -> Any:
+    """`eqxproj.flax` where a model is an nnx module, else `None`."""
+    nnx = sys.modules.get("flax.nnx")
+    is_module = nnx is not None and isinstance(model, nnx.Module)
+    return importlib.import_module("..flax", __package__) if is_module else None
+
+
+def takes_nnx(train: _F) -> _F:
+    """A function like `train`, whose `model` may be an nnx module too."""
+    signature = inspect.signature(train)
+
+    @ft.wraps(train)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        flax = flax_for(bound.arguments["model"])
+        if flax is None:
+            return train(*args, **kwargs)
+        bound.arguments |= _converted(flax, bound.arguments)
+        try:
+            result = train(*bound.args, **bound.kwargs)
+        except (NonFiniteError, TrainingInterrupted) as error:
+            error.model = error.model.to_nnx()
+            raise
+        return eqx.tree_at(lambda r: r.model, result, result.model.to_nnx())
+
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+def _converted(flax: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `train` that see the model, as they are for a pytree."""
+    found = {"model": flax.from_nnx(given["model"])}
+    if callable(given["loss"]):
+        found |= {"loss": flax.ModuleLoss(given["loss"], given.get("has_aux", False)), "has_aux": True}
+    if isinstance(given.get("evaluate"), Mapping):
+        found["evaluate"] = {name: flax.of_module(f) if callable(f) else f for name, f in given["evaluate"].items()}
+    pairs = [(flax.picked(c[0]), *c[1:]) if isinstance(c, tuple) and c else c for c in given.get("constraints", ())]
+    return {**found, "constraints": pairs}
