@@ -13,7 +13,7 @@ from .._errors import Unsupported
 from .._program._affine import AffineTerm
 from .._program._equations import Equation, Variable
 from .._program._fragment import Fragment
-from .._program._primitives import VIEWS
+from .._program._primitives import OWN_DERIVATIVE, PROGRAMS, VIEWS
 from ..rules._local import LocalSolver, flattened_by, is_differentiable
 from ..rules._registry import RULES
 from ..rules._scalar import Scalar
@@ -63,15 +63,17 @@ def _scalar(variable: Variable, equation: Equation, fusion: Fusion) -> Draft:
 def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     """A node of one primitive. If it has no rule that accepts it, it is opened."""
     unknown = tuple(v.index in fusion.unknown for v in equation.inputs)
-    if equation.name in ("cond", "scan"):  # integers and predicates stay as the forward pass has them
+    if equation.name in PROGRAMS:  # integers and predicates stay as the forward pass has them
         unknown = tuple(u and v.is_float for u, v in zip(unknown, equation.inputs, strict=True))
     operands = tuple(v for v, is_unknown in zip(equation.inputs, unknown, strict=True) if is_unknown)
     rule = RULES.get(equation.name)
     if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
         return _opened(equation, fusion)
-    function = _with_separate_operands(operands, equation)
+    real = tuple(v for v in equation.outputs if v.is_float)
+    outputs = real if equation.name in OWN_DERIVATIVE else equation.outputs
+    function = _with_separate_operands(operands, equation, outputs)
     node = Node("operation", equation.name, equation.source, rule, function, equation=equation, unknown=unknown)
-    return Draft(node, operands, equation.outputs, tuple(rule.missing(equation, unknown)))
+    return Draft(node, operands, outputs, tuple(rule.missing(equation, unknown)))
 
 
 def _opened(equation: Equation, fusion: Fusion) -> Draft:
@@ -106,11 +108,13 @@ def _joined(equations: Iterable[Equation]) -> str:
     return "+".join(dict.fromkeys(e.name for e in equations))
 
 
-def _with_separate_operands(operands: tuple[Variable, ...], equation: Equation) -> Fragment:
+def _with_separate_operands(
+    operands: tuple[Variable, ...], equation: Equation, outputs: tuple[Variable, ...]
+) -> Fragment:
     """A fragment whose operands are separate slots even where one variable fills two of them (`w * w`)."""
     if len(set(operands)) == len(operands):
-        return Fragment((equation,), operands, equation.outputs)
+        return Fragment((equation,), operands, outputs)
     slots = tuple(Variable(-1 - i, v.shape, v.dtype) for i, v in enumerate(operands))
     rest = iter(slots)
     inputs = tuple(next(rest) if v in operands else v for v in equation.inputs)
-    return Fragment((replace(equation, inputs=inputs),), slots, equation.outputs)
+    return Fragment((replace(equation, inputs=inputs),), slots, outputs)

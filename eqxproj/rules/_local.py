@@ -23,9 +23,9 @@ from jaxtyping import Array
 
 from .._numerics._conjugate_gradients import conjugate_gradients
 from .._numerics._newton import descend
+from .._program._calls import is_transposable
 from .._program._equations import Program
 from .._program._fragment import Fragment
-from .._program._normal_form import is_transposable
 from ._base import AbstractRule, Context, Scale, step, transposed
 
 _OUTER, _HALVINGS, _SMALL, _SAME = 6, 5, 1e-3, 1e-4
