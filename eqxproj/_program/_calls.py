@@ -141,4 +141,4 @@ def _agree(own: Any, plain: Any) -> bool:
     a, b = a[finite], b[finite]
     size = np.abs(a) + np.abs(b)
     apart = np.abs(a - b) > _SAME * size + 1e-6 * np.max(size, initial=0.0)
-    return np.sum(apart) <= _FEW * apart.size
+    return bool(np.sum(apart) <= _FEW * apart.size)
