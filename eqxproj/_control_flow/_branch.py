@@ -24,6 +24,7 @@ class Branch(AbstractRule):
     """The projection onto the graph of one of several functions."""
 
     label: ClassVar[str] = "branch"
+    answers_for_some: ClassVar[bool] = True
 
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
         return all(v.is_float for v, u in zip(equation.inputs[1:], unknown[1:], strict=True) if u)
@@ -35,7 +36,7 @@ class Branch(AbstractRule):
 
             def once(index, *operands, branch=branch):
                 start = [x for x, u in zip(operands, unknown[1:], strict=True) if u]
-                function = _function(branch, operands, unknown[1:])
+                function = _function(branch, operands, unknown[1:], [v.is_float for v in equation.outputs])
                 return sweep(function, start, function(*start), [False] * len(start), ctx)
 
             found.extend(missing_in(once, equation))
@@ -47,26 +48,25 @@ class Branch(AbstractRule):
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         """The duals of the operands; the sweep through the branch is in the regime of the metric."""
         index, *operands = ctx.operands(inputs)
-        shown = [i for i, mu in enumerate(duals) if jnp.issubdtype(mu.dtype, jnp.inexact)]
         choices = []
         for branch in ctx.params["branches"]:
-            function = _function(branch, operands, ctx.unknown[1:])
+            function = _function(branch, operands, ctx.unknown[1:], ctx.read)
 
             def back(start, duals, function=function):
-                outputs = lambda *values: [function(*values)[i] for i in shown]  # noqa: E731
-                return sweep(outputs, start, duals, ctx.is_parameter, ctx)
+                return sweep(function, start, duals, ctx.is_parameter, ctx)
 
             choices.append(back)
-        return jax.lax.switch(jnp.asarray(index, jnp.int32), choices, list(inputs), [duals[i] for i in shown])
+        return jax.lax.switch(jnp.asarray(index, jnp.int32), choices, list(inputs), list(duals))
 
     project = pullback
 
 
-def _function(branch: Any, operands: Sequence[Any], unknown: Sequence[bool]):
-    """A branch as a function of its unknown operands."""
+def _function(branch: Any, operands: Sequence[Any], unknown: Sequence[bool], read: Sequence[bool]):
+    """A branch as a function from its unknown operands to the outputs that are read."""
 
     def function(*values):
         rest = iter(values)
-        return list(jaxpr_as_fun(branch)(*(next(rest) if u else x for x, u in zip(operands, unknown, strict=True))))
+        outputs = jaxpr_as_fun(branch)(*(next(rest) if u else x for x, u in zip(operands, unknown, strict=True)))
+        return [y for y, is_read in zip(outputs, read, strict=True) if is_read]
 
     return function

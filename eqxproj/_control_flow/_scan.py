@@ -29,6 +29,7 @@ class Scan(AbstractRule):
     """The projection onto the graph of a recurrence."""
 
     label: ClassVar[str] = "scan, in order"
+    answers_for_some: ClassVar[bool] = True
 
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
         return all(v.is_float for v, u in zip(equation.inputs, unknown, strict=True) if u)
@@ -36,13 +37,15 @@ class Scan(AbstractRule):
     def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
         recurrence = Recurrence.of(equation)
         constants, carries, slices = recurrence.split(range(len(equation.inputs)))
-        walk = _Walk(recurrence, unknown)
+        walk = _Walk(recurrence, unknown, [v.is_float for v in equation.outputs])
 
         def once(*operands):
-            x = [jnp.zeros(operands[i].shape[1:], operands[i].dtype) for i in slices]  # there may be no step at all
+            x = [jnp.empty(operands[i].shape[1:], operands[i].dtype) for i in slices]  # there may be no step at all
             _, ys = recurrence.body(*(operands[i] for i in (*constants, *carries)), *x)
             entering = [operands[i] for i in carries]
-            return walk.step([operands[i] for i in constants], entering, x, entering, ys, Context.plain(unknown))
+            of_carries, of_ys = walk.unknown_carries(entering), walk.read_slices(ys)
+            operands = [operands[i] for i in constants], entering, x
+            return walk.step(*operands, of_carries, of_ys, Context.plain(unknown))
 
         return missing_in(once, equation)
 
@@ -50,19 +53,18 @@ class Scan(AbstractRule):
         """The duals of the operands; the sweeps through the body are in the regime of the metric."""
         walk, constants, (entering, slices, seen) = _walked(ctx, inputs)
         recurrence = walk.recurrence
-        last = [d for d, u in zip(duals[: recurrence.carries], walk.unknown[1], strict=True) if u]
+        last, of_stacked = walk.wanted(ctx, duals)
 
         def back(state, now):
             of_constants, of_carries = state
             carry, x, of_ys, residuals = now
-            full = walk.fill(1, of_carries, [jnp.zeros_like(c) for c in carry])
-            new_constants, new_carries, of_x = walk.step(constants, carry, x, full, of_ys, ctx, residuals)
+            new_constants, new_carries, of_x = walk.step(constants, carry, x, of_carries, of_ys, ctx, residuals)
             added = [a + b for a, b in zip(of_constants, new_constants, strict=True)]
             return (added, new_carries), of_x
 
         held = [c for c, u in zip(constants, walk.unknown[0], strict=True) if u]
         zeros = [jnp.zeros(c.shape, jnp.promote_types(c.dtype, jnp.float32)) for c in held]  # bfloat16 loses long sums
-        xs = (entering, slices, list(duals[recurrence.carries :]), seen)
+        xs = (entering, slices, of_stacked, seen)
         (of_constants, of_carries), of_slices = recurrence.scan(back, (zeros, last), xs, backward=True)
         given = recurrence.split(ctx.unknown)[1]
         of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(given)), given, strict=True) if u]
@@ -95,15 +97,35 @@ def _walked(ctx: Context, inputs: Sequence[Array]) -> tuple[_Walk, list[Array], 
         entering, seen = kept[: recurrence.carries], kept[recurrence.carries :]
     else:
         entering, seen = recurrence.walk(constants, carries, slices, with_residuals=True)[2:]
-    return _Walk(recurrence, ctx.unknown), constants, (entering, slices, seen)
+    return _Walk(recurrence, ctx.unknown, ctx.read), constants, (entering, slices, seen)
 
 
 class _Walk:
-    """One step back in time. `unknown` says of the constants, carries and slices of the body which are unknown."""
+    """One step back in time. `unknown` says of the constants, carries and slices of the body which are unknown.
 
-    def __init__(self, recurrence: Recurrence, unknown: Sequence[bool]):
+    `read` says of all outputs which are wanted anything of.
+    """
+
+    def __init__(self, recurrence: Recurrence, unknown: Sequence[bool], read: Sequence[bool]):
         self.recurrence = recurrence
         self.unknown = recurrence.unknowns(unknown)
+        self.read = read
+
+    def unknown_carries(self, carries: Sequence) -> list:
+        """Of one value a carry, those of the unknown carries."""
+        return [c for c, u in zip(carries, self.unknown.carries, strict=True) if u]
+
+    def read_slices(self, ys: Sequence) -> list:
+        """Of one value a stacked output, those of the outputs that are read."""
+        return [y for y, r in zip(ys, self.read[self.recurrence.carries :], strict=True) if r]
+
+    def wanted(self, ctx: Context, duals: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        """The duals of the unknown carries after the last step, zero where none is read, and of the stacked outputs."""
+        assert ctx.equation is not None
+        rest, last = iter(duals), []
+        for v, is_read in zip(ctx.equation.outputs[: self.recurrence.carries], self.read, strict=False):
+            last.append(next(rest) if is_read else jnp.zeros(v.shape, v.dtype) if v.is_float else None)
+        return self.unknown_carries(last), list(rest)
 
     def fill(self, kind: int, values: Sequence, known: Sequence) -> list:
         """All operands of one kind: the unknown ones from `values`, the others from `known`."""
@@ -113,7 +135,7 @@ class _Walk:
     def function(self, constants, carry, x, ctx: Context) -> tuple[Callable[..., list[Array]], list[Array], list[bool]]:
         """One time step as a function of its unknown operands; their values, and which of them are parameters.
 
-        Its outputs are the unknown carries, then the stacked outputs that are floats.
+        Its outputs are the unknown carries, then the stacked outputs that are read.
         """
         known = (constants, carry, x)
         start = self.unknown.chosen(*known)
@@ -122,8 +144,7 @@ class _Walk:
             parts = self.unknown.split(values)
             full = [v for kind in range(3) for v in self.fill(kind, parts[kind], known[kind])]
             new, ys = self.recurrence.body(*full)
-            carried = [c for c, u in zip(new, self.unknown[1], strict=True) if u]
-            return carried + [y for y in ys if jnp.issubdtype(y.dtype, jnp.inexact)]
+            return self.unknown_carries(new) + self.read_slices(ys)
 
         parameter = iter(ctx.is_parameter)
         given = self.recurrence.split(ctx.unknown)
@@ -132,8 +153,9 @@ class _Walk:
         return function, start, flags
 
     def step(self, constants, carry, x, of_carries, of_ys, ctx: Context, residuals=()) -> tuple[list, list, list]:
-        """The duals of the unknown constants, carries and slices of one time step, whose residuals may be at hand."""
+        """The duals of the unknown constants, carries and slices of one time step, whose residuals may be at hand.
+
+        `of_carries` and `of_ys` are the duals of the unknown carries, and of the stacked outputs that are read.
+        """
         function, start, is_parameter = self.function(constants, carry, x, ctx)
-        duals = [mu for mu, u in zip(of_carries, self.unknown[1], strict=True) if u]
-        duals += [mu for mu in of_ys if jnp.issubdtype(mu.dtype, jnp.inexact)]
-        return self.unknown.split(sweep(function, start, duals, is_parameter, ctx, residuals))
+        return self.unknown.split(sweep(function, start, [*of_carries, *of_ys], is_parameter, ctx, residuals))

@@ -73,7 +73,7 @@ def _fused(program: LiveProgram, objective: Objective) -> Fusion:
     equations = with_composites(live(before, ends), program.unknown, ends)
     views = {v.index for e in equations if is_view(e, program.unknown) for v in e.outputs}
     kept = frozenset(v.index for v in (*ends, *program.parameters, *program.pinned))
-    return Fusion(program.program, equations, program.unknown, kept - views)
+    return Fusion(program.program, equations, program.unknown, kept - views, ends)
 
 
 class _Builder:

@@ -41,16 +41,25 @@ class Fusion:
     """Which elementwise results are values, and of what each of them is a function.
 
     The *root* of a variable is the one variable that it is an elementwise function of. Where two roots meet, the
-    result is a junction and its own root. `kept` are the variables that become values of the graph. To keep one more
-    may change the roots, so that the analysis is repeated until it keeps no more.
+    result is a junction and its own root. `kept` are the variables that become values of the graph, beside those of
+    `ends`, what the equations are for. To keep one more may change the roots, so that the analysis is repeated until it
+    keeps no more.
     """
 
-    def __init__(self, program: Program, equations: Sequence[Equation], unknown: frozenset[int], kept: frozenset[int]):
+    def __init__(
+        self,
+        program: Program,
+        equations: Sequence[Equation],
+        unknown: frozenset[int],
+        kept: frozenset[int],
+        ends: Sequence[Variable],
+    ):
         self.program = program
         self.unknown = unknown
         self.equations = [e for e in equations if any(v.index in unknown for v in e.outputs)]
         self.makers = {v.index: e for e in self.equations for v in e.outputs}
         self.variables = {v.index: v for e in equations for v in (*e.inputs, *e.outputs)}
+        self._read = {v.index for v in (*ends, *(v for e in live(self.equations, ends) for v in e.inputs))}
         self.views = frozenset(v.index for e in self.equations if is_view(e, unknown) for v in e.outputs)
         self._elementwise = [e for e in self.equations if is_elementwise(e)]
         self.kept = kept | self._ends_of_others()
@@ -65,6 +74,10 @@ class Fusion:
     def inputs(self, equation: Equation) -> list[Variable]:
         """The distinct unknown operands of an equation."""
         return list(dict.fromkeys(v for v in equation.inputs if v.index in self.unknown))
+
+    def is_read(self, variable: Variable) -> bool:
+        """Whether a variable is a float that leads to one of the ends, other than by a value that is stopped."""
+        return variable.is_float and variable.index in self._read
 
     def is_leaf(self, variable: Variable) -> bool:
         """Whether a variable can be an operand as it is: a value, or a view of values."""

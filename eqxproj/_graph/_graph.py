@@ -53,8 +53,8 @@ class Edge:
 class Node:
     """One constraint: `function` leads from what the edges show to the outputs.
 
-    A parameter or pinned datum has no operands. A node of one primitive has its `equation`, and `unknown` tells which
-    operands are edges. `scale` is the coefficient of an objective in units of the largest one.
+    A parameter or pinned datum has no operands. A node of one primitive has its `equation`; `unknown` tells which
+    operands are edges, and `read` which outputs are values. `scale` is the coefficient of an objective in units of the largest one.
     """
 
     kind: Kind
@@ -66,6 +66,7 @@ class Node:
     outputs: tuple[int, ...] = ()
     equation: Equation | None = None
     unknown: tuple[bool, ...] = ()
+    read: tuple[bool, ...] = ()
     scale: float = 1.0
 
     def describe_rule(self) -> str:

@@ -13,7 +13,7 @@ from .._errors import Unsupported
 from .._program._affine import AffineTerm
 from .._program._equations import Equation, Variable
 from .._program._fragment import Fragment
-from .._program._primitives import OWN_DERIVATIVE, PROGRAMS, VIEWS
+from .._program._primitives import PROGRAMS, VIEWS
 from ..rules._local import LocalSolver, flattened_by, is_differentiable
 from ..rules._registry import RULES
 from ..rules._scalar import Scalar
@@ -69,10 +69,9 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     rule = RULES.get(equation.name)
     if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
         return _opened(equation, fusion)
-    real = tuple(v for v in equation.outputs if v.is_float)
-    outputs = real if equation.name in OWN_DERIVATIVE else equation.outputs
-    function = _with_separate_operands(operands, equation, outputs)
-    node = Node("operation", equation.name, equation.source, rule, function, equation=equation, unknown=unknown)
+    outputs = tuple(v for v in equation.outputs if fusion.is_read(v) or not rule.answers_for_some)
+    function, read = _with_separate_operands(operands, equation, outputs), tuple(v in outputs for v in equation.outputs)
+    node = Node("operation", equation.name, equation.source, rule, function, (), (), equation, unknown, read)
     return Draft(node, operands, outputs, tuple(rule.missing(equation, unknown)))
 
 
@@ -90,7 +89,7 @@ def _opened(equation: Equation, fusion: Fusion) -> Draft:
         else:
             stack.extend(fusion.inputs(fusion.makers[v.index])[::-1])
     operands = tuple(leaves)
-    outputs = tuple(v for v in equation.outputs if v.is_float)
+    outputs = tuple(v for v in equation.outputs if fusion.is_read(v))
     equations = fusion.between(operands, *outputs)
     function = Fragment(equations, operands, outputs)
     solvable = outputs and all(v.is_float for v in operands) and is_differentiable(function, fusion.program)

@@ -62,7 +62,7 @@ class Objective:
         rule, function = CustomObjective(term.factors), Fragment((equation,), operands, equation.outputs)
         unknown = tuple(v.index in program.unknown for v in equation.inputs)
         scale = term.coefficient / self.largest
-        node = Node("objective", "objective", equation.source, rule, function, (), (), equation, unknown, scale)
+        node = Node("objective", "objective", equation.source, rule, function, (), (), equation, unknown, scale=scale)
         return Draft(node, operands, ())
 
     def _generic(self, program: LiveProgram) -> Draft:

@@ -42,6 +42,7 @@ def context(problem: FeasibilityProblem, node: int, store_copies: bool) -> Conte
         known=problem.known,
         equation=spec.equation,
         unknown=spec.unknown,
+        read=spec.read,
         copies=problem.copies,
         store_copies=store_copies,
         is_parameter=tuple(graph.edges[e].is_parameter for e in spec.edges),

@@ -42,6 +42,7 @@ class Context:
     - `known`: values of the program's known variables.
     - `equation`: the equation of an operation that is one primitive, else `None`.
     - `unknown`: for each operand of `equation`, whether it is unknown.
+    - `read`: for each output of `equation`, whether it is one of the node; see `AbstractRule.answers_for_some`.
     - `weights`: weight of each unknown operand, clamped. `output_weights`: weight of each output, clamped.
     - `log_weights`: logarithms of the operands' weights, not clamped.
     - `ratios`: `ratios[o][i]` is the weight of output o over the weight of operand i, exact.
@@ -57,6 +58,7 @@ class Context:
     known: Mapping[int, Any]
     equation: Equation | None
     unknown: tuple[bool, ...]
+    read: tuple[bool, ...] = ()
     weights: tuple[float, ...] = ()
     log_weights: tuple[float, ...] = ()
     output_weights: tuple[Scale, ...] = ()
@@ -141,6 +143,9 @@ class AbstractRule(abc.ABC):
     label: ClassVar[str]
     takes_precedence: ClassVar[bool] = False
     """Whether the rule is asked before the operation is fused with others or made part of the objective."""
+    answers_for_some: ClassVar[bool] = False
+    """Whether the node has, of the outputs of its equation, only the floats that others read: those that `ctx.read`
+    marks. No dual of zeros takes the place of what nothing is wanted of: a derivative may be infinite there."""
 
     @property
     def is_discontinuous(self) -> bool:

@@ -36,6 +36,7 @@ class CustomDerivative(AbstractRule):
 
     label: ClassVar[str] = "its own derivative"
     takes_precedence: ClassVar[bool] = True
+    answers_for_some: ClassVar[bool] = True
 
     def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
         held = equation.params.get("num_consts", 0) if equation.name != "custom_jvp_call" else 0
