@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 from ._equations import Equation, Variable
 
@@ -51,17 +51,24 @@ def on_reals(function: _Function, dtypes: Sequence[Any]) -> _Function:
     return of_parts
 
 
-def with_closure(equation: Any, seen: Mapping[Any, Variable]) -> tuple[_Function, list[Variable]] | None:
+def with_closure(
+    equation: Any, unknown: Sequence[bool], seen: Mapping[Any, Variable]
+) -> tuple[_Function, list[Variable]] | None:
     """A call as a function of its operands and of what its derivative closes over; `None` where that is nothing.
 
-    `seen` are the variables of the program, by the variables of the jaxpr that was traced.
+    `unknown` says which operands depend on parameters, and `seen` are the variables of the program, by the variables
+    of the jaxpr that was traced.
     """
-    closed = _pulled(equation)
+    first = equation.params.get("num_consts", 0)  # nothing is passed on to what the function itself closes over
+    floats = [_is_inexact(v.aval.dtype) for v in equation.invars]
+    moving = [i for i, (u, f) in enumerate(zip(unknown, floats, strict=True)) if u and f and i >= first]
+    call = Equation(equation.primitive, equation.params, (), (), "")
+    closed = pulled(call.bind, moving, _shapes(equation.invars), _shapes(equation.outvars)) if moving else None
     found = {} if closed is None else {k: _origin(c, seen) for k, c in enumerate(closed.consts)}
     held = {k: v for k, v in found.items() if v is not None}
     if closed is None or not held:
         return None
-    count, moving = len(equation.invars), _moving(equation)
+    count = len(equation.invars)
     inner = next(x for x in equation.params.values() if isinstance(x, (ClosedJaxpr, Jaxpr)))
     plain = jaxpr_as_fun(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()))
     function = jax.custom_vjp(lambda operands, arrays: list(plain(*operands)))
@@ -71,40 +78,49 @@ def with_closure(equation: Any, seen: Mapping[Any, Variable]) -> tuple[_Function
         values = dict(zip(held, arrays, strict=True))
         consts = [values.get(k, c) for k, c in enumerate(closed.consts)]
         wanted = [mu for mu, v in zip(duals, equation.outvars, strict=True) if _is_inexact(v.aval.dtype)]
-        pulled = iter(jax.core.eval_jaxpr(closed.jaxpr, consts, *operands, *wanted))
-        return [next(pulled) if i in moving else None for i in range(count)], None
+        found = iter(jax.core.eval_jaxpr(closed.jaxpr, consts, *operands, *wanted))
+        return [next(found) if i in moving else None for i in range(count)], None
 
     function.defvjp(lambda *args: (function(*args), args), back)
     return (lambda *values: function(list(values[:count]), list(values[count:]))), list(held.values())
 
 
-def _moving(equation: Any) -> list[int]:
-    """The places of the operands that a derivative is taken by: not of those that the function closes over."""
-    first = equation.params.get("num_consts", 0)
-    return [i for i, v in enumerate(equation.invars) if i >= first and _is_inexact(v.aval.dtype)]
+def reached(call: Equation, moving: Sequence[int], outputs: Sequence[Variable]) -> list[int]:
+    """Those of the places `moving` of operands that some of the outputs have a derivative by."""
+    places = [i for i, v in enumerate(call.outputs) if v in outputs]
+    closed = pulled(lambda *x: [call.bind(*x)[i] for i in places], moving, _shapes(call.inputs), _shapes(outputs))
+    if closed is None:
+        return list(moving)
+    duals = {v for v in closed.jaxpr.invars[len(call.inputs) :]}
+    for equation in closed.jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in duals for v in equation.invars):
+            duals.update(equation.outvars)
+    return [i for i, v in zip(moving, closed.jaxpr.outvars, strict=True) if not isinstance(v, Literal) and v in duals]
 
 
-def _pulled(equation: Any) -> ClosedJaxpr | None:
-    """The derivative of a call, from operands and duals of the outputs; `None` where JAX knows none."""
-    call, moving = Equation(equation.primitive, equation.params, (), (), ""), _moving(equation)
+def pulled(
+    function: _Function, moving: Sequence[int], operands: Sequence[Any], results: Sequence[Any]
+) -> ClosedJaxpr | None:
+    """The derivative by the operands at the places `moving`, from operands and duals; `None` where JAX knows none."""
 
-    def pulled(operands, duals):
-        def function(*moved):
+    def back(operands, duals):
+        def of_moving(*moved):
             full = list(operands)
             for i, x in zip(moving, moved, strict=True):
                 full[i] = x
-            return [y for y in call.bind(*full) if _is_inexact(y.dtype)]
+            return [y for y in function(*full) if _is_inexact(y.dtype)]
 
-        return jax.vjp(function, *(operands[i] for i in moving))[1](duals)
+        return jax.vjp(of_moving, *(operands[i] for i in moving))[1](duals)
 
-    operands, outputs = (
-        [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
-        for variables in (equation.invars, equation.outvars)
-    )
     try:
-        return jax.make_jaxpr(pulled)(operands, [y for y in outputs if _is_inexact(y.dtype)])
+        return jax.make_jaxpr(back)(operands, [y for y in results if _is_inexact(y.dtype)])
     except Exception:  # each primitive without a derivative raises an error of its own
         return None
+
+
+def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    avals = [getattr(v, "aval", v) for v in variables]
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
 
 
 def _origin(value: Any, seen: Mapping[Any, Variable]) -> Variable | None:

@@ -31,7 +31,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
 from ._calls import holds_only, inner_jaxpr
-from ._equations import Equation, Fresh, Program, Variable, live
+from ._equations import Equation, Fresh, Program, Variable, dependents, live
 from ._kept import Kept, is_complex, on_reals, with_closure
 from ._primitives import ELEMENTWISE, OWN_DERIVATIVE
 from ._source import source_of
@@ -44,9 +44,10 @@ _UNROLLED = 32  # steps up to which a `scan` of elementwise operations is unroll
 class _Builder:
     """Walks through nested jaxprs and collects the equations, constants and known numbers of a program."""
 
-    def __init__(self) -> None:
+    def __init__(self, unknown: Sequence[Variable], fresh: Fresh) -> None:
         self.equations: list[Equation] = []
-        self.fresh = Fresh()
+        self.fresh = fresh
+        self.unknown = {v.index for v in unknown}
         self.seen: dict[Any, Variable] = {}
 
     def _literal(self, literal: Any) -> Variable:
@@ -55,9 +56,13 @@ class _Builder:
             self.fresh.note(variable, literal.val)  # before it was rounded to the dtype
         return variable
 
+    def _append(self, equation: Equation) -> None:
+        self.equations.append(equation)
+        self.unknown |= dependents([equation], [v for v in equation.inputs if v.index in self.unknown])
+
     def _emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str):
         outputs = tuple(self.fresh.variable(aval.shape, aval.dtype) for aval in avals)
-        self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source))
+        self._append(Equation(primitive, params, tuple(inputs), outputs, source))
         static = self.fresh.static
         if primitive.name in _KEEPS_NUMBERS and inputs[0].index in static:
             value = static[inputs[0].index] * (-1 if primitive.name == "neg" else 1)
@@ -110,7 +115,8 @@ class _Builder:
 
     def _own_derivative(self, equation: Any, operands: list[Variable], source: str) -> list[Variable]:
         """A call that is kept whole, on real arrays. What it returns beside numbers passes no derivative on."""
-        closed = with_closure(equation, self.seen)
+        unknown = [v.index in self.unknown for v in operands]
+        closed = with_closure(equation, unknown, self.seen)
         primitive = equation.primitive if closed is None else jp.custom_vjp_call_p
         plain = Equation(equation.primitive, equation.params, (), (), "").bind
         function, held = (plain, []) if closed is None else closed
@@ -122,7 +128,7 @@ class _Builder:
         args = (primitive, equation.params, tuple(inputs), results, source)
         same = closed is None and len(inputs) == len(operands) and len(reals) == len(avals)
         whole = on_reals(function, [v.dtype for v in operands])
-        self.equations.append(Equation(*args) if same else Kept(*args, function=whole))
+        self._append(Equation(*args) if same else Kept(*args, function=whole))
         rest, found = iter(results), []
         for aval in avals:
             parts = [next(rest) for _ in _real_types(aval.dtype)]
@@ -195,10 +201,14 @@ def _exchanged(equation: Equation, after: Equation) -> Equation | None:
     return replace(equation, params=params, inputs=(b, a), outputs=after.outputs)
 
 
-def normal_form(jaxpr: ClosedJaxpr) -> Program:
-    """The normal form of a closed jaxpr."""
-    builder = _Builder()
-    inputs = [builder.fresh.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+def normal_form(jaxpr: ClosedJaxpr, unknowns: int = 0) -> Program:
+    """The normal form of a closed jaxpr, of whose inputs the first `unknowns` are unknown.
+
+    What the derivative of a call closes over is looked for where its operands depend on these.
+    """
+    fresh = Fresh()
+    inputs = [fresh.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    builder = _Builder(inputs[:unknowns], fresh)
     outputs = builder.walk(jaxpr.jaxpr, jaxpr.consts, inputs)
     equations = _turned(live(builder.equations, outputs), outputs)
-    return Program(tuple(inputs), equations, tuple(outputs), builder.fresh.constants, builder.fresh.static)
+    return Program(tuple(inputs), equations, tuple(outputs), fresh.constants, fresh.static)

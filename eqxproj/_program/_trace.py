@@ -120,7 +120,7 @@ def trace(
         static_model=static_model,
         treedef=treedef,
         names=names,
-        program=normal_form(jaxpr),
+        program=normal_form(jaxpr, len(parameters)),
         aux_treedef=jtu.tree_structure(aux),
         aux_static=aux_static,
         is_parameter=(True,) * len(parameters) if is_parameter is None else tuple(is_parameter),
