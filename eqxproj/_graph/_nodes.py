@@ -75,7 +75,8 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     outputs = tuple(v for v in equation.outputs if fusion.is_read(v) or not rule.answers_for_some)
     function, read = _with_separate_operands(operands, equation, outputs), tuple(v in outputs for v in equation.outputs)
     node = Node("operation", equation.name, equation.source, rule, function, (), (), equation, unknown, read)
-    return Draft(node, operands, outputs, tuple(rule.missing(equation, unknown)))
+    missing = [m if m.source else replace(m, source=equation.source) for m in rule.missing(equation, unknown)]
+    return Draft(node, operands, outputs, tuple(missing))
 
 
 def _reached(equation: Equation, unknown: Sequence[bool], outputs: Sequence[Variable]) -> tuple[bool, ...]:
