@@ -6,14 +6,15 @@ primitive with a rule, or a node for the local solver. Limits: a draft speaks of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from .._errors import Unsupported
 from .._program._affine import AffineTerm
 from .._program._equations import Equation, Variable
 from .._program._fragment import Fragment
-from .._program._primitives import VIEWS
+from .._program._kept import reached
+from .._program._primitives import OWN_DERIVATIVE, PROGRAMS, VIEWS
 from ..rules._local import LocalSolver, flattened_by, is_differentiable
 from ..rules._registry import RULES
 from ..rules._scalar import Scalar
@@ -63,8 +64,10 @@ def _scalar(variable: Variable, equation: Equation, fusion: Fusion) -> Draft:
 def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     """A node of one primitive. If it has no rule that accepts it, it is opened."""
     unknown = tuple(v.index in fusion.unknown for v in equation.inputs)
-    if equation.name in ("cond", "scan"):  # integers and predicates stay as the forward pass has them
+    if equation.name in PROGRAMS:  # integers and predicates stay as the forward pass has them
         unknown = tuple(u and v.is_float for u, v in zip(unknown, equation.inputs, strict=True))
+    if equation.name in OWN_DERIVATIVE:
+        unknown = _reached(equation, unknown, [v for v in equation.outputs if fusion.is_read(v)])
     operands = tuple(v for v, is_unknown in zip(equation.inputs, unknown, strict=True) if is_unknown)
     rule = RULES.get(equation.name)
     if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
@@ -72,7 +75,16 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     outputs = tuple(v for v in equation.outputs if fusion.is_read(v) or not rule.answers_for_some)
     function, read = _with_separate_operands(operands, equation, outputs), tuple(v in outputs for v in equation.outputs)
     node = Node("operation", equation.name, equation.source, rule, function, (), (), equation, unknown, read)
-    return Draft(node, operands, outputs, tuple(rule.missing(equation, unknown)))
+    missing = [m if m.source else replace(m, source=equation.source) for m in rule.missing(equation, unknown)]
+    return Draft(node, operands, outputs, tuple(missing))
+
+
+def _reached(equation: Equation, unknown: Sequence[bool], outputs: Sequence[Variable]) -> tuple[bool, ...]:
+    """Which unknown operands the derivative of a call asks for: one that only checks others passes nothing to them."""
+    moving = [i for i, is_unknown in enumerate(unknown) if is_unknown]
+    held = range(equation.params.get("num_consts", 0))
+    places = moving if any(i in held for i in moving) else reached(equation, moving, outputs)
+    return tuple(i in places for i in range(len(unknown)))
 
 
 def _opened(equation: Equation, fusion: Fusion) -> Draft:

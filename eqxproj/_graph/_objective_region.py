@@ -15,7 +15,7 @@ import numpy as np
 from .._program._equations import Equation, Variable, live
 from .._program._fragment import Fragment
 from .._program._terms import Term, terms
-from ..rules._local import FLAT
+from ..rules._local import FLAT, has_derivative
 from ..rules._loss import CustomObjective, GenericObjective
 from ..rules._registry import RULES
 from ..rules._selection import POSITIONS
@@ -114,6 +114,8 @@ def _region(program: LiveProgram, ends: Sequence[Variable], custom: Sequence[Equ
         inside = _downstream(program, scope, ends, readers, staying)
         odd = [(e, v) for e in scope for v in program.unknown_inputs(e) if not v.is_float]
         more = {id(e) for e, v in odd if e.outputs[0].index in inside and makers.get(v.index) not in inside}
+        found = [e for e in scope if e.outputs[0].index in inside]
+        more |= {id(e) for e in found if not has_derivative(e, program.unknown)}  # as nodes, these are errors
         if not more:
             return inside
         staying |= more

@@ -20,14 +20,11 @@ from jax.extend.core import Primitive
 
 from ._equations import Equation, Variable, live
 from ._fragment import evaluate
-from ._primitives import ELEMENTWISE, VIEWS
+from ._primitives import ELEMENTWISE, REDUCTIONS, VIEWS
 
 _composite_p = Primitive("composite")
 _composite_p.multiple_results = True
 
-_REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp".split()
-)
 _PREPARES = ("exp", "exp2", "sub", "add", "mul", "div", "neg")
 """Operations that belong to a composite right after them, if they read no other unknown and an exponential is there."""
 
@@ -60,7 +57,7 @@ def _dominators(
         inputs = list(dict.fromkeys(v.index for v in equation.inputs if v.index in unknown))
         for index in inputs:
             depth.setdefault(index, 0)
-        if equation.name not in (ELEMENTWISE | VIEWS | _REDUCTIONS) or not inputs or is_apart(equation):
+        if equation.name not in (ELEMENTWISE | VIEWS | REDUCTIONS) or not inputs or is_apart(equation):
             continue
         common: int | None = inputs[0]
         for index in inputs[1:]:
@@ -128,7 +125,7 @@ def _joined(junction: Equation, start: int, equations: Sequence[Equation], unkno
         if any(v.index in needed for v in equation.outputs):
             inner.insert(0, equation)
             needed.update(v.index for v in equation.inputs if v.index in unknown and v.index != start)
-    if not any(e.name in _REDUCTIONS for e in inner):
+    if not any(e.name in REDUCTIONS for e in inner):
         return None
     made = {v.index for e in inner for v in e.outputs}
     reads = tuple({v.index: v for e in inner for v in e.inputs if v.index not in made}.values())

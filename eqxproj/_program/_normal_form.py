@@ -5,8 +5,10 @@ Transforms a closed jaxpr into a [`Program`][]. Limits: control flow other than 
 
 In the normal form,
 
-- calls (`jit`, `custom_jvp_call`, `remat2`, `closed_call`) are inlined, except a `custom_jvp_call` of what has no other
-  derivative, such as a loop; constants are the program's own, and each call has variables of its own;
+- calls (`jit`, `remat2`, `closed_call`) are inlined; constants are the program's own, and each call has variables of
+  its own;
+- a `custom_vjp_call` stays whole, and so does a `custom_jvp_call` whose derivative is not that of what it does; their
+  operands and outputs are real, and what their derivative closes over is an operand;
 - implicit broadcasting of elementwise operations is a `broadcast_in_dim`;
 - a short `scan` of elementwise operations over constants, as in JAX's special functions, is unrolled, so that such a
   function is elementwise throughout;
@@ -18,27 +20,25 @@ In the normal form,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
+from ._calls import holds_only, inner_jaxpr
 from ._complex import in_pairs
 from ._effects import acts
-from ._equations import Equation, Fresh, Program, Variable, live
-from ._primitives import ELEMENTWISE, OWN_DERIVATIVE, VIEWS
+from ._equations import Equation, Fresh, Program, Variable, dependents, live
+from ._kept import Kept, is_complex, on_reals, with_closure
+from ._primitives import ELEMENTWISE, OWN_DERIVATIVE
 from ._source import source_of
 
-_CALLS = ("jit", "pjit", "custom_jvp_call", "remat2", "checkpoint", "remat")
-_CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
 _ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
-_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _KEEPS_NUMBERS = ("broadcast_in_dim", "convert_element_type", "copy", "neg", "reshape", "squeeze", "stop_gradient")
 _UNROLLED = 32  # steps up to which a `scan` of elementwise operations is unrolled
 
@@ -46,9 +46,11 @@ _UNROLLED = 32  # steps up to which a `scan` of elementwise operations is unroll
 class _Builder:
     """Walks through nested jaxprs and collects the equations, constants and known numbers of a program."""
 
-    def __init__(self) -> None:
+    def __init__(self, unknown: Sequence[Variable], fresh: Fresh) -> None:
         self.equations: list[Equation] = []
-        self.fresh = Fresh()
+        self.fresh = fresh
+        self.unknown = {v.index for v in unknown}
+        self.seen: dict[Any, Variable] = {}
         self.parts: dict[int, tuple[Variable, ...]] = {}  # the real and the imaginary part of what is made of them
 
     def _literal(self, literal: Any) -> Variable:
@@ -56,6 +58,10 @@ class _Builder:
         if np.size(literal.val) == 1:
             self.fresh.note(variable, literal.val)  # before it was rounded to the dtype
         return variable
+
+    def _append(self, equation: Equation) -> None:
+        self.equations.append(equation)
+        self.unknown |= dependents([equation], [v for v in equation.inputs if v.index in self.unknown])
 
     def _emit(
         self,
@@ -67,7 +73,7 @@ class _Builder:
         effects: Iterable[Any] = (),
     ):
         outputs = tuple(self.fresh.variable(aval.shape, aval.dtype) for aval in avals)
-        self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source, acts=acts(effects)))
+        self._append(Equation(primitive, params, tuple(inputs), outputs, source, acts=acts(effects)))
         static = self.fresh.static
         if primitive.name == "complex":
             self.parts[outputs[0].index] = tuple(inputs)
@@ -88,6 +94,7 @@ class _Builder:
         """Takes over the equations of a jaxpr, inlined at the place `outer`; returns its outputs."""
         env: dict[Any, Variable] = dict(zip(jaxpr.invars, inputs, strict=True))
         env.update((var, self.fresh.constant(value)) for var, value in zip(jaxpr.constvars, consts, strict=True))
+        self.seen.update(env)
 
         def read(atom: Any) -> Variable:
             return self._literal(atom) if isinstance(atom, Literal) else env[atom]
@@ -95,16 +102,20 @@ class _Builder:
         for equation in jaxpr.eqns:
             operands = [read(atom) for atom in equation.invars]
             results = self._results(equation, operands, source_of(equation.source_info, outer))
-            env.update(zip(equation.outvars, results, strict=True))
+            made = dict(zip(equation.outvars, results, strict=True))
+            env.update(made)
+            self.seen.update(made)
         return [read(atom) for atom in jaxpr.outvars]
 
     def _results(self, equation: Any, operands: list[Variable], source: str) -> Sequence[Variable]:
         """The results of one equation of a jaxpr: of its inner jaxpr if it is inlined, else of a new equation."""
-        name, inner = equation.primitive.name, _inner_jaxpr(equation)
+        name, inner = equation.primitive.name, inner_jaxpr(equation)
         if name in _ALIASES:
             return operands
         if inner is not None:
             return self.walk(inner[0], inner[1], operands, source)
+        if name in OWN_DERIVATIVE:
+            return self._own_derivative(equation, operands, source)
         if name in ("real", "imag") and operands[0].index in self.parts:
             return [self.parts[operands[0].index][name == "imag"]]
         if name in ("scan", "cond"):
@@ -121,6 +132,37 @@ class _Builder:
         avals = [v.aval for v in equation.outvars]
         return self._emit(equation.primitive, equation.params, operands, avals, source, equation.effects)
 
+    def _own_derivative(self, equation: Any, operands: list[Variable], source: str) -> list[Variable]:
+        """A call that is kept whole, on real arrays. What it returns beside numbers passes no derivative on."""
+        unknown = [v.index in self.unknown for v in operands]
+        closed = with_closure(equation, unknown, self.seen)
+        primitive = equation.primitive if closed is None else jp.custom_vjp_call_p
+        plain = Equation(equation.primitive, equation.params, (), (), "").bind
+        function, held = (plain, []) if closed is None else closed
+        operands = [*operands, *held]
+        inputs = [part for v in operands for part in self._parts(v, source)]
+        avals = [v.aval for v in equation.outvars]
+        reals = [jax.ShapeDtypeStruct(a.shape, d) for a in avals for d in _real_types(a.dtype)]
+        results = tuple(self.fresh.variable(a.shape, a.dtype) for a in reals)
+        args = (primitive, equation.params, tuple(inputs), results, source)
+        same = closed is None and len(inputs) == len(operands) and len(reals) == len(avals)
+        whole = on_reals(function, [v.dtype for v in operands])
+        self._append(Equation(*args) if same else Kept(*args, function=whole))
+        rest, found = iter(results), []
+        for aval in avals:
+            parts = [next(rest) for _ in _real_types(aval.dtype)]
+            joins = jp.complex_p if len(parts) == 2 else None if parts[0].is_float else jp.stop_gradient_p
+            found += parts if joins is None else self._emit(joins, {}, parts, [aval], source)
+        return found
+
+    def _parts(self, variable: Variable, source: str) -> list[Variable]:
+        """The real and the imaginary part of a complex variable; any other as it is."""
+        if not is_complex(variable.dtype):
+            return [variable]
+        avals = [jax.ShapeDtypeStruct(variable.shape, d) for d in _real_types(variable.dtype)]
+        pairs = zip((jp.real_p, jp.imag_p), avals, strict=True)
+        return [self._emit(primitive, {}, [variable], [aval], source)[0] for primitive, aval in pairs]
+
     def _polynomial(self, equation: Any, operands: Sequence[Variable], source: str) -> list[Variable] | None:
         """The last carries of a short `scan` of elementwise operations over constants; `None` of any other `scan`."""
         params = equation.params
@@ -128,7 +170,7 @@ class _Builder:
         scanned = [self.fresh.constants.get(v.index) for v in operands[held + carried :]]
         known = all(x is not None and not isinstance(x, jax.core.Tracer) for x in scanned)
         short = params["length"] <= _UNROLLED and len(equation.outvars) == carried
-        if not (known and short and scanned and _holds_only(closed.jaxpr, ELEMENTWISE | {"broadcast_in_dim"})):
+        if not (known and short and scanned and holds_only(closed.jaxpr, ELEMENTWISE | {"broadcast_in_dim"})):
             return None
         carry = list(operands[held : held + carried])
         rows = [np.asarray(x) for x in scanned]
@@ -139,43 +181,9 @@ class _Builder:
         return carry
 
 
-def _inner_jaxpr(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
-    odd = any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in equation.outvars)
-    if equation.primitive.name not in (*_CALLS, *(OWN_DERIVATIVE if odd else ())):
-        return None
-    for key in _INNER:
-        inner = equation.params.get(key)
-        found = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
-        if isinstance(found[0], Jaxpr):
-            whole = equation.primitive.name == "custom_jvp_call" and not _is_differentiable(*found)
-            return None if whole else found
-    return None
-
-
-def _is_differentiable(jaxpr: Jaxpr, consts: Sequence[Any]) -> bool:
-    """Whether JAX can transpose the derivative of what a function does inside, whatever its own derivative."""
-    if _holds_only(jaxpr, ELEMENTWISE | VIEWS):
-        return True
-
-    def outputs(_, values):
-        return [y for y in jax.core.eval_jaxpr(jaxpr, consts, *values) if jnp.issubdtype(y.dtype, jnp.inexact)]
-
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
-    return is_transposable(outputs, shapes)
-
-
-def is_transposable(function: Callable[..., Any], operands: Sequence[Any], known: Any = None) -> bool:
-    """Whether JAX can transpose the derivative of `function(known, operands)` by the operands, given as shapes."""
-
-    def transposed(known, operands):
-        out, back = jax.vjp(lambda *values: function(known, values), *operands)
-        return back(out)
-
-    try:
-        jax.eval_shape(transposed, known, operands)
-    except Exception:  # each primitive without a derivative raises an error of its own
-        return False
-    return True
+def _real_types(dtype: Any) -> list[Any]:
+    """The types of the real arrays that an array of a type is made of."""
+    return [np.dtype(dtype).type(0).real.dtype] * 2 if is_complex(dtype) else [dtype]
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -184,15 +192,6 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     constants, carries, *_ = params["ft_in"].unpack()  # from JAX 0.11 on the operands are a tree of three branches
     return len(constants), len(carries)
-
-
-def _holds_only(jaxpr: Jaxpr, names: frozenset[str]) -> bool:
-    """Whether all operations of a function, also inside of calls that are inlined, have one of these names."""
-    for equation in jaxpr.eqns:
-        inner = _inner_jaxpr(equation)
-        if not (equation.primitive.name in names if inner is None else _holds_only(inner[0], names)):
-            return False
-    return True
 
 
 def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple[Equation, ...]:
@@ -222,10 +221,14 @@ def _exchanged(equation: Equation, after: Equation) -> Equation | None:
     return replace(equation, params=params, inputs=(b, a), outputs=after.outputs)
 
 
-def normal_form(jaxpr: ClosedJaxpr) -> Program:
-    """The normal form of a closed jaxpr."""
-    builder = _Builder()
-    inputs = [builder.fresh.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+def normal_form(jaxpr: ClosedJaxpr, unknowns: int = 0) -> Program:
+    """The normal form of a closed jaxpr, of whose inputs the first `unknowns` are unknown.
+
+    What the derivative of a call closes over is looked for where its operands depend on these.
+    """
+    fresh = Fresh()
+    inputs = [fresh.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+    builder = _Builder(inputs[:unknowns], fresh)
     outputs = builder.walk(jaxpr.jaxpr, jaxpr.consts, inputs)
     equations = _turned(live(builder.equations, outputs, with_effects=True), outputs)
-    return Program(tuple(inputs), equations, tuple(outputs), builder.fresh.constants, builder.fresh.static)
+    return Program(tuple(inputs), equations, tuple(outputs), fresh.constants, fresh.static)

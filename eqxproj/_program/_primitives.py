@@ -39,5 +39,13 @@ ONE_TO_ONE: frozenset[str] = frozenset(
 AFFINE: frozenset[str] = frozenset("add add_any sub neg mul div convert_element_type copy".split())
 """Elementwise operations that may be affine in their unknown operands."""
 
-OWN_DERIVATIVE: tuple[str, ...] = ("custom_vjp_call", "custom_vjp_call_jaxpr")
-"""Calls of functions with `jax.custom_vjp`, which stay whole where all outputs are real."""
+REDUCTIONS: frozenset[str] = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp".split()
+)
+"""Reductions along axes, and what accumulates along one."""
+
+OWN_DERIVATIVE: tuple[str, ...] = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call")
+"""Calls of functions with `jax.custom_vjp` or `jax.custom_jvp`."""
+
+PROGRAMS: tuple[str, ...] = ("cond", "scan", *OWN_DERIVATIVE)
+"""Operations that are functions. Integers and predicates that they read stay as the forward pass has them."""

@@ -146,7 +146,7 @@ def trace(
         static_model=static_model,
         treedef=treedef,
         names=tuple(part for name, flag in zip(names, pair, strict=True) for part in _parts(name, flag)),
-        program=normal_form(jaxpr),
+        program=normal_form(jaxpr, len(pairs(leaves))),
         aux_treedef=jtu.tree_structure(aux),
         aux_static=aux_static,
         is_parameter=tuple(f for f, is_pair in zip(flags, pair, strict=True) for f in (f,) * (1 + is_pair)),

@@ -11,12 +11,12 @@ carry depends on unknowns (`lax.map`): then a `scan` is always unrolled. Recurre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as jp
 
 from ._equations import Equation, Fresh, Program, Variable, dependents
@@ -89,11 +89,13 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
         recurrence = Recurrence.of(equation) if equation.name == "scan" and any(flags) else None
         if recurrence is not None and recurrence.length > 0:
             carries = recurrence.unknown_outputs(flags)[: recurrence.carries]
-            if not (in_order and any(carries)):
+            quiet = recurrence.silent() if equation.acts else recurrence
+            batch = None if in_order and any(carries) else _batch(quiet)
+            if batch is not None:
                 if equation.acts:  # it runs once more, in order, for its side effects alone
                     done.append(replace(equation, outputs=tuple(map(fresh.like, equation.outputs))))
-                    equation, recurrence = equation.silent(), recurrence.silent()
-                queue[:0], shown, stacked = _unrolled(equation, recurrence, carries, fresh)
+                    equation = equation.silent()
+                queue[:0], shown, stacked = _unrolled(equation, quiet, carries, batch, fresh)
                 delayed |= shown
                 replaced |= stacked
                 continue
@@ -107,6 +109,19 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
     outputs = tuple(_resolved(v, replaced) for v in program.outputs)
     delayed = {i: replace(d, equations=tuple(_renamed(e, replaced) for e in d.equations)) for i, d in delayed.items()}
     return Unrolled(Program(program.inputs, tuple(done), outputs, fresh.constants, fresh.static), delayed)
+
+
+def _loops(equations: Iterable[Any]) -> int:
+    """How deep recurrences are nested. A batch of what can be run one by one alone is a recurrence itself."""
+    depths = [0]
+    for equation in equations:
+        params = equation.params.values()
+        inner = [
+            x for p in params for x in (p if isinstance(p, tuple) else (p,)) if isinstance(x, (ClosedJaxpr, Jaxpr))
+        ]
+        own = 1 if equation.primitive.name == "scan" else 0
+        depths.append(own + max((_loops(x.eqns) for x in inner), default=0))
+    return max(depths)
 
 
 def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:
@@ -137,15 +152,16 @@ def _renamed(equation: Equation, replaced: Mapping[int, Variable]) -> Equation:
 
 
 def _unrolled(
-    equation: Equation, recurrence: Recurrence, carries: Sequence[bool], fresh: Fresh
+    equation: Equation, recurrence: Recurrence, carries: Sequence[bool], batch: Program, fresh: Fresh
 ) -> tuple[list[Equation], dict[int, Delayed], dict[int, Variable]]:
     """All steps of a `scan` at once: equations, delayed variables, and new names of the stacked outputs.
 
-    `carries` says which carries depend on unknowns.
+    `carries` says which carries depend on unknowns, and `batch` is the body over all steps.
     """
     initial = recurrence.split(equation.inputs)[1]
     entering = [fresh.variable((recurrence.length, *v.shape), v.dtype) for v in initial]
-    body, outputs = _body(equation, recurrence, entering, fresh)
+    constants, _, slices = recurrence.split(equation.inputs)
+    body, outputs = fresh.splice(batch, [*constants, *entering, *slices])
     equations = [*_runs(equation, recurrence, entering, carries), *body]
     delayed: dict[int, Delayed] = {}
     last = 0 if recurrence.reverse else recurrence.length - 1
@@ -175,16 +191,23 @@ def _runs(
     return found
 
 
-def _body(
-    equation: Equation, recurrence: Recurrence, entering: Sequence[Variable], fresh: Fresh
-) -> tuple[list[Equation], list[Variable]]:
-    """The body over all steps at once, and its outputs: the leaving carries, then what is stacked."""
-    constants, _, slices = recurrence.split(equation.inputs)
-    inputs = [*constants, *entering, *slices]
-    axes = [None] * recurrence.constants + [0] * (recurrence.carries + len(slices))
+def _batch(recurrence: Recurrence) -> Program | None:
+    """The body over all steps at once; `None` where it holds what can only be run one by one.
+
+    A batch of that is an error, or another loop, which would be unrolled without end.
+    """
+    count = recurrence.constants
+    axes = [None if i < count else 0 for i in range(len(recurrence.jaxpr.in_avals))]
     over_time = jax.vmap(jaxpr_as_fun(recurrence.jaxpr), in_axes=axes, axis_size=recurrence.length)
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
-    return fresh.splice(normal_form(jax.make_jaxpr(over_time)(*shapes)), inputs)
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape if axis is None else (recurrence.length, *a.shape), a.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        for a, axis in zip(recurrence.jaxpr.in_avals, axes, strict=True)
+    ]
+    try:
+        traced = jax.make_jaxpr(over_time)(*shapes)
+    except Exception:  # each primitive without a rule for batches raises an error of its own
+        return None
+    return normal_form(traced) if _loops(traced.jaxpr.eqns) <= _loops(recurrence.jaxpr.jaxpr.eqns) else None
 
 
 def _is_result(leave: Variable, equations: Sequence[Equation]) -> bool:

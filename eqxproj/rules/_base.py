@@ -225,15 +225,25 @@ class AbstractRule(abc.ABC):
 
 
 def transposed(rule: AbstractRule, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-    r"""$J^T \mu$ of the operation itself: the pullback of what has a derivative."""
+    r"""$J^T \mu$ of the operation itself: the pullback of what has a derivative.
+
+    A derivative may hold thresholds in units of the loss: a gradient that is clipped, the tolerance of a linear solver.
+    """
     outputs, back = jax.vjp(lambda *values: rule.evaluate(ctx, values), *inputs)
-    return list(back([mu.astype(y.dtype) for mu, y in zip(duals, outputs, strict=True)]))
+    pulled = back([step(ctx.unit, mu).astype(y.dtype) for mu, y in zip(duals, outputs, strict=True)])
+    return [in_duals(ctx.unit, x) for x in pulled]
 
 
 def step(weight: Scale, dual: Array) -> Array:
     """The displacement that belongs to a dual. Weights are beyond what float16 holds."""
     wide = jnp.promote_types(dual.dtype, jnp.float32)
     return (dual.astype(wide) / jnp.asarray(weight, wide)).astype(dual.dtype)
+
+
+def in_duals(weight: Scale, change: Array) -> Array:
+    """The dual that belongs to a displacement, as `step` takes it back."""
+    wide = jnp.promote_types(change.dtype, jnp.float32)
+    return (change.astype(wide) * jnp.asarray(weight, wide)).astype(change.dtype)
 
 
 def as_duals(answer: Sequence[Array] | Projected) -> list[Array]:

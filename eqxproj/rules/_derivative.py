@@ -1,8 +1,11 @@
-r"""Functions with a derivative of their own: `jax.custom_vjp`.
+r"""Functions with a derivative of their own: `jax.custom_vjp`, and `jax.custom_jvp` where it makes a difference.
 
 What such a function answers on the way back is its author's choice: a reversed or a clipped gradient, an estimate
-straight through, the solution of an implicit equation. It is kept whole and asked for that answer, $\nu = B(\mu)$ for
-$J^T \mu$, damped by one factor. Along $d_i = c\,\nu_i / w_i$ the cost
+straight through, a surrogate of a step, the solution of an implicit equation. It is kept whole and asked for that
+answer, $\nu = B(\mu)$ for $J^T \mu$. What it returns beside floating-point numbers passes nothing on.
+
+A `custom_jvp` has a derivative forward too, so that the local solver projects it. A `custom_vjp` has none: its answer
+is damped by one factor. Along $d_i = c\,\nu_i / w_i$ the cost
 
 $$\sum_i \frac{c^2 |\nu_i|^2}{w_i} + \kappa \Big| J d - \frac{\mu}{\kappa} \Big|^2, \qquad
 |J d| \ge \frac{\langle \mu, J d \rangle}{|\mu|} = \frac{c}{|\mu|} \sum_i \frac{|\nu_i|^2}{w_i},$$
@@ -10,8 +13,7 @@ $$\sum_i \frac{c^2 |\nu_i|^2}{w_i} + \kappa \Big| J d - \frac{\mu}{\kappa} \Big|
 is least, with the bound in the place of $|J d|$, at $c = 1/(1 + \rho)$ with
 $\rho = \sum_i (\kappa/w_i) |\nu_i|^2 / |\mu|^2$. That is the projection to first order, for a function of one output.
 
-Its limits: one factor for all elements, and no second step. The derivatives of `jax.custom_jvp` are not asked for:
-such functions are seen through, unless there is no other derivative of what they do, and left to the local solver then.
+Its limits: one factor for all elements, and no second step.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._errors import Unsupported
 from .._numerics._conjugate_gradients import inner
 from .._program._equations import Equation
-from ._base import AbstractRule, Context, step
-from ._local import largest
+from ._base import AbstractRule, Context, transposed
+from ._local import largest, nearest_locally
 
 
 class CustomDerivative(AbstractRule):
@@ -34,16 +36,25 @@ class CustomDerivative(AbstractRule):
 
     label: ClassVar[str] = "its own derivative"
     takes_precedence: ClassVar[bool] = True
+    answers_for_some: ClassVar[bool] = True
 
-    def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
-        return all(v.is_float for v in equation.outputs)
+    def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
+        held = equation.params.get("num_consts", 0) if equation.name != "custom_jvp_call" else 0
+        if any(unknown[:held]):
+            raise ValueError(
+                f"The function with a `jax.custom_vjp` at {equation.source} closes over an array that depends on "
+                "parameters. Its derivative says nothing of that array, and JAX refuses to differentiate it too: pass "
+                "the array as an argument, or close over `jax.lax.stop_gradient` of it."
+            )
+        return ()
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        # Thresholds of the author's, as of a clipped gradient, are in units of the loss.
-        back = jax.vjp(ctx.function, *inputs)[1]
-        return [nu * jnp.asarray(ctx.unit, nu.dtype) for nu in back([step(ctx.unit, mu) for mu in duals])]
+        return transposed(self, ctx, inputs, duals)
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        assert ctx.equation is not None
+        if ctx.equation.name == "custom_jvp_call":
+            return nearest_locally(ctx, inputs, duals)
         pulled = self.pullback(ctx, inputs, duals)
         size = inner(list(duals), list(duals))
         rho = jnp.zeros_like(size)

@@ -14,7 +14,7 @@ Limits: one damping factor a node, and the minimum found is a local one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import jax
@@ -23,9 +23,10 @@ from jaxtyping import Array
 
 from .._numerics._conjugate_gradients import conjugate_gradients
 from .._numerics._newton import descend
-from .._program._equations import Program
+from .._program._calls import is_transposable
+from .._program._equations import Equation, Program
 from .._program._fragment import Fragment
-from .._program._normal_form import is_transposable
+from .._program._primitives import ELEMENTWISE, REDUCTIONS, VIEWS
 from ._base import AbstractRule, Context, Scale, step, transposed
 
 _OUTER, _HALVINGS, _SMALL, _SAME = 6, 5, 1e-3, 1e-4
@@ -38,6 +39,22 @@ def is_differentiable(fragment: Fragment, program: Program) -> bool:
     known = {i: v for i, v in _shapes(program).items() if i in fragment.known}
     operands = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in fragment.operands]
     return is_transposable(fragment, operands, known) and not flattened_by(fragment)
+
+
+def has_derivative(equation: Equation, unknown: Collection[int]) -> bool:
+    """Whether one equation has a jvp and a vjp in its unknown operands, which may be complex."""
+    if equation.name in _SURE:
+        return True
+    moved = [v for v in equation.inputs if v.index in unknown and jnp.issubdtype(v.dtype, jnp.inexact)]
+    outputs = tuple(v for v in equation.outputs if jnp.issubdtype(v.dtype, jnp.inexact))
+    shapes = {v: jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs}
+    function = Fragment((equation,), tuple(dict.fromkeys(moved)), outputs)
+    known = {v.index: shape for v, shape in shapes.items() if v.index in function.known}
+    return not moved or not outputs or is_transposable(function, [shapes[v] for v in function.operands], known)
+
+
+_SURE = ELEMENTWISE | VIEWS | REDUCTIONS | {"dot_general", "conv_general_dilated"}
+"""Operations that need not be asked."""
 
 
 def flattened_by(fragment: Fragment) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from .._numerics._conjugate_gradients import conjugate_gradients, inner
 from .._numerics._newton import descend
 from .._program._equations import Equation, Variable
-from ._base import AbstractRule, Context
+from ._base import AbstractRule, Context, in_duals
 
 Factors = tuple[tuple[Variable, int], ...]
 
@@ -100,8 +100,9 @@ class GenericObjective(AbstractRule):
         return total
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        gradient = jax.grad(lambda values: self._value(ctx, values))(list(inputs))
-        return [-ctx.scale * g for g in gradient]
+        # Thresholds, as of the tolerance of a linear solver, are in units of the loss.
+        gradient = jax.grad(lambda values: ctx.scale / ctx.unit * self._value(ctx, values))(list(inputs))
+        return [-in_duals(ctx.unit, g) for g in gradient]
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         start = list(inputs)
