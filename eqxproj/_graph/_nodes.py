@@ -69,7 +69,7 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     rule = RULES.get(equation.name)
     if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
         return _opened(equation, fusion)
-    function = _with_separate_operands(operands, equation)
+    rule, function = rule.of(equation, unknown), _with_separate_operands(operands, equation)
     node = Node("operation", equation.name, equation.source, rule, function, equation=equation, unknown=unknown)
     return Draft(node, operands, equation.outputs, tuple(rule.missing(equation, unknown)))
 

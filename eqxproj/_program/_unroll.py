@@ -19,6 +19,7 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as jp
 
+from ._custom import Call
 from ._equations import Equation, Fresh, Program, Variable, dependents
 from ._fragment import residuals_of
 from ._normal_form import normal_form
@@ -90,6 +91,13 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
                 replaced |= stacked
                 continue
             equation = _walked(equation, recurrence, fresh)
+        call = equation.params.get("call")
+        shared = [i for i, flag in enumerate(flags) if flag and isinstance(call, Call) and call.shares(i)]
+        if shared:
+            body, outputs = _unshared(equation, call, shared, fresh)
+            queue[:0] = body
+            replaced |= {v.index: new for v, new in zip(equation.outputs, outputs, strict=True)}
+            continue
         done.append(equation)
         if any(flags) and equation.name in ("scan", "cond"):
             stops = _stopped(equation, flags, fresh)
@@ -99,6 +107,20 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
     outputs = tuple(_resolved(v, replaced) for v in program.outputs)
     delayed = {i: replace(d, equations=tuple(_renamed(e, replaced) for e in d.equations)) for i, d in delayed.items()}
     return Unrolled(Program(program.inputs, tuple(done), outputs, fresh.constants, fresh.static), delayed)
+
+
+def _unshared(
+    equation: Equation, call: Call, shared: Sequence[int], fresh: Fresh
+) -> tuple[list[Equation], list[Variable]]:
+    """A call with a rule over a batch whose elements share inputs, with a copy of these for each element."""
+
+    def function(*values: Any) -> list[Any]:
+        own = [call.copies(i, x) if i in shared else x for i, x in enumerate(values)]
+        return equation.primitive.bind(*own, call=call.unshared(shared))
+
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs]
+    body, outputs = fresh.splice(normal_form(jax.make_jaxpr(function)(*shapes)), equation.inputs)
+    return [replace(e, source=equation.source) for e in body], outputs
 
 
 def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:

@@ -147,6 +147,10 @@ class AbstractRule(abc.ABC):
         """Whether the output may jump where an operand hardly moves."""
         return False
 
+    def of(self, equation: Equation, unknown: Sequence[bool]) -> AbstractRule:
+        """The rule of one equation: itself, unless it has to know something of it."""
+        return self
+
     @abc.abstractmethod
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> Sequence[Array]:
         r"""The gradient regime: the duals of the operands, $J^T \mu$.
