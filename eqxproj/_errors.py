@@ -82,6 +82,12 @@ class TrainingInterrupted(KeyboardInterrupt):
         )
 
 
+def check_function(name: str, function: object, form: str) -> None:
+    """Raises a `TypeError` where the argument `name`, to be called as in `form`, is no function."""
+    if not callable(function):
+        raise TypeError(f"`{name}` must be a function `{form}`, got {function!r}.")
+
+
 def checked_arrays(new: Sequence[Any], old: Sequence[Array], who: str) -> list[Array]:
     """What a rule has returned, as arrays; an error where it is not of the shapes and the kind of its inputs."""
     return [_checked_array(n, o, f"input {i}", who) for i, (n, o) in enumerate(zip(new, old, strict=True))]

@@ -60,8 +60,8 @@ class Call:
         def rule(*args):
             *ctx, inputs, given = args
             if not ctx:
-                new = jax.vmap(self.rule, in_axes=(list(dims), 0))(list(inputs), given)
-                return jnp.moveaxis(new, 0, dims[0])
+                new = jax.vmap(self.rule, in_axes=(list(dims), 0), axis_size=size)(list(inputs), given)
+                return _moved(new, dims[0])
             arrays = _arrays_of_weights(ctx[0], given)
             call = jax.vmap(
                 lambda arrays, *each: self.rule(_with_arrays(ctx[0], arrays), *each),
@@ -69,7 +69,7 @@ class Call:
                 axis_size=size,
             )
             new = call(arrays, list(inputs), given)
-            return [x if d is None else jnp.moveaxis(n, 0, d) for n, x, d in zip(new, inputs, dims, strict=True)]
+            return [x if d is None else _moved(n, d) for n, x, d in zip(new, inputs, dims, strict=True)]
 
         function = jax.vmap(self.function, in_axes=tuple(dims), axis_size=size)
         return replace(self, function=function, rule=rule, each=self, dims=tuple(dims), size=size)
@@ -94,6 +94,13 @@ class Call:
             one = copies(position, value)
             return jnp.broadcast_to(one, (self.size, *one.shape))
         return jax.vmap(lambda x: copies(position, x), in_axes=dim)(value)
+
+
+def _moved(x: Array, dim: int | None) -> Array:
+    """Moves a batch dimension from the front to where an input has it."""
+    if dim is None:
+        raise AssertionError("A batch of rules must not share what they answer for.")
+    return jnp.moveaxis(x, 0, dim)
 
 
 def _arrays_of_weights(ctx: Any, targets: Sequence[Array]) -> list[Any]:

@@ -91,10 +91,9 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
                 replaced |= stacked
                 continue
             equation = _walked(equation, recurrence, fresh)
-        call = equation.params.get("call")
-        shared = [i for i, flag in enumerate(flags) if flag and isinstance(call, Call) and call.shares(i)]
+        shared = [i for i, flag in enumerate(flags) if flag and _shares(equation, i)]
         if shared:
-            body, outputs = _unshared(equation, call, shared, fresh)
+            body, outputs = _unshared(equation, shared, fresh)
             queue[:0] = body
             replaced |= {v.index: new for v, new in zip(equation.outputs, outputs, strict=True)}
             continue
@@ -109,10 +108,15 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
     return Unrolled(Program(program.inputs, tuple(done), outputs, fresh.constants, fresh.static), delayed)
 
 
-def _unshared(
-    equation: Equation, call: Call, shared: Sequence[int], fresh: Fresh
-) -> tuple[list[Equation], list[Variable]]:
-    """A call with a rule over a batch whose elements share inputs, with a copy of these for each element."""
+def _shares(equation: Equation, position: int) -> bool:
+    """Whether an equation is a batch of calls with a rule that share an input."""
+    call = equation.params.get("call")
+    return isinstance(call, Call) and call.shares(position)
+
+
+def _unshared(equation: Equation, shared: Sequence[int], fresh: Fresh) -> tuple[list[Equation], list[Variable]]:
+    """A batch of calls with a rule that share inputs, with a copy of these for each call."""
+    call = equation.params["call"]
 
     def function(*values: Any) -> list[Any]:
         own = [call.copies(i, x) if i in shared else x for i, x in enumerate(values)]

@@ -42,7 +42,8 @@ class Context:
     - `known`: values of the program's known variables.
     - `equation`: the equation of an operation that is one primitive, else `None`.
     - `unknown`: for each operand of `equation`, whether it is unknown.
-    - `weights`: weight of each unknown operand, clamped. `output_weights`: weight of each output, clamped.
+    - `weights`: weight of each unknown operand, clamped. `output_weights`: weight of each output, clamped. Numbers of
+        Python, but for outputs whose elements weigh differently, and for a user's rule in the gradient regime.
     - `log_weights`: logarithms of the operands' weights, not clamped.
     - `ratios`: `ratios[o][i]` is the weight of output o over the weight of operand i, exact.
     - `copies`: `"neuron"` or `"none"`. `store_copies`: the operands hold one entry a copy.
@@ -57,8 +58,8 @@ class Context:
     known: Mapping[int, Any]
     equation: Equation | None
     unknown: tuple[bool, ...]
-    weights: tuple[float, ...] = ()
-    log_weights: tuple[float, ...] = ()
+    weights: tuple[Any, ...] = ()
+    log_weights: tuple[Any, ...] = ()
     output_weights: tuple[Scale, ...] = ()
     ratios: tuple[tuple[Scale, ...], ...] = ()
     copies: str = "neuron"
@@ -106,7 +107,7 @@ class Context:
 
     def relative(self, i: int, j: int) -> float:
         """$w_i / w_j$, clamped to [1e-30, 1e30]."""
-        return math.exp(min(max(self.log_weights[i] - self.log_weights[j], -69.0), 69.0))
+        return math.exp(min(max(float(self.log_weights[i] - self.log_weights[j]), -69.0), 69.0))
 
     @property
     def params(self) -> Mapping[str, Any]:

@@ -202,7 +202,7 @@ class _Output:
 
         return [2 * (whole - half) for whole, half in zip(asked(wish), asked(wish / 2), strict=True)]
 
-    def _weights(self, rho: Array) -> tuple[list[Scale], list[Scale]]:
+    def _weights(self, rho: Array) -> tuple[Sequence[Scale], Sequence[Scale]]:
         """The weights of the inputs and of the outputs."""
         others = [1.0 if i == self.number else _OTHERS for i in range(len(self.point.outputs))]
         if not any(self.depends.of):
