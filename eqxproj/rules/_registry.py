@@ -35,8 +35,8 @@ def register_projection(
 
     - `primitive`: the primitive, or its name. A primitive of one's own that JAX can neither differentiate nor batch is
         given as itself, since its name is known nowhere.
-    - `form`: `"points"` for a function `(ctx, inputs, target) -> new_inputs`, asked as a rule of [`custom_projection`][]
-        is; `"duals"` for a function `(ctx, inputs, dual) -> duals of the inputs`, from which nothing is lost to rounding
+    - `form`: `"points"` for a function `(ctx, inputs, target) -> new_inputs`, asked as in [`custom_projection`][];
+        `"duals"` for a function `(ctx, inputs, dual) -> duals of the inputs`, from which nothing is lost to rounding
         in the gradient regime.
     - `is_discontinuous`: whether the output may jump where an operand hardly moves, as in [`custom_projection`][]. Not
         for an [`AbstractRule`][], which says so itself.
