@@ -19,7 +19,7 @@ by $s$. Only the *ratio* of the weights and the size $s$ are to be chosen, and t
 - The size. The wanted change is as large as makes the inputs move by $\epsilon^{0.4}$ of their size: of that, rounding
   leaves $\epsilon^{0.6}$, and curvature takes $\epsilon^{0.4}$. So a target may be farther from the output than the
   output is from zero.
-- Two wishes, one half of the other. Their difference is the answer, so that what a rule does about no wish at all, such
+- Two wishes, one half of the other. Twice their difference is the answer, so that what a rule does about no wish at all, such
   as a margin to be kept, does not count as an answer to one.
 - Units. Inputs and outputs are measured by their largest element, each output is asked about alone, at a weight so much
   larger than that of the other outputs that they do not hold it, and arithmetic is in float32 at least.
@@ -27,7 +27,8 @@ by $s$. Only the *ratio* of the weights and the size $s$ are to be chosen, and t
 A rule that does *not depend on the weight of the output* answers as at unit weights: $d = A r$ gives $\nu = A \mu$. For
 a step along the gradient, $d = J^T r$, that is the pullback. For an inversion, $d = J^{-1} r$, it is the inversion.
 Whether an input's answer depends on that weight is read off the rule's own trace. A rule that needs weights as Python
-numbers (`float(ctx.kappa[0])`) cannot be asked at weights that depend on the values, and is asked at the ratio 1e-4.
+numbers (`float(ctx.kappa[0])`) cannot be asked at weights that depend on the values: it is compiled for ten ratios, and
+all inputs weigh one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ Ask = Callable[[Sequence[Scale], Sequence[Scale], Sequence[Array]], Sequence[Arr
 """A rule: from the weights of inputs and outputs, and targets, to new inputs."""
 
 _PILOT = 0.01  # the first ratio of the weights, in units of inputs and output
-_FIXED = 1e-4  # the ratio for a rule that needs numbers
+_SPACING = 100.0
+_LADDER = tuple(_SPACING**n for n in (3, 2, 1, 0, -1, -2, -3, -4, -5, -6))  # the ratios for rules that need numbers
 _OTHERS = 1e-6  # the weights of the other outputs, in units of that of the output that is asked about
 _WISH = 0.01  # the first wanted change, in units of the output; ten times that where it is damped by the weights
 _LEAST, _MOST = 1e-3, 10.0  # the wanted changes that are tried
@@ -160,69 +162,108 @@ class _Output:
 
     def answer(self) -> list[Array]:
         """The duals of the inputs."""
-        y, sizes = self.point.outputs[self.number], self._sizes()
-        unit, largest = _scale(y), _largest(self.dual)
-        damped, measured = any(self.depends.of), not self.depends.needs_numbers
-        first = unit * (10 * _WISH if damped else _WISH)
-        rho = jnp.asarray(_PILOT if measured else _FIXED, unit.dtype)
-        if not damped:
-            rho = jnp.ones_like(rho)
+        return self._damped() if any(self.depends.of) else self._undamped()
+
+    def _undamped(self) -> list[Array]:
+        """From a rule that ignores the weight of the output; each input is asked for by a wish of its own size."""
+        first = _WISH * self.unit
+        moves, duals = self._moves(jnp.ones_like(first), first), []
+        for i, (move, size) in enumerate(zip(moves, self.sizes, strict=True)):
+            wish = self._wish(first, _largest(move) / size, _MOST * jnp.maximum(self.unit, size))
+            duals.append(self._moves(jnp.ones_like(first), wish)[i] * (_largest(self.dual) / wish))
+        return duals
+
+    def _damped(self) -> list[Array]:
+        """From a rule that depends on the weight of the output, asked at a ratio at which it is hardly damped."""
+        first = 10 * _WISH * self.unit
+        rho = self._possible(jnp.asarray(_PILOT, self.unit.dtype))
         moves = self._moves(rho, first)
-        moved = jnp.max(jnp.stack([_largest(m) / s for m, s in zip(moves, sizes, strict=True) if m.size]))
-        most = _MOST * jnp.maximum(unit, jnp.max(jnp.stack(sizes)))
-        if damped and measured:
-            gain = self._squared_gain(moves, sizes)
-            ratio = jnp.minimum(rho, _step(unit.dtype) / jnp.where(gain > 0, gain, 1e-30))
-            moved = moved * (1 + rho * gain) / rho * ratio
-            rho, most = ratio, _MOST * unit * jnp.maximum(1, jnp.sqrt(gain))
-        wish = first * _step(unit.dtype) / jnp.where(moved > 0, moved, 1e-30)
-        wish = jnp.clip(wish, _LEAST * unit, most)
-        answers = self._moves(rho, wish)
+        gain = self._squared_gain(moves)
+        ratio = self._possible(jnp.minimum(rho, _step(rho.dtype) / jnp.where(gain > 0, gain, 1e-30)))
+        moved = jnp.max(jnp.stack([_largest(m) / s for m, s in zip(moves, self.sizes, strict=True)]))
+        moved = moved * (1 + rho * gain) / rho * ratio
+        wish = self._wish(first, moved, _MOST * self.unit * jnp.maximum(1, jnp.sqrt(gain)) * self._room)
         duals = []
-        for move, size, is_damped in zip(answers, sizes, self.depends.of, strict=True):
-            factor = largest / wish
+        for move, scale, is_damped in zip(self._moves(ratio, wish), self.scales, self.depends.of, strict=True):
+            factor = _largest(self.dual) / wish
             if is_damped:  # by the weight of the input over that of the output
-                factor = factor / rho * (unit * unit / (size * size) if measured else 1.0)
+                factor = factor / ratio * (self.unit / scale) ** 2
             duals.append(move * factor)
         return duals
 
-    def _sizes(self) -> list[Array]:
+    @property
+    def unit(self) -> Array:
+        """The size of the output."""
+        return _scale(self.point.outputs[self.number])
+
+    @property
+    def sizes(self) -> list[Array]:
+        """The sizes of the inputs."""
         return [_scale(x) for x in self.point.inputs]
 
-    def _moves(self, rho: Array, wish: Array) -> list[Array]:
-        """What the rule answers to a wish of this size, at this ratio of weights, less what it does about no wish."""
-        weights, output_weights = self._weights(rho)
+    @property
+    def scales(self) -> list[Array]:
+        """The sizes by which the inputs are weighed: one for all, where weights must be numbers."""
+        top = jnp.max(jnp.stack(self.sizes))
+        return [top] * len(self.sizes) if self.depends.needs_numbers else self.sizes
+
+    @property
+    def _room(self) -> float:
+        """How much larger a wish may be because the ratio is smaller than asked for."""
+        return _SPACING if self.depends.needs_numbers else 1.0
+
+    def _wish(self, first: Array, moved: Array, most: Array) -> Array:
+        """The size of the wish by which the inputs move as far as they should; they move by `moved` at the first."""
+        wish = first * _step(first.dtype) / jnp.where(moved > 0, moved, 1e-30)
+        return jnp.clip(wish, _LEAST * self.unit, most)
+
+    def _possible(self, rho: Array) -> Array:
+        """The ratio that the rule is asked at: for one that needs numbers, the next lower one of the ladder."""
+        if not self.depends.needs_numbers:
+            return rho
+        into = (self.scales[0] / self.unit) ** 2
+        return jnp.asarray(_LADDER, rho.dtype)[self._rung(rho)] / into
+
+    def _rung(self, rho: Array) -> Array:
+        """The number of the ratio of the ladder at `rho` or below it."""
+        ratio = rho * (self.scales[0] / self.unit) ** 2 * (1 + 1e-3)
+        return jnp.sum(jnp.asarray(_LADDER[:-1], rho.dtype) > ratio)
+
+    def _moves(self, rho: Array, wish: Array) -> Sequence[Array]:
+        """What the rule answers to a wish of this size, at this ratio of weights, less what it does about half of it."""
+        others = [1.0 if i == self.number else _OTHERS for i in range(len(self.point.outputs))]
+        ones = [1.0] * len(self.point.inputs)
+        if not any(self.depends.of):
+            return self._asked(ones, [1.0] * len(others), wish)
+        if self.depends.needs_numbers:
+            asked = [lambda size, k=k: self._asked(ones, [k * other for other in others], size) for k in _LADDER]
+            return jax.lax.switch(self._rung(rho), asked, wish)
+        top = jnp.max(jnp.stack(self.sizes))
+        units = [_scale(y) for y in self.point.outputs]
+        kappas = [rho * other * (top / u) ** 2 for other, u in zip(others, units, strict=True)]
+        return self._asked([(top / s) ** 2 for s in self.sizes], kappas, wish)
+
+    def _asked(self, weights: Sequence[Scale], output_weights: Sequence[Scale], wish: Array) -> list[Array]:
         direction = self.dual / jnp.where((largest := _largest(self.dual)) > 0, largest, 1.0)
 
-        def asked(size: Array) -> Sequence[Array]:
+        def new(size: Array) -> Sequence[Array]:
             targets = list(self.point.outputs)
             y = targets[self.number]
             targets[self.number] = y + (size * direction).astype(y.dtype)
             return self.ask(weights, output_weights, targets)
 
-        return [2 * (whole - half) for whole, half in zip(asked(wish), asked(wish / 2), strict=True)]
+        return [2 * (whole - half) for whole, half in zip(new(wish), new(wish / 2), strict=True)]
 
-    def _weights(self, rho: Array) -> tuple[Sequence[Scale], Sequence[Scale]]:
-        """The weights of the inputs and of the outputs."""
-        others = [1.0 if i == self.number else _OTHERS for i in range(len(self.point.outputs))]
-        if not any(self.depends.of):
-            return [1.0] * len(self.point.inputs), [1.0] * len(others)
-        if self.depends.needs_numbers:
-            return [1.0] * len(self.point.inputs), [_FIXED * other for other in others]
-        sizes = self._sizes()
-        top = jnp.max(jnp.stack(sizes))
-        units = [_scale(y) for y in self.point.outputs]
-        weights = [(top / s) ** 2 for s in sizes]
-        return weights, [rho * other * (top / u) ** 2 for other, u in zip(others, units, strict=True)]
-
-    def _squared_gain(self, moves: Sequence[Array], sizes: Sequence[Array]) -> Array:
+    def _squared_gain(self, moves: Sequence[Array]) -> Array:
         """How much farther the output moves than the inputs, both in their units, squared; zero where it jumps."""
         y = self.point.outputs[self.number]
         if self.point.is_discontinuous:
             return jnp.zeros_like(_scale(y))
         moved = [x + m for x, m in zip(self.point.inputs, moves, strict=True)]
         rise = (self.point.function(moved)[self.number] - y) / _scale(y)
-        parts = [jnp.sum(jnp.abs((z - x) / s) ** 2) for z, x, s in zip(moved, self.point.inputs, sizes, strict=True)]
+        parts = [
+            jnp.sum(jnp.abs((z - x) / s) ** 2) for z, x, s in zip(moved, self.point.inputs, self.scales, strict=True)
+        ]
         run = sum(parts[1:], start=parts[0])
         gain = jnp.sum(jnp.abs(rise) ** 2) / jnp.where(run > 0, run, 1.0)
         return jnp.where(jnp.isfinite(gain) & (run > 0), gain, 0.0)
