@@ -19,8 +19,8 @@ by $s$. Only the *ratio* of the weights and the size $s$ are to be chosen, and t
 - The size. The wanted change is as large as makes the inputs move by $\epsilon^{0.4}$ of their size: of that, rounding
   leaves $\epsilon^{0.6}$, and curvature takes $\epsilon^{0.4}$. So a target may be farther from the output than the
   output is from zero.
-- Two wishes, one half of the other. Twice their difference is the answer, so that what a rule does about no wish at all, such
-  as a margin to be kept, does not count as an answer to one.
+- Two wishes, one half of the other. Twice their difference is the answer, so that what a rule does about no wish at
+  all, such as a margin to be kept, does not count as an answer to one.
 - Units. Inputs and outputs are measured by their largest element, each output is asked about alone, at a weight so much
   larger than that of the other outputs that they do not hold it, and arithmetic is in float32 at least.
 
@@ -230,7 +230,7 @@ class _Output:
         return jnp.sum(jnp.asarray(_LADDER[:-1], rho.dtype) > ratio)
 
     def _moves(self, rho: Array, wish: Array) -> Sequence[Array]:
-        """What the rule answers to a wish of this size, at this ratio of weights, less what it does about half of it."""
+        """What the rule answers to a wish of this size at this ratio: twice what it does beyond half of the wish."""
         others = [1.0 if i == self.number else _OTHERS for i in range(len(self.point.outputs))]
         ones = [1.0] * len(self.point.inputs)
         if not any(self.depends.of):
