@@ -82,11 +82,27 @@ class TrainingInterrupted(KeyboardInterrupt):
         )
 
 
-def check_shapes(new: Sequence[Any], old: Sequence[Array], who: str) -> None:
-    """Raises a `ValueError` where a rule has returned something of another shape than its inputs."""
-    for position, (n, o) in enumerate(zip(new, old, strict=True)):
-        if jnp.shape(n) != jnp.shape(o):
-            raise ValueError(
-                f"{who} returned shape {jnp.shape(n)} for input {position}, which has shape {jnp.shape(o)}. A rule "
-                "returns new inputs (or duals) of the shapes of the old ones."
-            )
+def check_function(name: str, function: object, form: str) -> None:
+    """Raises a `TypeError` where the argument `name`, to be called as in `form`, is no function."""
+    if not callable(function):
+        raise TypeError(f"`{name}` must be a function `{form}`, got {function!r}.")
+
+
+def checked_arrays(new: Sequence[Any], old: Sequence[Array], who: str) -> list[Array]:
+    """What a rule has returned, as arrays; an error where it is not of the shapes and the kind of its inputs."""
+    return [_checked_array(n, o, f"input {i}", who) for i, (n, o) in enumerate(zip(new, old, strict=True))]
+
+
+def _checked_array(new: Any, old: Array, which: str, who: str) -> Array:
+    remedy = "A rule returns new inputs (or duals) of the shapes and the kind of the old ones."
+    try:
+        found = jnp.asarray(new)
+    except TypeError as error:
+        raise TypeError(f"{who} returned {type(new).__name__} for {which}, which is an array. {remedy}") from error
+    if found.shape != old.shape:
+        raise ValueError(f"{who} returned shape {found.shape} for {which}, which has shape {old.shape}. {remedy}")
+    is_number = isinstance(new, int | float) and not isinstance(new, bool)
+    wanted = jnp.floating if jnp.issubdtype(old.dtype, jnp.floating) else jnp.inexact
+    if jnp.issubdtype(old.dtype, wanted) and not (is_number or jnp.issubdtype(found.dtype, wanted)):
+        raise TypeError(f"{who} returned dtype {found.dtype} for {which}, which has dtype {old.dtype}. {remedy}")
+    return found.astype(old.dtype)

@@ -72,6 +72,7 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
     rule = RULES.get(equation.name)
     if rule is None or not all(v.is_float for v in operands) or not rule.accepts(equation, unknown):
         return _opened(equation, fusion)
+    rule = rule.of(equation, unknown)
     outputs = tuple(v for v in equation.outputs if fusion.is_read(v) or not rule.answers_for_some)
     function, read = _with_separate_operands(operands, equation, outputs), tuple(v in outputs for v in equation.outputs)
     node = Node("operation", equation.name, equation.source, rule, function, (), (), equation, unknown, read)

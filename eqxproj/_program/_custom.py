@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import update_wrapper
-from typing import Any, Generic, ParamSpec, TypeVar
+from functools import partial, update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from .._errors import check_shapes
+from .._errors import checked_arrays
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -35,30 +35,89 @@ class Call:
     """One call of a function with a rule, both on flat arrays: `function(*inputs) -> [outputs]`.
 
     `rule(ctx, inputs, targets) -> [new inputs]`, or for a loss `rule(inputs, tau) -> displacement of the first input`.
+    `each`: where this is a batch of calls, one of them. `dims`, `size`: where the inputs have the batch, and its size.
     """
 
     name: str
     function: Callable[..., list[Array]]
     rule: Callable[..., Any]
     hard: bool = False
+    is_discontinuous: bool | None = None
+    each: Call | None = None
+    dims: tuple[int | None, ...] = ()
+    size: int = 0
 
     def __repr__(self) -> str:
         return self.name
 
-    def batched(self, dims: Sequence[Any]) -> Call:
-        """The same call over a batch. `dims` are the batch dimensions of the inputs; outputs have it in front."""
+    def batched(self, dims: Sequence[int | None], size: int) -> Call:
+        """The same call over a batch. `dims` are the batch dimensions of the inputs; outputs have it in front.
+
+        The rule answers for each element of the batch, so that unknown inputs must not be shared: see `unshared`. What
+        it answers for shared ones is dropped.
+        """
 
         def rule(*args):
             *ctx, inputs, given = args
-            new = jax.vmap(lambda *each: self.rule(*ctx, *each), in_axes=(list(dims), 0))(list(inputs), given)
-            return [_front(n, d) for n, d in zip(new, dims, strict=True)] if ctx else _front(new, dims[0])
+            if not ctx:
+                new = jax.vmap(self.rule, in_axes=(list(dims), 0), axis_size=size)(list(inputs), given)
+                return _moved(new, dims[0])
+            arrays = _arrays_of_weights(ctx[0], given)
+            call = jax.vmap(
+                lambda arrays, *each: self.rule(_with_arrays(ctx[0], arrays), *each),
+                in_axes=(0, list(dims), 0),
+                axis_size=size,
+            )
+            new = call(arrays, list(inputs), given)
+            return [x if d is None else _moved(n, d) for n, x, d in zip(new, inputs, dims, strict=True)]
 
-        return replace(self, function=jax.vmap(self.function, in_axes=tuple(dims)), rule=rule)
+        function = jax.vmap(self.function, in_axes=tuple(dims), axis_size=size)
+        return replace(self, function=function, rule=rule, each=self, dims=tuple(dims), size=size)
+
+    def shares(self, position: int) -> bool:
+        """Whether elements of a batch share this input."""
+        return self.each is not None and (self.dims[position] is None or self.each.shares(position))
+
+    def unshared(self, positions: Sequence[int]) -> Call:
+        """The call with every element's own copy of these inputs, whose batch dimensions are in front."""
+        if self.each is None:
+            return self
+        dims = [0 if i in positions else d for i, d in enumerate(self.dims)]
+        return self.each.unshared(positions).batched(dims, self.size)
+
+    def copies(self, position: int, value: Array) -> Array:
+        """The copies of an input that `unshared` takes."""
+        if self.each is None:
+            return value
+        copies, dim = self.each.copies, self.dims[position]
+        if dim is None:
+            one = copies(position, value)
+            return jnp.broadcast_to(one, (self.size, *one.shape))
+        return jax.vmap(lambda x: copies(position, x), in_axes=dim)(value)
 
 
-def _front(x: Array, dim: int | None) -> Array:
-    """Moves a batch dimension from the front to where the operand has it. Without one there, it takes the mean."""
-    return x.mean(0).astype(x.dtype) if dim is None else jnp.moveaxis(x, 0, dim)
+def _moved(x: Array, dim: int | None) -> Array:
+    """Moves a batch dimension from the front to where an input has it."""
+    if dim is None:
+        raise AssertionError("A batch of rules must not share what they answer for.")
+    return jnp.moveaxis(x, 0, dim)
+
+
+def _arrays_of_weights(ctx: Any, targets: Sequence[Array]) -> list[Any]:
+    """For each output its weight and ratios, shaped like it; `None` where they are numbers, which a batch shares."""
+    return [
+        jtu.tree_map(lambda k, t=t: jnp.broadcast_to(k, t.shape), [weight, *row]) if jnp.ndim(weight) else None
+        for weight, row, t in zip(ctx.output_weights, ctx.ratios, targets, strict=True)
+    ]
+
+
+def _with_arrays(ctx: Any, arrays: Sequence[Any]) -> Any:
+    """The context with these weights and ratios of outputs, where they are arrays."""
+    pairs = [
+        (weight, row) if own is None else (own[0], tuple(own[1:]))
+        for weight, row, own in zip(ctx.output_weights, ctx.ratios, arrays, strict=True)
+    ]
+    return replace(ctx, output_weights=tuple(k for k, _ in pairs), ratios=tuple(row for _, row in pairs))
 
 
 def _primitive(name: str) -> Primitive:
@@ -73,7 +132,8 @@ def _primitive(name: str) -> Primitive:
         return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
 
     def batch(args, dims, *, call):
-        out = primitive.bind(*args, call=call.batched(dims))
+        (size,) = {x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None}
+        out = primitive.bind(*args, call=call.batched(dims, size))
         return out, [0] * len(out)
 
     def jvp(primals, tangents, *, call):
@@ -101,28 +161,47 @@ loss_p = _primitive("custom_loss")
 class CustomProjection(Generic[_P, _T]):
     """What [`custom_projection`][] returns: call it as the function itself."""
 
-    def __init__(self, function: Callable[_P, _T]):
+    def __init__(self, function: Callable[_P, _T], is_discontinuous: bool | None = None):
         self.function = function
+        self.is_discontinuous = is_discontinuous
         self._name = getattr(function, "__name__", "function")
         self.rule: Callable[..., Any] | None = None
         update_wrapper(self, function)
 
     def def_projection(self, rule: _F) -> _F:
-        """Defines the projection; use as a decorator.
+        r"""Defines the projection; use as a decorator.
 
         **Arguments:**
 
-        - `rule`: `rule(ctx, inputs, target) -> new_inputs`. `inputs` is the tuple of the call's positional arguments;
-            `target` has the structure of the output. It returns the new arguments as a tuple (or the one new argument
-            of a function of one): inputs near the given ones, at which the output is the target, or nearer to it. New
-            arguments in the place of known ones, or of arguments that are no floats, are ignored and may be `None`.
-            Python numbers among the arguments are passed on as they are. `ctx.weights` and `ctx.kappa` weigh the
-            distances of the inputs and of the output.
+        - `rule`: `rule(ctx, inputs, target) -> new_inputs`. `inputs` is the tuple of the arguments that the call gave:
+            positional ones (also where they were given by name), then keyword-only ones, in the order of the signature;
+            `target` has the structure of the output. It returns the new arguments as a tuple or list (or the one new
+            argument of a function of one): inputs near the given ones, at which the output is the target, or nearer to
+            it. New arguments in the place of known ones, or of arguments that are no floats, are ignored and may be
+            `None`. Python numbers among the arguments are passed on as they are.
+
+        `ctx.weights` weigh the distances of the unknown inputs, `ctx.kappa` those of the outputs. The exact projection
+        is $\arg\min_{x'} \sum_i w_i |x'_i - x_i|^2 + \kappa |f(x') - t|^2$.
+
+        In the gradient regime, the rule is asked what it would do about small wishes. One that depends on `ctx.kappa`
+        (or `ctx.ratio`) is asked at weights at which the output hardly pulls, $\kappa \ll w$, with a target that may
+        be farther from the output than the output is from zero; the exact projection then answers by
+        $\frac{\kappa}{w} J^T (t - f(x))$, and this is scaled to the gradient. One that does not depend on it is asked
+        for a target near the output, and counts as a projection at unit weights: `x + J^T (target - f(x))` answers by
+        the gradient. Arrays are of float32 at least then, weights may be traced, and the rule is called several times.
 
         **Returns:**
 
         The rule, unchanged.
+
+        **Raises:** `TypeError` where the rule is no function; later, `ValueError` and `TypeError` where it returns
+        arguments of another number, structure, shape or kind.
         """
+        if not callable(rule):
+            raise TypeError(
+                f"The projection of {self._name!r} must be a function `(ctx, inputs, target) -> new_inputs`, got "
+                f"{rule!r}."
+            )
         self.rule = rule
         return rule
 
@@ -132,9 +211,10 @@ class CustomProjection(Generic[_P, _T]):
                 f"The function {self._name!r} is decorated with `custom_projection`, but has no projection. Define it "
                 f"with `@{self._name}.def_projection` before the first call."
             )
-        positional = self._positional(args, kwargs)
-        is_array = jtu.tree_map(_is_array, positional)
-        arrays, others = eqx.partition(positional, is_array)
+        positional, named = self._arguments(args, kwargs)
+        given = (*positional, *named.values())
+        is_array = jtu.tree_map(_is_array, given)
+        arrays, others = eqx.partition(given, is_array)
         leaves, treedef = jtu.tree_flatten(arrays)
         out_treedef: list[Any] = []
         call: Callable[..., Any] = self.function
@@ -143,7 +223,10 @@ class CustomProjection(Generic[_P, _T]):
             return eqx.combine(jtu.tree_unflatten(treedef, flat), others)
 
         def function(*flat):
-            found, structure = jtu.tree_flatten(jtu.tree_map(jnp.asarray, call(*join(flat))))
+            full = join(flat)
+            by_name = dict(zip(named, full[len(positional) :], strict=True))
+            out = call(*full[: len(positional)], **by_name)
+            found, structure = jtu.tree_flatten(jtu.tree_map(jnp.asarray, out))
             out_treedef[:] = [structure]
             return found
 
@@ -153,28 +236,29 @@ class CustomProjection(Generic[_P, _T]):
             new = self._completed(self.rule(ctx, old, jtu.tree_unflatten(out_treedef[0], targets)), old)
             moved = jtu.tree_leaves(eqx.filter(new, is_array))
             kept = [n if unknown else o for n, o, unknown in zip(moved, inputs, ctx.unknown, strict=True)]
-            check_shapes(kept, inputs, f"The projection of {self._name!r}")
-            return [jnp.asarray(x) for x in kept]
+            return checked_arrays(kept, inputs, f"The projection of {self._name!r}")
 
-        out = projection_p.bind(*map(jnp.asarray, leaves), call=Call(self._name, function, rule))
+        flat = Call(self._name, function, rule, is_discontinuous=self.is_discontinuous)
+        out = projection_p.bind(*map(jnp.asarray, leaves), call=flat)
         return jtu.tree_unflatten(out_treedef[0], out)
 
-    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The arguments in the order of the function's signature, with its defaults."""
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that were given, positional ones first, and defaults between them; then those by name alone."""
         if not kwargs:
-            return args
-        bound = inspect.signature(self.function).bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.kwargs:
-            raise TypeError(
-                f"The function {self._name!r} is decorated with `custom_projection`, whose rule takes a tuple of "
-                f"arguments: it can have no keyword-only ones, but got {', '.join(bound.kwargs)}."
-            )
-        return bound.args
+            return args, {}
+        signature = inspect.signature(self.function)
+        bound = signature.bind(*args, **kwargs)
+        places = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        given = [i for i, p in enumerate(places) if p.name in bound.arguments]
+        between = {p.name: p.default for p in places[: max(given, default=-1) + 1]}
+        full = {**between, **bound.arguments}
+        bound.arguments = {name: full[name] for name in signature.parameters if name in full}
+        return bound.args, bound.kwargs
 
     def _completed(self, new: Any, old: tuple[Any, ...]) -> tuple[Any, ...]:
         """The new arguments as a tuple like the old ones; `None` for an argument stands for the old one."""
-        new = new if isinstance(new, tuple) and len(new) == len(old) else (new,)
+        is_one = len(old) == 1 and jtu.tree_structure(new) == jtu.tree_structure(old[0])
+        new = (new,) if is_one or not isinstance(new, (tuple, list)) else tuple(new)
         if len(new) != len(old):
             raise ValueError(
                 f"The projection of {self._name!r} must return {len(old)} new inputs, a tuple like the arguments; it "
@@ -194,12 +278,29 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
-def custom_projection(function: Callable[_P, _T]) -> CustomProjection[_P, _T]:
+@overload
+def custom_projection(
+    function: Callable[_P, _T], *, is_discontinuous: bool | None = None
+) -> CustomProjection[_P, _T]: ...
+
+
+@overload
+def custom_projection(
+    *, is_discontinuous: bool | None = None
+) -> Callable[[Callable[_P, _T]], CustomProjection[_P, _T]]: ...
+
+
+def custom_projection(function: Any = None, *, is_discontinuous: bool | None = None) -> Any:
     """Decorates a function whose projection is then given with `def_projection`.
 
     **Arguments:**
 
-    - `function`: any function of arrays or pytrees of arrays, differentiable or not.
+    - `function`: any function of arrays or pytrees of arrays, differentiable or not. Without it, a decorator is
+        returned: `@custom_projection(is_discontinuous=True)`.
+    - `is_discontinuous`: whether the output may jump where an input hardly moves. In the gradient regime such an output
+        stays as the forward pass has it, since a jump would count as a huge violation. By default found out where it
+        is certain: by roundings, signs, positions of maxima, and choices between known values (`jnp.where(x > 0, 1.0,
+        0.0)`). Say `True` for other functions with jumps, such as those of `jax.pure_callback`.
 
     **Returns:**
 
@@ -224,9 +325,16 @@ def custom_projection(function: Callable[_P, _T]) -> CustomProjection[_P, _T]:
     Training takes small steps, so that a rule should answer a target close by with a small move. A rule that moves
     nothing until the target is nearer to another output than to the present one will never see such a target.
 
-    **Raises:** `ValueError` when called without a projection.
+    **Raises:** `TypeError` where `function` is no function, or `is_discontinuous` neither a Boolean nor `None`;
+    `ValueError` when called without a projection.
     """
-    return CustomProjection(function)
+    if not isinstance(is_discontinuous, bool | None):
+        raise TypeError(f"`is_discontinuous` must be `True`, `False` or `None`, got {is_discontinuous!r}.")
+    if function is None:
+        return partial(custom_projection, is_discontinuous=is_discontinuous)
+    if not callable(function):
+        raise TypeError(f"`function` must be a function of arrays, got {function!r}.")
+    return CustomProjection(function, is_discontinuous)
 
 
 def custom_loss(
@@ -285,9 +393,8 @@ def custom_loss(
     name = getattr(value, "__name__", type(value).__name__)
 
     def rule(inputs: Sequence[Array], tau: Array) -> Array:
-        moved = jnp.asarray(displacement(inputs[0], inputs[1], tau))
-        check_shapes([moved], inputs[:1], f"The displacement of the loss {name!r}")
-        return moved
+        moved = displacement(inputs[0], inputs[1], tau)
+        return checked_arrays([moved], inputs[:1], f"The displacement of the loss {name!r}")[0]
 
     def loss(predictions: Any, targets: Any) -> Array:
         call = Call(name, lambda *args: [value(*args)], rule, hard)

@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .._errors import check_function
 from ._complex import is_complex, joined, pairs
 from ._equations import Program
 from ._normal_form import normal_form
@@ -118,6 +119,7 @@ def trace(
     The unknowns are the inexact arrays of `model`, all of them parameters unless `is_parameter` says otherwise. Raises
     a `ValueError` where there are none, or the loss returns no scalar.
     """
+    check_function("loss", loss, "loss(model, *batch) -> scalar")
     unknown, static_model = eqx.partition(model, eqx.is_inexact_array)
     paths, treedef = jtu.tree_flatten_with_path(unknown)
     names = tuple(jtu.keystr(path).lstrip(".") or "parameter" for path, _ in paths)

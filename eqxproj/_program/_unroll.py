@@ -19,6 +19,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as jp
 
+from ._custom import Call
 from ._equations import Equation, Fresh, Program, Variable, dependents
 from ._fragment import residuals_of
 from ._normal_form import normal_form
@@ -100,6 +101,12 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
                 replaced |= stacked
                 continue
             equation = _walked(equation, recurrence, fresh)
+        shared = [i for i, flag in enumerate(flags) if flag and _shares(equation, i)]
+        if shared:
+            body, outputs = _unshared(equation, shared, fresh)
+            queue[:0] = body
+            replaced |= {v.index: new for v, new in zip(equation.outputs, outputs, strict=True)}
+            continue
         done.append(equation)
         if any(flags) and equation.name in ("scan", "cond"):
             stops = _stopped(equation, flags, fresh)
@@ -122,6 +129,25 @@ def _loops(equations: Iterable[Any]) -> int:
         own = 1 if equation.primitive.name == "scan" else 0
         depths.append(own + max((_loops(x.eqns) for x in inner), default=0))
     return max(depths)
+
+
+def _shares(equation: Equation, position: int) -> bool:
+    """Whether an equation is a batch of calls with a rule that share an input."""
+    call = equation.params.get("call")
+    return isinstance(call, Call) and call.shares(position)
+
+
+def _unshared(equation: Equation, shared: Sequence[int], fresh: Fresh) -> tuple[list[Equation], list[Variable]]:
+    """A batch of calls with a rule that share inputs, with a copy of these for each call."""
+    call = equation.params["call"]
+
+    def function(*values: Any) -> list[Any]:
+        own = [call.copies(i, x) if i in shared else x for i, x in enumerate(values)]
+        return equation.primitive.bind(*own, call=call.unshared(shared))
+
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs]
+    body, outputs = fresh.splice(normal_form(jax.make_jaxpr(function)(*shapes)), equation.inputs)
+    return [replace(e, source=equation.source) for e in body], outputs
 
 
 def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:

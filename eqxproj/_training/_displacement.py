@@ -18,6 +18,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .._errors import check_function
 from .._metric import Metric, check_metric
 from .._problem._make import RAW_TAU, check_copies, check_noise, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
@@ -156,6 +157,7 @@ def filter_value_and_displacement(
     **Raises:** `ValueError` and `TypeError` for unusable options; on the call, `UnsupportedPrimitiveError` and
     `ValueError` as [`feasibility_problem`][].
     """
+    check_function("loss", loss, "loss(model, *batch) -> scalar")
     if raw:
         metric, tau = Metric() if metric is None else metric, RAW_TAU if tau is None else tau
     chosen = checked_options(solver, steps, metric, copies, tau, noise)

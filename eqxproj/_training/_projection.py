@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._errors import check_function
 from .._metric import Metric, check_metric
 from .._problem._make import check_copies, make_problem
 from .._problem._problem import Copies
@@ -58,6 +59,7 @@ def projection(
 
     **Raises:** `ValueError` where the target is not shaped like the output.
     """
+    check_function("f", f, "f(*primals)")
     solver = AlternatingProjections() if solver is None else solver
     check_solver(solver)
     check_positive("steps", steps)

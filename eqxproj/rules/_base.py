@@ -45,7 +45,8 @@ class Context:
     - `equation`: the equation of an operation that is one primitive, else `None`.
     - `unknown`: for each operand of `equation`, whether it is unknown.
     - `read`: for each output of `equation`, whether it is one of the node; see `AbstractRule.answers_for_some`.
-    - `weights`: weight of each unknown operand, clamped. `output_weights`: weight of each output, clamped.
+    - `weights`: weight of each unknown operand, clamped. `output_weights`: weight of each output, clamped. Numbers of
+        Python, but for outputs whose elements weigh differently, and for a user's rule in the gradient regime.
     - `log_weights`: logarithms of the operands' weights, not clamped.
     - `ratios`: `ratios[o][i]` is the weight of output o over the weight of operand i, exact.
     - `copies`: `"neuron"` or `"none"`. `store_copies`: the operands hold one entry a copy.
@@ -63,8 +64,8 @@ class Context:
     equation: Equation | None
     unknown: tuple[bool, ...]
     read: tuple[bool, ...] = ()
-    weights: tuple[float, ...] = ()
-    log_weights: tuple[float, ...] = ()
+    weights: tuple[Any, ...] = ()
+    log_weights: tuple[Any, ...] = ()
     output_weights: tuple[Scale, ...] = ()
     ratios: tuple[tuple[Scale, ...], ...] = ()
     copies: str = "neuron"
@@ -114,7 +115,7 @@ class Context:
 
     def relative(self, i: int, j: int) -> float:
         """$w_i / w_j$, clamped to [1e-30, 1e30]."""
-        return math.exp(min(max(self.log_weights[i] - self.log_weights[j], -69.0), 69.0))
+        return math.exp(min(max(float(self.log_weights[i] - self.log_weights[j]), -69.0), 69.0))
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -162,6 +163,10 @@ class AbstractRule(abc.ABC):
     def has_slope(self) -> bool | None:
         """Whether there is a derivative by every operand (by none, if not); `None` where JAX is to be asked."""
         return None
+
+    def of(self, equation: Equation, unknown: Sequence[bool]) -> AbstractRule:
+        """The rule of one equation: itself, unless it has to know something of it."""
+        return self
 
     @abc.abstractmethod
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> Sequence[Array]:

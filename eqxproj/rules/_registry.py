@@ -8,11 +8,14 @@ around them keeps the rules that it was compiled with.
 
 from __future__ import annotations
 
+import difflib
 from collections import ChainMap
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeVar
 
-from jax.extend.core import Primitive
+import jax
+from jax.extend.core import Primitive, primitives
+from jax.interpreters import ad, batching
 
 from ._base import AbstractRule
 from ._custom import RegisteredDualRule, RegisteredRule
@@ -24,15 +27,19 @@ _F = TypeVar("_F")
 
 
 def register_projection(
-    primitive: str | Primitive, *, form: Literal["points", "duals"] = "points"
+    primitive: str | Primitive, *, form: Literal["points", "duals"] = "points", is_discontinuous: bool | None = None
 ) -> Callable[[_F], _F]:
     """Registers a projection rule for a JAX primitive; use as a decorator.
 
     **Arguments:**
 
-    - `primitive`: the primitive, or its name.
-    - `form`: `"points"` for a function `(ctx, inputs, target) -> new_inputs`; `"duals"` for a function
-        `(ctx, inputs, dual) -> duals of the inputs`, from which nothing is lost to rounding in the gradient regime.
+    - `primitive`: the primitive, or its name. A primitive of one's own that JAX can neither differentiate nor batch is
+        given as itself, since its name is known nowhere.
+    - `form`: `"points"` for a function `(ctx, inputs, target) -> new_inputs`, asked as in [`custom_projection`][];
+        `"duals"` for a function `(ctx, inputs, dual) -> duals of the inputs`, from which nothing is lost to rounding
+        in the gradient regime.
+    - `is_discontinuous`: whether the output may jump where an operand hardly moves, as in [`custom_projection`][]. Not
+        for an [`AbstractRule`][], which says so itself.
 
     A function receives *all* operands of the primitive, known ones included (`ctx.unknown` says which are unknown) and
     returns as many; what it returns for known operands is ignored. `ctx.params` are the primitive's parameters,
@@ -44,9 +51,14 @@ def register_projection(
     A decorator that returns the function or class unchanged. A second registration replaces the first;
     [`unregister_projection`][] takes it back. Functions of this library that are compiled already compile again.
 
-    **Raises:** `TypeError` where the primitive or the decorated object is none, `ValueError` for another `form`.
+    **Raises:** `TypeError` where the primitive or the decorated object is none, `ValueError` for another `form`, and
+    for the name of no primitive.
     """
     name = _name_of(primitive)
+    if isinstance(primitive, str):
+        _check_known(name)
+    if not isinstance(is_discontinuous, bool | None):
+        raise TypeError(f"`is_discontinuous` must be `True`, `False` or `None`, got {is_discontinuous!r}.")
     if form not in ("points", "duals"):
         raise ValueError(f'`form` must be "points" or "duals", got {form!r}.')
 
@@ -60,7 +72,12 @@ def register_projection(
                     f"The projection rule of primitive {name!r} must be a function `(ctx, inputs, target) -> "
                     f"new_inputs` or a rule of `eqxproj.rules.AbstractRule`, got {function!r}."
                 )
-            made = (RegisteredDualRule if form == "duals" else RegisteredRule)(made, name)
+            made = (RegisteredDualRule if form == "duals" else RegisteredRule)(made, name, is_discontinuous)
+        elif is_discontinuous is not None:
+            raise ValueError(
+                f"`is_discontinuous` is {is_discontinuous}, but a rule of `eqxproj.rules.AbstractRule` says by its own "
+                "property `is_discontinuous` whether the output jumps. Leave the argument out."
+            )
         RULES[name] = made
         return function
 
@@ -98,9 +115,25 @@ def is_registered(name: str) -> bool:
 
 def _name_of(primitive: Any) -> str:
     """The name of a primitive that is given as itself or by name."""
-    name = primitive if isinstance(primitive, str) else getattr(primitive, "name", None)
+    name = primitive.name if isinstance(primitive, Primitive) else primitive
     if not isinstance(name, str) or not name:
         raise TypeError(
             f"`primitive` must be the name of a primitive or a `jax.extend.core.Primitive`, got {primitive!r}."
         )
     return name
+
+
+def _check_known(name: str) -> None:
+    """Raises a `ValueError` for a name that no primitive has which JAX or this library knows anything of."""
+    batchers = (getattr(batching, f"{kind}primitive_batchers", {}) for kind in ("", "fancy_", "axis_"))
+    tables = (ad.primitive_jvps, ad.primitive_transposes, *(t for t in batchers if isinstance(t, dict)))
+    known = [*vars(primitives).values(), *vars(jax.lax).values(), *(p for table in tables for p in table)]
+    names = {p.name for p in known if isinstance(p, Primitive)} | set(RULES)
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, sorted(names), n=3)
+    raise ValueError(
+        f"`primitive` is {name!r}, and no primitive has that name."
+        + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
+        + " `jax.make_jaxpr` prints the names of the primitives of a function. Give a primitive of your own as itself."
+    )
