@@ -1,7 +1,8 @@
 """Flax models, of linen and of nnx, as callable Equinox modules that train like any other model.
 
 `from_linen` and `from_nnx` transform a Flax model into a pytree whose only inexact arrays are its parameters: the
-collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the module. `train` and the displacements also take an nnx module as it is.
+collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the module. `train` and the
+displacements also take an nnx module as it is.
 
 All other arrays (running statistics, caches, PRNG states) are held as the bits of their numbers, in unsigned integers,
 so that nothing that asks `equinox.is_inexact_array` takes them for parameters. Numpy arrays and static fields would not

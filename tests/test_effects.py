@@ -104,7 +104,18 @@ def unused(p, x):
     return jnp.sum(p["v"] ** 2)
 
 
-LOSSES = (plain, in_order, scan, scan_of_data, mapped, cond_in_scan, scan_in_scan, while_loop, known_to_the_host, unused)
+LOSSES = (
+    plain,
+    in_order,
+    scan,
+    scan_of_data,
+    mapped,
+    cond_in_scan,
+    scan_in_scan,
+    while_loop,
+    known_to_the_host,
+    unused,
+)
 
 
 def logged(function):

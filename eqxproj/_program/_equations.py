@@ -82,9 +82,7 @@ class Program:
     static: Mapping[int, float]
 
 
-def live(
-    equations: Sequence[Equation], wanted: Sequence[Variable], with_effects: bool = False
-) -> tuple[Equation, ...]:
+def live(equations: Sequence[Equation], wanted: Sequence[Variable], with_effects: bool = False) -> tuple[Equation, ...]:
     """The equations that `wanted` depends on, in order; and those `with_effects`, with what they depend on."""
     needed, kept = {v.index for v in wanted}, []
     for equation in reversed(equations):

@@ -57,7 +57,15 @@ class _Builder:
             self.fresh.note(variable, literal.val)  # before it was rounded to the dtype
         return variable
 
-    def _emit(self, primitive: Primitive, params: Mapping[str, Any], inputs: Sequence[Variable], avals, source: str, effects: Iterable[Any] = ()):
+    def _emit(
+        self,
+        primitive: Primitive,
+        params: Mapping[str, Any],
+        inputs: Sequence[Variable],
+        avals,
+        source: str,
+        effects: Iterable[Any] = (),
+    ):
         outputs = tuple(self.fresh.variable(aval.shape, aval.dtype) for aval in avals)
         self.equations.append(Equation(primitive, params, tuple(inputs), outputs, source, acts=acts(effects)))
         static = self.fresh.static
