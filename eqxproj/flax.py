@@ -1,7 +1,8 @@
 """Flax models, of linen and of nnx, as callable Equinox modules that train like any other model.
 
 `from_linen` and `from_nnx` transform a Flax model into a pytree whose only inexact arrays are its parameters: the
-collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the module. `train` and the displacements also take an nnx module as it is.
+collection `"params"` of linen, the `nnx.Param` variables of nnx. Calling the pytree applies the module. `train` and the
+displacements also take an nnx module as it is.
 
 All other arrays (running statistics, caches, PRNG states) are held as the bits of their numbers, in unsigned integers,
 so that nothing that asks `equinox.is_inexact_array` takes them for parameters. Numpy arrays and static fields would not
@@ -369,17 +370,30 @@ def picked(where: Any) -> Any:
 
     def arrays(model: NNXModel) -> Any:
         rest = jtu.tree_map(lambda x: x.bits if _is_frozen(x) else x, model._rest, is_leaf=_is_frozen)
-        found = where(nnx.merge(model._graphdef, model.params, rest))  # its leaves need be no arrays
-        return jtu.tree_map(lambda x: x.get_raw_value() if _is_variable(x) else x, found, is_leaf=_is_variable)
+        found = where(nnx.merge(model._graphdef, jtu.tree_map(_Slot, model.params), rest))
+        found = jtu.tree_map(lambda x: x.get_raw_value() if _is_variable(x) else x, found, is_leaf=_is_variable)
+        return jtu.tree_map(lambda x: x.leaf if isinstance(x, _Slot) else x, found)
 
     return arrays if callable(where) else where
+
+
+@dataclass(frozen=True, eq=False)
+class _Slot:
+    """The place of a parameter in a module, while it is picked; `leaf` need be no array."""
+
+    leaf: Any
+
+    def __getitem__(self, index: Any) -> _Slot:
+        if index is not Ellipsis:
+            raise TypeError(f"A constraint is on a whole variable, `variable` or `variable[...]`, got `[{index}]`.")
+        return self
 
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def written_back(module: nnx.Module, moved: NNXModel, rest: Any) -> nnx.State:
+def written_back(module: nnx.Module, moved: NNXModel, rest: Any) -> Any:
     """Writes the variables that are no parameters into a module, and returns displacements as `nnx.grad` does."""
     params, others = (jtu.tree_map(lambda x: x, part) for part in nnx.split(module, nnx.Param, ...)[1:])
     nnx.replace_by_pure_dict(others, rest)

@@ -245,6 +245,86 @@ def test_nnx_statistics_as_auxiliary_output():
     assert not np.any(result.model.to_nnx().norm.mean[...])
 
 
+# an nnx module as it is
+
+
+def nnx_loss(module, x, y):
+    return jnp.mean((module(x) - y) ** 2)
+
+
+def nnx_loss_with_mean(module, x, y):
+    return nnx_loss(module, x, y), module.norm.mean[...] * 1
+
+
+def assert_close(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_displacement_of_a_module_is_that_of_nnx_grad():
+    """Also what it does to running statistics and counts of random numbers, call after call, and in `nnx.jit`."""
+    ours, theirs = NNXNet(nnx.Rngs(0)), NNXNet(nnx.Rngs(0))
+    plain = eqxproj.filter_value_and_displacement(nnx_loss)
+    step = nnx.jit(eqxproj.filter_value_and_displacement(nnx_loss_with_mean, has_aux=True))
+    for module, grad, with_aux in (
+        (ours, plain, step),
+        (theirs, nnx.value_and_grad(nnx_loss), nnx.value_and_grad(nnx_loss_with_mean, has_aux=True)),
+    ):
+        for _ in range(2):
+            value, moved = grad(module, X, Y)
+            nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param).update(module, moved)
+        (value, mean), moved = with_aux(module, X, Y)
+        module.seen = nnx.data([value, mean, moved])
+    assert ours.dropout.rngs.count[...] == 3
+    assert_close(nnx.state(ours), nnx.state(theirs))
+    only = eqxproj.filter_displacement(nnx_loss)(ours, X, Y)
+    assert_close(only, nnx.grad(nnx_loss)(theirs, X, Y))
+    assert type(only["last"]["kernel"]) is nnx.Param
+
+
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+def test_train_a_module(method):
+    module = NNXNet(nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.state(module))
+
+    def error(module, x, y):
+        module.eval()
+        return jnp.mean((module(x) - y) ** 2)
+
+    options = {"optimizer": optax.adam(1e-2), "eval_data": (X, Y), "evaluate": {"error": error}, "method": method}
+    result = eqxproj.train(module, (X, Y), nnx_loss, steps=40, batch_size=8, **options)
+    assert type(result.model) is NNXNet and result.model.tied is result.model.layers[0]
+    assert result.model.dropout.rngs.count[...] == 40
+    assert np.any(result.model.norm.mean[...] != 0)
+    assert result.history["eval_error"][-1] < 0.5 * result.history["eval_error"][0]
+    np.testing.assert_allclose(error(result.model, X, Y), result.history["eval_error"][-1], rtol=1e-4)
+    assert_close(nnx.state(module), before)
+
+
+def test_train_a_module_with_constraints_and_a_key():
+    def loss(module, x, y, key):
+        nnx.reseed(module, default=key)
+        return nnx_loss(module, x, y), "dropped"
+
+    module, half = NNXNet(nnx.Rngs(0)), eqxproj.sets.Sparse(0.5)
+    pairs = [(lambda m: m.last.kernel, half), (lambda m: [m.tied.kernel[...]], half)]
+    result = eqxproj.train(module, (X, Y), loss, steps=3, has_aux=True, constraints=pairs)
+    for kernel in (result.model.last.kernel, result.model.tied.kernel):
+        assert np.mean(kernel[...] == 0) == 0.5
+
+
+def test_errors_of_a_module():
+    module = NNXNet(nnx.Rngs(0))
+    with pytest.raises(TypeError, match="NNXNet, an nnx module.*from_nnx"):
+        eqxproj.feasibility_problem(nnx_loss, module, X, Y)
+    with pytest.raises(eqxproj.NonFiniteError) as error:
+        eqxproj.train(module, (X, Y), nnx_loss, steps=3, optimizer=optax.sgd(1e30))
+    assert type(error.value.model) is NNXNet
+
+
 # errors
 
 

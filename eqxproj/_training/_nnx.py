@@ -11,9 +11,8 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
-
-import equinox as eqx
 
 from .._errors import NonFiniteError, TrainingInterrupted
 
@@ -43,7 +42,7 @@ def takes_nnx(train: _F) -> _F:
         except (NonFiniteError, TrainingInterrupted) as error:
             error.model = error.model.to_nnx()
             raise
-        return eqx.tree_at(lambda r: r.model, result, result.model.to_nnx())
+        return replace(result, model=result.model.to_nnx())  # not as a pytree, which shares no layers
 
     return wrapped  # pyright: ignore[reportReturnType]
 

@@ -69,7 +69,7 @@ class Step(eqx.Module):
         moved = moved if coordinates is None else coordinates.centered(moved)
         updates, optimizer = self.optimizer.update(moved, state.optimizer, state.parameters, value=value)
         updates = updates if coordinates is None else coordinates.applied(updates)
-        model = eqx.combine(eqx.apply_updates(state.parameters, updates), state.carried, self.static)
+        model = self._with(eqx.apply_updates(state.parameters, updates), state)
         parameters = eqx.filter(apply_constraints(model, self.after), eqx.is_inexact_array)
         ok = _all_finite((value, moved, cast(parameters, self.like))) & (state.bad_step < 0)
         bad = jnp.where(ok | (state.bad_step >= 0), state.bad_step, number)
@@ -82,7 +82,10 @@ class Step(eqx.Module):
         return self.constrained(self._combined(state))
 
     def _combined(self, state: TrainState) -> PyTree:
-        return eqx.combine(cast(state.parameters, self.like), state.carried, self.static)
+        return self._with(cast(state.parameters, self.like), state)
+
+    def _with(self, parameters: PyTree, state: TrainState) -> PyTree:
+        return eqx.combine(parameters, *(() if self.updated is None else (state.carried,)), self.static)
 
 
 def prepare(

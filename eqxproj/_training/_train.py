@@ -76,9 +76,10 @@ def train(
 
     **Arguments:**
 
-    - `model`: any pytree; its inexact arrays are trained, complex ones too. Of an nnx module the `nnx.Param` variables
-        are, its other variables follow the calls of the loss, and the returned model is a new module. Those of bfloat16 or float16, and the state of the optimizer,
-        are kept in float32 between the steps; the model runs, and is returned, in its own types.
+    - `model`: any pytree; its inexact arrays are trained, complex ones too. Those of bfloat16 or float16, and the state
+        of the optimizer, are kept in float32 between the steps; the model runs, and is returned, in its own types. Of
+        an nnx module the `nnx.Param` variables are trained, its other variables follow the calls of the loss, and the
+        returned model is a new module. Optimizers are given the conjugates of complex gradients and displacements.
     - `data`: `(x, y)`, or any tuple of pytrees of arrays with one entry a sample along their first axis.
     - `loss`: `loss(model, *batch)`, a scalar. One with an argument named `key` gets a new PRNG key each step.
     - `steps`: number of minibatches. `batch_size`: their samples; 256, or all of them if they are fewer, by default.
