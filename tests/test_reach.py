@@ -98,21 +98,6 @@ def chosen(m, x):
     return error(jnp.where(x @ m["g"] > 0, x @ m["a"], h) @ m["d"])
 
 
-@eqxproj.custom_projection
-def step(x):
-    return jnp.where(x > 0, 1.0, 0.0)
-
-
-@step.def_projection
-def _(ctx, inputs, target):
-    return inputs[0] + target - step(inputs[0])
-
-
-def own_rule(m, x):
-    h = x @ m["a"]
-    return error((h + step(h @ m["w"])) @ m["d"])
-
-
 def attention(m, x):
     scores = (x @ m["q"]) @ (x @ m["k"]).T
     return error(nn.one_hot(jnp.argmax(scores, -1), 12) @ nn.relu(x @ m["v"]))
@@ -168,7 +153,6 @@ MODELS = {
     jumps_in_the_objective: (dict(a=D), ""),
     indices: (dict(a=A, s=A, t=D, d=D), "s"),
     chosen: (dict(w=W, v=D, g=D, a=D, d=(3, 3)), "w"),
-    own_rule: (dict(a=A, w=W, d=D), "w"),
     attention: (dict(q=A, k=A, v=D), "qk"),
     signs_in_time: (dict(a=A, w=W, d=D), "w"),
     nothing_but_signs_in_time: (dict(w=W, b=(4,), d=D), "w"),
@@ -250,3 +234,28 @@ def test_training_takes_the_option():
     last = {n: eqxproj.train(model, (X, y), loss, noise=n, **options).model for n in ("unreached", "never")}
     assert float(loss(last["unreached"], X, y)) < 0.5 * float(loss(model, X, y))
     assert np.array_equal(last["never"]["w"], model["w"])
+
+
+@eqxproj.custom_projection
+def step(x):
+    return jnp.where(x > 0, 1.0, 0.0)
+
+
+@step.def_projection
+def _(ctx, inputs, target):
+    return inputs[0] + target - step(inputs[0])
+
+
+def test_a_rule_of_a_user_counts_as_a_gradient():
+    """Also where a gradient reaches what it reads, as of a penalty. This one answers as a straight-through path."""
+
+    def loss(m, x, f):
+        h = x @ m["a"]
+        return error((h + f(h @ m["w"]) + jnp.sign(h @ m["s"])) @ m["d"]) + jnp.sum(m["w"] ** 2)
+
+    model = parameters(a=A, w=W, d=D, s=W)
+    moved = eqxproj.filter_displacement(loss)(model, X, step)
+    gradient = eqx.filter_grad(loss)(model, X, lambda s: s + stop(step(s) - s))
+    for name in "awd":
+        np.testing.assert_allclose(moved[name], gradient[name], rtol=1e-3, atol=1e-4)
+    assert np.any(moved["s"])

@@ -2,8 +2,10 @@
 
 Transforms a graph into a [`Reach`][]. A value is *reached* when a way of derivatives leads from it to the objective. An
 edge *carries* a gradient where its consumer has a derivative by that operand in an output that is reached. What is
-reached takes the duals of such edges alone, so that its dual is the gradient; what is not takes all that come. Limits:
-this is structure, seen once and for all: a derivative that happens to be zero reaches too.
+reached takes the duals of such edges alone, so that its dual is the gradient; what is not takes all that come. What a
+user's rule answers counts as a gradient, as the answer of `jax.custom_vjp` does. Limits: this is structure, seen once
+and for all: a derivative that happens to be zero reaches too. Of a user's rule that is part of a recurrence or branch
+with jumps in it, JAX's derivative says whether it carries.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from .._program._primitives import OWN_DERIVATIVE
 from .._program._slopes import slopes_of
 from ..rules._base import Noise
 from ..rules._local import FLAT
 from ..rules._registry import is_registered
 from ..rules._scalar import MAY_JUMP
 from ..rules._selection import POSITIONS
-from ._fusion import takes_precedence
 from ._graph import Graph, Node
 
-_JUMPS = frozenset((*FLAT, *POSITIONS, *MAY_JUMP, "custom_projection"))
+_JUMPS = frozenset((*FLAT, *POSITIONS, *MAY_JUMP))
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def reach_of(graph: Graph, noise: Noise, stopped: Collection[int] = ()) -> Reach
     edges, values = len(graph.edges), len(graph.values)
     if noise == "everywhere":
         return Reach((False,) * edges, (False,) * values, (True,) * values, (True,) * edges)
-    if noise == "never" or not any(map(answers_freely, graph.nodes)):
+    if noise == "never" or not any(map(jumps, graph.nodes)):
         return Reach((True,) * edges, (True,) * values, (False,) * values, (False,) * edges)
     carries, reached = _gradients(graph, frozenset(stopped))
     noisy = _noisy(graph, reached)
@@ -59,14 +61,22 @@ def reach_of(graph: Graph, noise: Noise, stopped: Collection[int] = ()) -> Reach
     return Reach(tuple(carries), tuple(reached), tuple(noisy), tuple(heard))
 
 
-def answers_freely(node: Node) -> bool:
-    """Whether a node may answer otherwise than by its derivative: it jumps, or its rule or part of it is a user's."""
-    if node.rule is None or node.kind == "objective":
+def jumps(node: Node) -> bool:
+    """Whether a node may answer under noise: it jumps, or something in it does. A user's answer is no such answer."""
+    if node.rule is None or node.kind == "objective" or _is_asked(node):
         return False
-    if node.rule.is_discontinuous or (node.equation is not None and takes_precedence(node.equation)):
-        return True
     programs = () if node.equation is None else _programs(node.equation.params)
-    return any(name in _JUMPS or is_registered(name) for program in programs for name in _names(program))
+    return node.rule.is_discontinuous or any(name in _JUMPS for program in programs for name in _names(program))
+
+
+def _is_asked(node: Node) -> bool:
+    """Whether a node answers as an author says, by a rule or a derivative of the operation's own."""
+    name = "" if node.equation is None else node.equation.name
+    return _is_users(name) or name in OWN_DERIVATIVE
+
+
+def _is_users(name: str) -> bool:
+    return name == "custom_projection" or is_registered(name)
 
 
 def _programs(params: Any) -> Iterator[Jaxpr]:
@@ -125,6 +135,10 @@ def _slopes(node: Node, shapes: dict[int, Any]) -> list[int]:
         return []
     if node.rule is not None and node.rule.has_slope is not None:
         return [-1 if node.rule.has_slope else 0] * len(node.edges)
+    if node.equation is not None and not jumps(node):
+        inner = [name for program in _programs(node.equation.params) for name in _names(program)]
+        if any(map(_is_users, (node.equation.name, *inner))):
+            return [-1] * len(node.edges)
     operands = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in node.function.operands]
     return slopes_of(node.function, operands, {i: shapes[i] for i in node.function.known})
 

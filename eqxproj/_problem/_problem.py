@@ -13,7 +13,7 @@ import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
 from .._graph._graph import Graph, table
-from .._graph._reach import Reach, answers_freely, reach_of
+from .._graph._reach import Reach, jumps, reach_of
 from .._metric import Metric, clamped
 from .._program._trace import Trace
 from ..rules._base import Noise
@@ -141,9 +141,9 @@ class FeasibilityProblem(eqx.Module):
     def _explain_jumps(self) -> list[str]:
         """What the nodes with jumps answer in the gradient regime, whatever the metric is."""
         edges = reach_of(self.graph, self.noise).edges
-        jumps = [i for i, node in enumerate(self.graph.nodes) if answers_freely(node)]
-        noisy = [i for i in jumps if any(edges[e] for e in self.graph.nodes[i].edges)]
-        plain = [i for i in jumps if i not in noisy]
+        found = [i for i, node in enumerate(self.graph.nodes) if jumps(node)]
+        noisy = [i for i in found if any(edges[e] for e in self.graph.nodes[i].edges)]
+        plain = [i for i in found if i not in noisy]
         lines = []
         if noisy:
             lines.append(f"Jumps that answer under noise in the gradient regime: nodes {noisy}.")
