@@ -1,12 +1,19 @@
-"""The errors that the library raises beside `ValueError` and `TypeError`."""
+"""The errors that the library raises beside `ValueError` and `TypeError`, and checks that many arguments share.
+
+All of them can be pickled, where the model that they hold can be: they cross from one process to another.
+"""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 
@@ -51,6 +58,9 @@ class UnsupportedPrimitiveError(NotImplementedError):
             + (_JUMPS if any(m.why for m in self.missing) else "")
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.missing,), self.__dict__
+
 
 class NonFiniteError(FloatingPointError):
     """A state became NaN or infinite.
@@ -67,6 +77,44 @@ class NonFiniteError(FloatingPointError):
             "initial parameters of an extreme scale are the usual cause."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.node, self.step, self.model, self.history), self.__dict__
+
+
+class EvaluationError(ValueError):
+    """A function of `evaluate` raised, or returned no number.
+
+    `name` is that of the function, `why` what went wrong, `model` the model that it was given, `step` the number of
+    finished steps, and `history` what had been recorded till then. What the function raised is the `__cause__`.
+    """
+
+    def __init__(self, name: str, why: str, step: int, model: Any, history: Any = None):
+        self.name, self.why, self.step, self.model, self.history = name, why, step, model, history
+        super().__init__(
+            f"`evaluate[{name!r}]` {why} This was after {step} steps of training. The model is in the attribute "
+            "`model` of this error."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.why, self.step, self.model, self.history), self.__dict__
+
+
+class ConstraintError(ValueError):
+    """Several constraints on one array do not hold together at the end of training, as they did before it.
+
+    `model` is the trained model, `history` what has been recorded.
+    """
+
+    def __init__(self, names: str, model: Any, history: Any):
+        self.names, self.model, self.history = names, model, history
+        super().__init__(
+            f"{names} do not hold together in the trained model: from where training led, no common point was found. "
+            "The model is in the attribute `model` of this error. Hold the array in one set that says both."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.names, self.model, self.history), self.__dict__
+
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was interrupted from the keyboard.
@@ -80,6 +128,44 @@ class TrainingInterrupted(KeyboardInterrupt):
         super().__init__(
             f"Training was interrupted after step {step}. The model is in the attribute `model` of this exception."
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.step, self.model, self.history), self.__dict__
+
+
+def as_number(value: Any) -> float | None:
+    """A real number of Python, numpy or JAX; `None` for anything else (Booleans, text, arrays, traced values)."""
+    is_scalar_array = isinstance(value, (jax.Array, np.ndarray)) and value.ndim == 0
+    if is_scalar_array and not isinstance(value, jax.core.Tracer) and value.dtype.kind in "iuf":
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # of an integer beyond the largest float
+        return float("inf") if value > 0 else float("-inf")
+
+
+def described(value: Any, most: int = 200) -> str:
+    """What an argument is, for a message: its `repr`, or its type where that is long or fails."""
+    try:
+        text = repr(value)
+    except Exception:  # the message is about something else
+        text = ""
+    is_short = 0 < len(text) <= most and "\n" not in text
+    return text if is_short else f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def check_function(name: str, value: Any, wanted: str) -> None:
+    """Raises a `TypeError` for what cannot be called; `wanted` is how it is called, such as `loss(model, *batch)`."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function `{wanted}`, got {described(value)}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises a `TypeError` for what is neither `True` nor `False`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be `True` or `False`, got {described(value)}.")
 
 
 def check_shapes(new: Sequence[Any], old: Sequence[Array], who: str) -> None:

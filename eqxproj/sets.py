@@ -36,7 +36,8 @@ class AbstractSet(eqx.Module):
     set. With `False`, it projects the array after every step. With `True`, the steps move an array that is kept for it,
     and before every step the model is shown its projection. Set it to `True` where the set consists of separate pieces
     (levels, patterns of zeros): a step from one piece toward another is shorter than the gap, and a projection after
-    each step would undo every one.
+    each step would undo every one. `is_convex` says how an array is held in several sets at once: at the nearest common
+    point where all of them are convex, and at one found by projecting in turn otherwise.
 
     !!! example
 
@@ -51,6 +52,7 @@ class AbstractSet(eqx.Module):
     """
 
     is_discrete: ClassVar[bool] = False
+    is_convex: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -82,6 +84,8 @@ class Box(AbstractSet):
     **Raises:** `ValueError` unless `low <= high`, with a number between them; `TypeError` where one is no number.
     """
 
+    is_convex: ClassVar[bool] = True
+
     low: float = eqx.field(static=True)
     high: float = eqx.field(static=True)
 
@@ -98,6 +102,8 @@ class Box(AbstractSet):
 @final
 class NonNegative(AbstractSet):
     """All arrays without negative entries."""
+
+    is_convex: ClassVar[bool] = True
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.maximum(x, 0)
@@ -200,6 +206,8 @@ class Simplex(AbstractSet):
     **Raises:** `ValueError` or `TypeError` for another `axis` or `total`.
     """
 
+    is_convex: ClassVar[bool] = True
+
     axis: Axis = eqx.field(static=True)
     total: float = eqx.field(static=True)
 
@@ -224,6 +232,8 @@ class L1Ball(AbstractSet):
     **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
 
+    is_convex: ClassVar[bool] = True
+
     radius: float = eqx.field(static=True)
     axis: Axis = eqx.field(static=True)
 
@@ -244,6 +254,8 @@ class L2Ball(AbstractSet):
 
     **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
+
+    is_convex: ClassVar[bool] = True
 
     radius: float = eqx.field(static=True)
     axis: Axis = eqx.field(static=True)
@@ -289,6 +301,8 @@ class Monotone(AbstractSet):
 
     **Raises:** `TypeError` unless `axis` is an integer and `increasing` a Boolean.
     """
+
+    is_convex: ClassVar[bool] = True
 
     axis: int = eqx.field(static=True)
     increasing: bool = eqx.field(static=True)

@@ -10,36 +10,29 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
+
+from .._errors import described
 
 
 def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
     """The data as a tuple of pytrees of arrays of one length, and that length; `what` is its name, for messages.
 
-    **Raises:** `TypeError` where it is no tuple, `ValueError` where it is empty, of unequal lengths, or not finite.
+    **Raises:** `TypeError` where it is no tuple, or holds what is no array of numbers; `ValueError` where it is empty,
+    of unequal lengths, not finite, masked, or beyond the integers that JAX computes with.
     """
-    if not isinstance(data, (tuple, list)) or not data:
-        raise TypeError(
-            f"`{what}` must be a tuple of arrays such as `(x, y)`, whose parts the loss takes after the model; got "
-            f"{type(data).__name__}."
-        )
-    data = tuple(jtu.tree_map(_as_host, part, is_leaf=_is_numbers) for part in data)
+    _check_container(data, what)
+    paths, treedef = jtu.tree_flatten_with_path(tuple(data), is_leaf=_is_numbers)
+    named = [(f"{what}{jtu.keystr(path)}", leaf) for path, leaf in paths]
     lengths: dict[str, int] = {}
-    for path, leaf in jtu.tree_leaves_with_path(data):
-        name = f"{what}{jtu.keystr(path)}"
-        if not hasattr(leaf, "shape") or leaf.ndim == 0:
-            raise ValueError(f"`{name}` must be an array with one entry a sample along its first axis; got {leaf!r}.")
-        lengths[name] = leaf.shape[0]
-        if _is_key(leaf):
-            raise ValueError(f"`{name}` holds PRNG keys. Give the loss an argument named `key` instead.")
-        kind = leaf.dtype.kind
-        if kind not in "biufV" and not jax.numpy.issubdtype(leaf.dtype, np.floating):
-            raise ValueError(f"`{name}` must hold numbers, got dtype {leaf.dtype}.")
-        if kind in "fV" and not _finite(leaf):
-            bad = int(np.argmin(np.isfinite(np.asarray(leaf, np.float32)).reshape(leaf.shape[0], -1).all(1)))
-            raise ValueError(f"`{name}` holds NaN or infinity, first at sample {bad}. Remove or replace such samples.")
+    arrays = [_as_host(leaf, name) for name, leaf in named]
+    for (name, _), array in zip(named, arrays, strict=True):
+        if array.ndim == 0:
+            raise ValueError(f"`{name}` must be an array with one entry a sample along its first axis; got {array!r}.")
+        lengths[name] = array.shape[0]
     if not lengths:
         raise ValueError(f"`{what}` holds no array.")
     if len(set(lengths.values())) > 1:
@@ -48,7 +41,26 @@ def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
     count = next(iter(lengths.values()))
     if count == 0:
         raise ValueError(f"`{what}` is empty: its arrays have no samples.")
-    return data, count
+    for (name, _), array in zip(named, arrays, strict=True):
+        if not _finite(array).all():
+            bad = int(np.argmin(_finite(array).reshape(count, -1).all(1)))
+            raise ValueError(f"`{name}` holds NaN or infinity, first at sample {bad}. Remove or replace such samples.")
+    return jtu.tree_unflatten(treedef, arrays), count
+
+
+def _check_container(data: Any, what: str) -> None:
+    """Raises a `TypeError` for what is no tuple of parts, such as one array alone, or a list of batches."""
+    if not isinstance(data, (tuple, list)) or not data:
+        raise TypeError(
+            f"`{what}` must be a tuple of arrays such as `(x, y)`, whose parts the loss takes after the model; got "
+            f"{type(data).__name__ if data or not isinstance(data, (tuple, list)) else 'nothing in it'}."
+        )
+    if isinstance(data, list) and any(isinstance(part, (tuple, list, dict)) for part in data):
+        raise TypeError(
+            f"`{what}` must be a tuple of arrays such as `(x, y)`, whose parts the loss takes after the model; got a "
+            f"list of {type(data[0]).__name__}. Join batches into one array a part, `(np.concatenate(xs), "
+            "np.concatenate(ys))`; `train` makes minibatches itself. Parts that are nested stand in a tuple."
+        )
 
 
 def _is_key(x: Any) -> bool:
@@ -56,22 +68,76 @@ def _is_key(x: Any) -> bool:
 
 
 def _is_numbers(x: Any) -> bool:
-    """Whether something is a (nested) list of numbers, to be read as one array."""
+    """Whether something is a (nested) list of numbers or text, to be read as one array."""
     leaves = jtu.tree_leaves(x) if isinstance(x, list) else ()
-    return bool(leaves) and all(isinstance(leaf, (bool, int, float)) for leaf in leaves)
+    return bool(leaves) and all(isinstance(leaf, (bool, int, float, complex, str, np.generic)) for leaf in leaves)
 
 
-def _as_host(x: Any) -> Any:
-    """An array on the host, in the precision that JAX computes with."""
-    if _is_key(x) or not (eqx.is_array_like(x) or isinstance(x, list)):
-        return x
-    array = np.asarray(x)
-    with np.errstate(over="ignore"):  # overflows become infinite, which `check_data` finds
-        return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+def _as_host(x: Any, name: str) -> np.ndarray:
+    """An array on the host, in the precision that JAX computes with; `name` is that of the argument."""
+    if _is_key(x):
+        raise ValueError(f"`{name}` holds PRNG keys. Give the loss an argument named `key` instead.")
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"`{name}` is a traced array: `train` runs outside of `jax.jit` and other transformations.")
+    if not isinstance(x, (np.ndarray, np.generic, jax.Array, list, bool, int, float, complex)):
+        raise TypeError(f"`{name}` must be an array of numbers; got {_kind(x)}")
+    if isinstance(x, np.ma.MaskedArray):
+        if np.ma.is_masked(x):
+            raise ValueError(
+                f"`{name}` is a masked array with {np.ma.count_masked(x)} masked entries. Fill them, as in "
+                "`x.filled(0)`, and pass the mask as a further array for the loss to use."
+            )
+        x = x.data
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is a list whose rows have unequal lengths ({error}). Pad them to one.") from error
+    if not (array.dtype.kind in "biufc" or jax.numpy.issubdtype(array.dtype, np.number)):
+        raise ValueError(f"`{name}` must hold numbers, got dtype {array.dtype}.{_REMEDIES.get(array.dtype.kind, '')}")
+    return _canonical(array, name)
 
 
-def _finite(x: np.ndarray) -> bool:
-    return bool(np.isfinite(np.asarray(x, np.float32) if x.dtype.kind == "V" else x).all())
+_REMEDIES = {
+    "O": " Make it an array of one type, `x.astype(np.float32)`, or pad its rows to one length and stack them.",
+    "V": " Pass its fields as arrays of their own.",
+    "U": " Encode text as integers.",
+    "S": " Encode text as integers.",
+    "M": " Take numbers of it, as `x.astype(np.int64) / 1e9`.",
+    "m": " Take numbers of it, as `x / np.timedelta64(1, 's')`.",
+}
+
+
+def _kind(x: Any) -> str:
+    """What was given in place of an array, with the remedy."""
+    name = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}".removeprefix("builtins.")
+    if isinstance(x, str):
+        return f"text, {x[:40]!r}. Encode text as integers."
+    if hasattr(x, "to_numpy"):
+        return f"{name}. Pass numpy arrays: `frame.to_numpy()`."
+    if hasattr(x, "__array__"):
+        return f"{name}. Pass numpy arrays: `np.asarray(x)`."
+    return f"{name}. Pass numpy or JAX arrays, or (nested) tuples and dictionaries of them."
+
+
+def _canonical(array: np.ndarray, name: str) -> np.ndarray:
+    """The array in the dtype that JAX has for its own. Too large floats become infinite; integers must fit."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if array.dtype.kind in "iu" and array.size and dtype.itemsize < array.dtype.itemsize:
+        low, high, limits = int(array.min()), int(array.max()), np.iinfo(dtype)
+        if low < limits.min or high > limits.max:
+            raise ValueError(
+                f"`{name}` holds integers from {low} to {high}, but JAX computes with {dtype} unless `jax_enable_x64` "
+                f"is set, from {limits.min} to {limits.max}. Renumber them, or turn `jax_enable_x64` on."
+            )
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
+
+
+def _finite(x: np.ndarray) -> np.ndarray:
+    """Where an array is finite."""
+    if x.dtype.kind in "biu":
+        return np.ones(x.shape, bool)
+    return np.isfinite(x if x.dtype.kind in "fc" else np.asarray(x, np.float32))
 
 
 def check_model(model: PyTree) -> None:
@@ -84,20 +150,37 @@ def check_model(model: PyTree) -> None:
 
 
 def batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray]:
-    """An endless stream of index arrays. Each epoch has a new order; a batch may cross from one epoch to the next."""
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(_typed(key))).ravel().tolist())
+    """An endless stream of index arrays. Each epoch has a new order; a batch may cross from one epoch to the next.
+
+    In no batch is a sample twice: what is left of an epoch comes later in the order of the next one.
+    """
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     pool = np.empty(0, np.int64)
     while True:
-        while len(pool) < batch_size:
-            pool = np.concatenate([pool, generator.permutation(count)])
+        if len(pool) < batch_size:
+            order = generator.permutation(count)
+            fresh = order[~np.isin(order, pool)][: batch_size - len(pool)]
+            pool = np.concatenate([pool, fresh, order[~np.isin(order, fresh)]])
         yield pool[:batch_size]
         pool = pool[batch_size:]
 
 
-def _typed(key: Any) -> Array:
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"`key` must be a PRNG key such as `jax.random.key(0)`, got {key!r}.")
-    return key if _is_key(key) else jax.random.wrap_key_data(key)
+def check_key(key: Any) -> Array:
+    """The key as one of the new kind, `jax.random.key(0)` where it is `None`.
+
+    **Raises:** `TypeError` for what is no key, `ValueError` for several.
+    """
+    key = jax.random.key(0) if key is None else key
+    wanted = "`key` must be one PRNG key such as `jax.random.key(0)`, got"
+    if not isinstance(key, jax.Array) or not (_is_key(key) or key.dtype == np.uint32):
+        raise TypeError(f"{wanted} {described(key)}.")
+    if not _is_key(key):
+        if key.ndim != 1:
+            raise ValueError(f"{wanted} an array of shape {key.shape}.")
+        key = jax.random.wrap_key_data(key)
+    if key.shape != ():
+        raise ValueError(f"{wanted} {key.size} of them. Choose one: `key[0]`.")
+    return key
 
 
 def take(data: Sequence[PyTree], rows: np.ndarray) -> tuple[PyTree, ...]:

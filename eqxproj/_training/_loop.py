@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
-from .._errors import NonFiniteError, TrainingInterrupted
+from .._errors import EvaluationError, NonFiniteError, TrainingInterrupted, described
 from ._data import take
 from ._step import Step, TrainState, compiled
 
@@ -29,6 +29,24 @@ Record = dict[str, Any]
 """Name to number, after one step."""
 History = dict[str, Any]
 """Name to array, with one entry a record; and `"compile_seconds"`, a number."""
+
+
+def _returned(value: Any) -> str:
+    """What a function returned in place of a number."""
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return f"an array of shape {value.shape} and dtype {value.dtype}" if is_array else described(value)
+
+
+def _remedy(error: Exception) -> str:
+    """What may help where a function of `evaluate` raised."""
+    if isinstance(error, jax.errors.JAXTypeError):
+        return " The functions of `evaluate` are compiled: compute with `jax.numpy` in them, not with numpy or Python."
+    if isinstance(error, TypeError) and "argument" in str(error):
+        return (
+            " It is called with the model and the parts of `eval_data` alone: give further arguments, such as a `key`, "
+            "a default, or bind them by a `lambda`."
+        )
+    return ""
 
 
 class Evaluation(eqx.Module):
@@ -54,9 +72,24 @@ class Evaluation(eqx.Module):
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.steps
 
-    def record(self, step: int, loss: float, seconds: float, model: PyTree) -> Record:
-        """One record. `seconds` are those of training so far."""
-        found = {f"eval_{name}": float(f(model, *(self.data or ()))) for name, f in self.functions.items()}
+    def record(self, step: int, loss: float, seconds: float, model: PyTree, records: Sequence[Record]) -> Record:
+        """One record, after others. `seconds` are those of training so far.
+
+        **Raises:** `EvaluationError` where a function raises, or returns no number.
+        """
+
+        def number(name: str, function: Callable[..., Any]) -> float:
+            why, cause, found = "", None, None
+            try:
+                found = function(model, *(self.data or ()))
+                if jnp.shape(found) == () and jnp.result_type(found).kind in "biuf":
+                    return float(found)
+                why = f"must return one real number, but it returned {_returned(found)}."
+            except Exception as error:
+                why, cause = f"raised {type(error).__name__}: {str(error).rstrip('.')}.{_remedy(error)}", error
+            raise EvaluationError(name, why, step, model, self.history(records, 0.0)) from cause
+
+        found = {f"eval_{name}": number(name, function) for name, function in self.functions.items()}
         return {"step": step, "loss": loss, "seconds": seconds, **found}
 
     def history(self, records: Sequence[Record], compile_seconds: float) -> History:
@@ -78,10 +111,10 @@ def fit(
     bar = tqdm(total=evaluation.steps, desc=step.direction.name, disable=not progress, leave=True)
     try:
         first = next(picks)
+        records.append(evaluation.record(0, value, seconds, step.model(state), records))
         start = time.perf_counter()
         advance = compiled(step, state, take(data, first[0]), first[1])
         compile_seconds = time.perf_counter() - start
-        records.append(evaluation.record(0, value, seconds, step.model(state)))
         start = time.perf_counter()
         for rows, key in itertools.islice(itertools.chain([first], picks), evaluation.steps):
             state, value = advance(state, np.int32(done), take(data, rows), key)
@@ -95,7 +128,7 @@ def fit(
                     picked = recent[int(state.bad_step) - (done - len(recent))]
                     raise _non_finite(step, state, data, picked, evaluation.history(records, compile_seconds))
                 recent.clear()
-                records.append(evaluation.record(done, float(value), seconds, step.model(state)))
+                records.append(evaluation.record(done, float(value), seconds, step.model(state), records))
                 bar.set_postfix_str(f"loss {float(value):.4g}")
                 start = time.perf_counter()
     except KeyboardInterrupt as error:

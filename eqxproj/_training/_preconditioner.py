@@ -104,8 +104,9 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
     found, means, scales = [], [], []
     for one in _with_inputs(problem, owner):
         layer = one.layer
-        if one.inputs.size and layer.weight not in excluded and layer.bias not in excluded:
-            shape = problem.trace.parameters[layer.weight].shape[int(layer.stacked) :]
+        shape = problem.trace.parameters[layer.weight].shape[int(layer.stacked) :]
+        has_entries = one.inputs.size and math.prod(shape)
+        if has_entries and layer.weight not in excluded and layer.bias not in excluded:
             mean, scale = _each(ft.partial(_statistics, shape), layer)(one.inputs)
             found.append(layer)
             means.append(mean)

@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._program._canonical import lowered
-from ._constraints import Constraint, apply_constraints
+from ._constraints import Held, apply_constraints
 from ._direction import AbstractDirection
 
 
@@ -41,16 +41,14 @@ class Step(eqx.Module):
     - `static`: the model without its inexact arrays. `like`: the shapes and types of these in the model.
     - `before`: constraints that hold in the model that is run, but not in the array that is trained.
     - `after`: constraints that the trained array itself satisfies after each step.
-    - `constrained`: projects a model onto all constraints, compiled.
     """
 
     direction: AbstractDirection
     optimizer: optax.GradientTransformationExtraArgs
     static: PyTree
     like: PyTree
-    before: tuple[Constraint, ...]
-    after: tuple[Constraint, ...]
-    constrained: Callable[[PyTree], PyTree]
+    before: tuple[Held, ...]
+    after: tuple[Held, ...]
 
     def __call__(
         self, state: TrainState, number: Any, batch: Sequence[PyTree], key: Array
@@ -72,7 +70,7 @@ class Step(eqx.Module):
 
     def model(self, state: TrainState) -> PyTree:
         """The model that a state stands for, which satisfies all constraints."""
-        return self.constrained(self._combined(state.parameters))
+        return apply_constraints(self._combined(state.parameters), (*self.before, *self.after))
 
     def _combined(self, parameters: PyTree) -> PyTree:
         return eqx.combine(cast(parameters, self.like), self.static)
@@ -82,15 +80,14 @@ def prepare(
     model: PyTree,
     direction: AbstractDirection,
     optimizer: optax.GradientTransformationExtraArgs,
-    constraints: Sequence[Constraint],
+    held: Sequence[Held],
 ) -> tuple[Step, TrainState]:
     """The step that trains a model, and the state to start from."""
-    before, after = (tuple(c for c in constraints if c[1].is_discrete is flag) for flag in (True, False))
+    before, after = (tuple(one for one in held if one.is_discrete is flag) for flag in (True, False))
     parameters, static = eqx.partition(apply_constraints(model, after), eqx.is_inexact_array)
     like = jtu.tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), parameters)
-    project = eqx.filter_jit(lambda model: apply_constraints(model, constraints)) if constraints else lambda m: m
     wide = widened(parameters)
-    step = Step(direction, optimizer, static, like, before, after, project)
+    step = Step(direction, optimizer, static, like, before, after)
     return step, TrainState(wide, optimizer.init(wide), jnp.asarray(-1, jnp.int32))
 
 

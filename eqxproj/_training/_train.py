@@ -18,16 +18,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
+from .._errors import ConstraintError, check_flag, check_function, described
 from .._metric import Metric
 from .._problem._problem import Copies
 from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive
-from ._constraints import Constraint, check_constraints, constrained
-from ._data import batches, check_data, check_model, take
+from ._constraints import Constraint, check_common_points, held, outside
+from ._data import batches, check_data, check_key, check_model, take
 from ._direction import AbstractDirection, Displacement, Gradient, value_alone
 from ._displacement import checked_options
 from ._loop import Evaluation, fit
-from ._optimizer import check_first_update, check_optimizer, default_optimizer
+from ._optimizer import checked_optimizer, default_optimizer
 from ._step import prepare, widened
 
 Metrics = Mapping[str, Callable[..., Any]]
@@ -103,36 +104,40 @@ def train(
     state becomes NaN or infinite, and `TrainingInterrupted` on Ctrl-C, both with the last good model and the history.
     """
     check_positive("steps", steps)
-    if not callable(loss):
-        raise TypeError(f"`loss` must be a function `loss(model, *batch) -> scalar`, got {loss!r}.")
+    check_function("loss", loss, "loss(model, *batch) -> scalar")
+    check_flag("has_aux", has_aux)
+    check_flag("progress", progress)
     if method not in ("projection", "gradient"):
-        raise ValueError(f'`method` must be "projection" or "gradient", got {method!r}.')
+        raise ValueError(f'`method` must be "projection" or "gradient", got {described(method)}.')
     arrays, count = check_data(data, "data")
     batch_size = _check_batch_size(batch_size, count)
     evaluation = _evaluation(eval_data, evaluate, eval_every, value_alone(loss, has_aux), int(steps))
     check_model(model)
-    check_constraints(model, constraints)
+    all_held = held(model, constraints)
     options = checked_options(solver, solver_steps, metric, copies, tau, "solver_steps")
-    excluded = constrained(model, constraints) if _check_precondition(precondition, optimizer, method) else None
+    is_preconditioned = _check_precondition(precondition, optimizer, method)
+    excluded = frozenset(one.position for one in all_held) if is_preconditioned else None
     displacement = Displacement(loss, has_aux, options, excluded)
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
     optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
-    check_optimizer(optimizer)
-    chain = optax.with_extra_args_support(optimizer)  # some go by the value of the loss
+    chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
+    key = check_key(key)
+    check_common_points(model, all_held)
     _check_first_value(direction, model, arrays, count)
-    check_first_update(chain, widened(eqx.filter(model, eqx.is_inexact_array)))
-    step, state = prepare(model, direction, chain, tuple(constraints))
-    key = jax.random.key(0) if key is None else key
+    step, state = prepare(model, direction, chain, all_held)
     rows = batches(count, batch_size, key)
     picks = ((picked, jax.random.fold_in(key, number)) for number, picked in enumerate(rows))
-    return TrainResult(*fit(step, state, arrays, picks, evaluation, progress))
+    trained, history = fit(step, state, arrays, picks, evaluation, progress)
+    if names := outside(trained, all_held):
+        raise ConstraintError(names, trained, history)
+    return TrainResult(trained, history)
 
 
 def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:
     if precondition is None:
         return optimizer is None and method == "projection"
     if not isinstance(precondition, bool):
-        raise TypeError(f"`precondition` must be True, False or None, got {precondition!r}.")
+        raise TypeError(f"`precondition` must be True, False or None, got {described(precondition)}.")
     if precondition and method == "gradient":
         raise ValueError('`precondition` needs `method="projection"`, whose problem knows the inputs of the layers.')
     return precondition
@@ -153,8 +158,13 @@ def _evaluation(
     eval_data: Sequence[Any] | None, evaluate: Metrics | None, every: int | None, loss: Callable[..., Any], steps: int
 ) -> Evaluation:
     """The evaluation of these arguments; of the loss alone where no functions are given."""
-    if evaluate is not None and not (isinstance(evaluate, Mapping) and all(map(callable, evaluate.values()))):
-        raise TypeError(f"`evaluate` must map names to functions `(model, *eval_data) -> scalar`, got {evaluate!r}.")
+    if evaluate is not None and not isinstance(evaluate, Mapping):
+        wanted = "must map names to functions `(model, *eval_data) -> scalar`, as in `{'accuracy': accuracy}`"
+        raise TypeError(f"`evaluate` {wanted}, got {described(evaluate)}.")
+    for name, function in ({} if evaluate is None else evaluate).items():
+        if not isinstance(name, str):
+            raise TypeError(f"`evaluate` must map names to functions, got the name {described(name)}.")
+        check_function(f"evaluate[{name!r}]", function, "(model, *eval_data) -> scalar")
     if evaluate is not None and eval_data is None:
         raise ValueError("`evaluate` was given without data. Pass the data to evaluate on as `eval_data`.")
     if every is not None:

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._errors import NonFiniteError
+from .._errors import NonFiniteError, as_number, described
 from .._problem._problem import FeasibilityProblem
 from .._problem._readers import context, operand, value_of
 from .._problem._state import State, iterate, prepared
@@ -115,12 +115,12 @@ def _advance(
 def check_positive(name: str, value: Any) -> None:
     """Raises a `ValueError` for what is no integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        raise ValueError(f"`{name}` must be a positive integer, got {described(value)}.")
 
 
 def check_solver(solver: Any) -> None:
     if not isinstance(solver, AbstractSolver):
-        got = f"{solver.__name__}. Call the class to make one." if isinstance(solver, type) else f"{solver!r}."
+        got = f"{solver.__name__}. Call the class to make one." if isinstance(solver, type) else f"{described(solver)}."
         raise TypeError(f"`solver` must be an instance of a solver such as `eqxproj.DouglasRachford()`, got {got}")
 
 
@@ -142,16 +142,17 @@ def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, to
     model.
     """
     if not isinstance(problem, FeasibilityProblem):
-        raise TypeError(f"`problem` must come from `eqxproj.feasibility_problem`, got {problem!r}.")
+        raise TypeError(f"`problem` must come from `eqxproj.feasibility_problem`, got {described(problem)}.")
     check_solver(solver)
     check_positive("steps", steps)
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
-        raise ValueError(f"`tol` must be a number of at least zero, got {tol!r}.")
+    limit = as_number(tol)
+    if limit is None or not limit >= 0:
+        raise ValueError(f"`tol` must be a number of at least zero, got {described(tol)}.")
     state, finite = _begin(problem, solver, registry_version())
     bad, count, result = first_bad(problem, jax.device_get(finite)), 0, "step limit"
     stats: dict[str, list[float]] = {"change": [], "violation": []}
     while bad is None and count < steps and result != "converged":
-        state, finite, moved, broken, done = _advance(problem, solver, registry_version(), float(tol), state)
+        state, finite, moved, broken, done = _advance(problem, solver, registry_version(), limit, state)
         count += 1
         bad = first_bad(problem, jax.device_get(finite))
         stats["change"].append(float(moved))
