@@ -22,6 +22,7 @@ from .._graph._weights import edge_logs, reader_logs
 from .._metric import Metric, check_metric
 from .._program._fragment import View, forward
 from .._program._primitives import ONE_TO_ONE
+from .._program._sharding import on_automatic_mesh
 from .._program._trace import Trace, trace
 from ..rules._loss import integer_labels
 from ..rules._scalar import identity
@@ -183,6 +184,7 @@ def feasibility_problem(
     check_tau(tau)
     metric = Metric() if metric is None else metric
     check_metric(metric)
+    model, args, kwargs = on_automatic_mesh((model, args, dict(kwargs or {})))
     traced = trace(loss, model, args, kwargs, has_aux=has_aux)
     problem = make_problem(traced, metric, copies, tau, data, two_colored=True)
     check_labels(problem, args)

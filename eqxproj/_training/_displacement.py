@@ -24,6 +24,7 @@ from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
 from .._problem._state import State, iterate
 from .._program._canonical import canonicalised
+from .._program._sharding import with_automatic_axes
 from .._program._trace import Trace, trace
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
@@ -145,11 +146,15 @@ def filter_value_and_displacement(
     @eqx.filter_jit
     def compute(version: Hashable, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
         del version  # a static argument: other rules, another program
-        traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-        problem = chosen.problem(traced)
-        state = canonicalised(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
-        moved = displacement_of(problem, state, raw)
-        return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
+
+        def answer(given: tuple[PyTree, tuple[Any, ...], dict[str, Any]]) -> tuple[Any, PyTree]:
+            traced = trace(loss, *given, has_aux=has_aux)
+            problem = chosen.problem(traced)
+            state = canonicalised(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
+            moved = displacement_of(problem, state, raw)
+            return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
+
+        return with_automatic_axes(answer, (model, args, kwargs), eqx.filter(model, eqx.is_inexact_array))
 
     @ft.wraps(loss)
     def value_and_displacement(model: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._program._canonical import lowered
+from .._program._sharding import constrained_as
 from ._constraints import Held, apply_constraints
 from ._direction import AbstractDirection
 
@@ -94,10 +95,11 @@ def prepare(
 def compiled(step: Step, state: TrainState, batch: Sequence[PyTree], key: Array) -> Callable[..., Any]:
     """The step compiled ahead of time, so that compilation is timed apart: a function of the same arguments."""
     arrays, fixed = eqx.partition(state, eqx.is_array)
+    shardings = jtu.tree_map(lambda x: x.sharding, arrays)  # the next step takes what this one returns
 
     def pure(arrays: PyTree, number: Any, batch: Sequence[PyTree], key: Array) -> tuple[PyTree, Array]:
         new, value = step(eqx.combine(arrays, fixed), number, batch, key)
-        return eqx.filter(new, eqx.is_array), value
+        return jtu.tree_map(constrained_as, eqx.filter(new, eqx.is_array), shardings), value
 
     program = lowered(pure, arrays, np.int32(0), batch, key).compile()
 

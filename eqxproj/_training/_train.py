@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 from .._errors import ConstraintError, check_flag, check_function, described
 from .._metric import Metric
 from .._problem._problem import Copies
+from .._program._sharding import on_automatic_mesh, placed_as
 from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive
 from ._constraints import Constraint, check_common_points, held, outside
@@ -113,6 +114,7 @@ def train(
     batch_size = _check_batch_size(batch_size, count)
     evaluation = _evaluation(eval_data, evaluate, eval_every, value_alone(loss, has_aux), int(steps))
     check_model(model)
+    given, model = model, on_automatic_mesh(model)
     all_held = held(model, constraints)
     options = checked_options(solver, solver_steps, metric, copies, tau, "solver_steps")
     is_preconditioned = _check_precondition(precondition, optimizer, method)
@@ -130,7 +132,7 @@ def train(
     trained, history = fit(step, state, arrays, picks, evaluation, progress)
     if names := outside(trained, all_held):
         raise ConstraintError(names, trained, history)
-    return TrainResult(trained, history)
+    return TrainResult(placed_as(trained, given), history)
 
 
 def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:
