@@ -1,11 +1,13 @@
 """The errors that the library raises beside `ValueError` and `TypeError`, and checks that many arguments share.
 
-All of them can be pickled, where the model that they hold can be: they cross from one process to another.
+All of them can be pickled, so that they cross from one process to another. In the place of what a model holds that
+cannot be pickled, such as a `lambda`, stands its `repr` then.
 """
 
 from __future__ import annotations
 
 import numbers
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
@@ -24,6 +27,22 @@ class Unsupported:
     primitive: str
     source: str
     why: str = ""
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:  # it is up to the types of the model what they raise
+        return False
+    return True
+
+
+def picklable(model: Any) -> Any:
+    """The model, with text in the place of leaves that cannot be pickled; text alone where its structure cannot be."""
+    if _can_be_pickled(model):
+        return model
+    rest = jtu.tree_map(lambda leaf: leaf if _can_be_pickled(leaf) else repr(leaf), model)
+    return rest if _can_be_pickled(rest) else repr(model)
 
 
 _LOOP = (
@@ -59,7 +78,7 @@ class UnsupportedPrimitiveError(NotImplementedError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.missing,), self.__dict__
+        return type(self), (self.missing,)
 
 
 class NonFiniteError(FloatingPointError):
@@ -78,7 +97,7 @@ class NonFiniteError(FloatingPointError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.node, self.step, self.model, self.history), self.__dict__
+        return type(self), (self.node, self.step, picklable(self.model), self.history)
 
 
 class EvaluationError(ValueError):
@@ -96,7 +115,7 @@ class EvaluationError(ValueError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self.why, self.step, self.model, self.history), self.__dict__
+        return type(self), (self.name, self.why, self.step, picklable(self.model), self.history)
 
 
 class ConstraintError(ValueError):
@@ -113,7 +132,7 @@ class ConstraintError(ValueError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.names, self.model, self.history), self.__dict__
+        return type(self), (self.names, picklable(self.model), self.history)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -130,7 +149,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.step, self.model, self.history), self.__dict__
+        return type(self), (self.step, picklable(self.model), self.history)
 
 
 def as_number(value: Any) -> float | None:

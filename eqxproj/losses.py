@@ -10,16 +10,26 @@ where $\tau > 0$ is the step times any factor of the loss, such as the $1/n$ of 
 gradient step, $z - \tau \nabla \ell(z)$. Every prox here is exact up to rounding. Any other loss works too, by Newton
 steps on this minimum; `eqxproj.custom_loss` makes a loss with a prox of your own.
 
-Limits: integer labels must be in range, which is not checked here (`eqxproj.train` checks them). Half precision is
-computed in float32, and the answer has the dtype of the predictions.
+Labels are checked where they are known: outside of a `jit`, or as constants in it. Inside of one, the loss of a sample
+with an integer label out of range is NaN (`eqxproj.train` checks its data before).
+
+Limits: half precision is computed in float32, and the answer has the dtype of the predictions.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from ._numerics._cross_entropy import cross_entropy_displacement, cross_entropy_value
 from ._numerics._losses import (
+    check_classes,
+    check_signs,
     hinge_displacement,
     hinge_value,
     margin_displacement,
@@ -33,6 +43,20 @@ _margin = custom_loss(margin_value, lambda logits, labels, tau: margin_displacem
 _cross_entropy = custom_loss(cross_entropy_value, cross_entropy_displacement)
 _squared_error = custom_loss(squared_error_value, squared_error_displacement)
 _hinge = custom_loss(hinge_value, hinge_displacement)
+
+
+def _known(labels: Any) -> np.ndarray | None:
+    """The labels, where their values can be seen."""
+    if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
+        return None
+    return np.asarray(labels)
+
+
+def _check_labels(logits: Any, labels: Any) -> None:
+    """Raises a `ValueError` for labels out of range, before they are rounded to the integers of JAX."""
+    array = _known(labels)
+    if array is not None and array.dtype.kind in "iu" and array.shape == jnp.shape(logits)[:-1]:
+        check_classes(array, jnp.shape(logits)[-1])
 
 
 def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
@@ -52,8 +76,9 @@ def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`; zero exactly where the constraint holds.
 
-    **Raises:** `ValueError` for other shapes and dtypes.
+    **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    _check_labels(logits, labels)
     return _margin(logits, labels)
 
 
@@ -75,8 +100,9 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`.
 
-    **Raises:** `ValueError` for other shapes and dtypes.
+    **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    _check_labels(logits, labels)
     return _cross_entropy(logits, labels)
 
 
@@ -122,6 +148,11 @@ def hinge(scores: ArrayLike, labels: ArrayLike) -> Array:
 
     **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`.
 
-    **Raises:** `ValueError` for other shapes and dtypes.
+    **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    array = _known(labels)
+    if array is not None and array.shape == jnp.shape(scores) and array.dtype.kind in "biuf":
+        check_signs(array)
+    elif jnp.ndim(scores):
+        _check_labels(scores, labels)
     return _hinge(scores, labels)

@@ -18,6 +18,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .._errors import check_flag, check_function
 from .._metric import Metric, check_metric
 from .._problem._make import RAW_TAU, check_copies, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
@@ -139,6 +140,9 @@ def filter_value_and_displacement(
     **Raises:** `ValueError` and `TypeError` for unusable options; on the call, `UnsupportedPrimitiveError` and
     `ValueError` as [`feasibility_problem`][].
     """
+    check_function("loss", loss, "loss(model, *args) -> scalar")
+    check_flag("raw", raw)
+    check_flag("has_aux", has_aux)
     if raw:
         metric, tau = Metric() if metric is None else metric, RAW_TAU if tau is None else tau
     chosen = checked_options(solver, steps, metric, copies, tau)

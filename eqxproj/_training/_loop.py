@@ -53,19 +53,28 @@ class Evaluation(eqx.Module):
     """What is recorded of a model in training, and after which steps.
 
     - `data`: what the `functions` are given after the model; `None` where only the loss of a step is recorded.
+    - `plain`: the functions before they are compiled. `is_loss`: whether the one is the loss, by default.
     - `every`: number of steps from one record to the next. `steps`: the number of all, after which stands the last.
     """
 
     data: tuple[PyTree, ...] | None
+    plain: dict[str, Callable[..., Any]]
     functions: dict[str, Callable[..., Any]]
+    is_loss: bool
     every: int
     steps: int
 
     def __init__(
-        self, data: tuple[PyTree, ...] | None, functions: dict[str, Callable[..., Any]], every: int | None, steps: int
+        self,
+        data: tuple[PyTree, ...] | None,
+        functions: dict[str, Callable[..., Any]],
+        is_loss: bool,
+        every: int | None,
+        steps: int,
     ):
         self.data = None if data is None else jtu.tree_map(jnp.asarray, data)
-        self.functions = {} if data is None else {name: eqx.filter_jit(f) for name, f in functions.items()}
+        self.plain, self.is_loss = {} if data is None else functions, is_loss
+        self.functions = {name: eqx.filter_jit(f) for name, f in self.plain.items()}
         self.every = max(1, steps // 20) if every is None else int(every)
         self.steps = steps
 
@@ -83,6 +92,8 @@ class Evaluation(eqx.Module):
             try:
                 found = function(model, *(self.data or ()))
                 if jnp.shape(found) == () and jnp.result_type(found).kind in "biuf":
+                    if step == 0 and jnp.isnan(found):
+                        self._explain(name, model)
                     return float(found)
                 why = f"must return one real number, but it returned {_returned(found)}."
             except Exception as error:
@@ -91,6 +102,18 @@ class Evaluation(eqx.Module):
 
         found = {f"eval_{name}": number(name, function) for name, function in self.functions.items()}
         return {"step": step, "loss": loss, "seconds": seconds, **found}
+
+    def _explain(self, name: str, model: PyTree) -> None:
+        """Raises what a function that answers NaN says of concrete data; for the loss itself, that it is NaN."""
+        try:
+            self.plain[name](model, *(self.data or ()))
+        except Exception as error:
+            raise ValueError(f"it is NaN on `eval_data`, and before it is compiled it raises: {error}") from error
+        if self.is_loss:
+            integers = [x for x in jtu.tree_leaves(self.data) if x.dtype.kind in "iu"]
+            runs = ", ".join(f"{x.min()} to {x.max()}" for x in integers)
+            hint = f" The integer arrays of `eval_data` run from {runs}: are labels out of range?" if runs else ""
+            raise ValueError(f"it is NaN on `eval_data` before any training, though model and data are finite.{hint}")
 
     def history(self, records: Sequence[Record], compile_seconds: float) -> History:
         """The records as one array a name."""

@@ -46,6 +46,11 @@ class TrainResult(eqx.Module):
     model: PyTree
     history: dict[str, Any]
 
+    def __repr__(self) -> str:
+        last = {name: values[-1] for name, values in self.history.items() if np.ndim(values) and len(values)}
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in last.items())
+        return f"TrainResult(model=<{type(self.model).__name__}>, history of {len(self.history['step'])}, last {shown})"
+
 
 def train(
     model: PyTree,
@@ -172,7 +177,8 @@ def _evaluation(
     if every is not None:
         check_positive("eval_every", every)
     data = None if eval_data is None else check_data(eval_data, "eval_data")[0]
-    return Evaluation(data, {"loss": loss} if evaluate is None else dict(evaluate), every, steps)
+    functions = {"loss": loss} if evaluate is None else dict(evaluate)
+    return Evaluation(data, functions, evaluate is None, every, steps)
 
 
 def _check_first_value(direction: AbstractDirection, model: PyTree, data: Sequence[PyTree], count: int) -> None:

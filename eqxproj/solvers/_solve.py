@@ -38,6 +38,12 @@ class Solution(eqx.Module):
     stats: dict[str, Any]
     result: str = eqx.field(static=True)
 
+    def __repr__(self) -> str:
+        last = {name: values[-1] for name, values in self.stats.items() if np.ndim(values) and len(values)}
+        shown = ", ".join(f"last {name}={described(value)}" for name, value in last.items())
+        model, steps = type(self.model).__name__, described(self.stats.get("steps"))
+        return f"Solution(result={described(self.result)}, steps={steps}, {shown}, model=<{model}>)"
+
 
 def violation(problem: FeasibilityProblem, state: State) -> Float[Array, ""]:
     r"""The largest violation of any constraint: $|y - f(x)|$ over the nodes, with every copy of $y$ that there is."""
