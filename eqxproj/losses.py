@@ -18,6 +18,7 @@ Limits: half precision is computed in float32, and the answer has the dtype of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,12 +38,18 @@ from ._numerics._losses import (
     squared_error_displacement,
     squared_error_value,
 )
+from ._numerics._promotion import with_own_promotion
 from ._program._custom import custom_loss
 
-_margin = custom_loss(margin_value, lambda logits, labels, tau: margin_displacement(logits, labels), hard=True)
-_cross_entropy = custom_loss(cross_entropy_value, cross_entropy_displacement)
-_squared_error = custom_loss(squared_error_value, squared_error_displacement)
-_hinge = custom_loss(hinge_value, hinge_displacement)
+
+def _own(value: Callable[..., Array], displacement: Callable[..., Array], hard: bool = False) -> Callable[..., Array]:
+    return custom_loss(with_own_promotion(value), with_own_promotion(displacement), hard=hard)
+
+
+_margin = _own(margin_value, lambda logits, labels, tau: margin_displacement(logits, labels), hard=True)
+_cross_entropy = _own(cross_entropy_value, cross_entropy_displacement)
+_squared_error = _own(squared_error_value, squared_error_displacement)
+_hinge = _own(hinge_value, hinge_displacement)
 
 
 def _known(labels: Any) -> np.ndarray | None:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._numerics import _nearest as nearest
+from ._numerics._promotion import with_own_promotion
 
 Axis = int | tuple[int, ...] | None
 
@@ -95,6 +96,7 @@ class Box(AbstractSet):
             wanted = "`low` must be at most `high`, with a number between them"
             raise ValueError(f"`Box`: {wanted}; got {low!r} and {high!r}.")
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.clip(x, self.low, self.high)
 
@@ -105,6 +107,7 @@ class NonNegative(AbstractSet):
 
     is_convex: ClassVar[bool] = True
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.maximum(x, 0)
 
@@ -137,6 +140,7 @@ class Sparse(AbstractSet):
         self.k = None if k is None else _count("Sparse", "k", k)
         self.axis = _axis("Sparse", axis)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return nearest.along(x, self.axis, lambda rows: nearest.largest(rows, self._kept(rows.shape[-1])))
 
@@ -176,6 +180,7 @@ class Quantized(AbstractSet):
         self.scale = _scale(scale)
         self.levels = _levels(levels, self.scale)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         if self.scale != "learned":
             factor = 1.0 if self.scale is None else self.scale
@@ -214,6 +219,7 @@ class Simplex(AbstractSet):
     def __init__(self, axis: Axis = -1, total: float = 1.0):
         self.axis, self.total = _axis("Simplex", axis), _positive("Simplex", "total", total)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         _check_has_entries(x.shape, self.axis, "a simplex")
         return _by_slices(x, self.axis, lambda rows: nearest.simplex(rows, self.total, x.dtype))
@@ -240,6 +246,7 @@ class L1Ball(AbstractSet):
     def __init__(self, radius: float = 1.0, axis: Axis = None):
         self.radius, self.axis = _positive("L1Ball", "radius", radius), _axis("L1Ball", axis)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return _by_slices(x, self.axis, lambda rows: nearest.l1_ball(rows, self.radius, x.dtype))
 
@@ -263,6 +270,7 @@ class L2Ball(AbstractSet):
     def __init__(self, radius: float = 1.0, axis: Axis = None):
         self.radius, self.axis = _positive("L2Ball", "radius", radius), _axis("L2Ball", axis)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return _by_slices(x, self.axis, lambda rows: nearest.l2_ball(rows, self.radius, x.dtype))
 
@@ -284,6 +292,7 @@ class Sphere(AbstractSet):
     def __init__(self, radius: float = 1.0, axis: Axis = None):
         self.radius, self.axis = _positive("Sphere", "radius", radius), _axis("Sphere", axis)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         _check_has_entries(x.shape, self.axis, "a sphere")
         return _by_slices(x, self.axis, lambda rows: nearest.sphere(rows, self.radius, x.dtype))
@@ -314,6 +323,7 @@ class Monotone(AbstractSet):
             raise TypeError(f"`Monotone`: `increasing` must be `True` or `False`, got {increasing!r}.")
         self.axis, self.increasing = int(axis), increasing
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         sign = 1 if self.increasing else -1
         return sign * _by_slices(sign * x, self.axis, nearest.isotonic)
@@ -341,6 +351,7 @@ class Orthogonal(AbstractSet):
     kernel of a convolution, counts as the matrix with all axes but the first made into one.
     """
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         matrix = _matrix(x, "Orthogonal")
         if matrix.size == 0:
@@ -364,6 +375,7 @@ class LowRank(AbstractSet):
     def __init__(self, rank: int):
         self.rank = _count("LowRank", "rank", rank)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         matrix = _matrix(x, "LowRank")
         if self.rank >= min(matrix.shape):

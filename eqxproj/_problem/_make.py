@@ -19,6 +19,7 @@ from .._graph._build import build
 from .._graph._graph import Graph, Node, with_identities
 from .._graph._weights import edge_logs, reader_logs
 from .._metric import Metric, check_metric
+from .._numerics._promotion import with_own_promotion
 from .._program._fragment import View, forward
 from .._program._primitives import ONE_TO_ONE
 from .._program._sharding import on_automatic_mesh
@@ -87,6 +88,7 @@ def check_tau(tau: Any) -> None:
         raise ValueError(f"`tau` {wanted}; got {described(tau)}.")
 
 
+@with_own_promotion
 def make_problem(
     traced: Trace,
     metric: Metric,

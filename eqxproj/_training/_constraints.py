@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 
 from .._errors import described
 from .._numerics._intersection import apart, common_point
+from .._numerics._promotion import with_own_promotion
 from ..sets import AbstractSet
 
 Constraint = tuple[Callable[[Any], Any], AbstractSet]
@@ -62,6 +63,7 @@ def held(model: PyTree, constraints: Sequence[Constraint]) -> tuple[Held, ...]:
     return tuple(Held(p, tuple(numbers), tuple(constraints[i][1] for i in numbers)) for p, numbers in found.items())
 
 
+@with_own_promotion
 def check_common_points(model: PyTree, all_held: Sequence[Held]) -> None:
     """Raises a `ValueError` where several sets of one array have no common point that is found from its value."""
     leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
@@ -79,6 +81,7 @@ def check_common_points(model: PyTree, all_held: Sequence[Held]) -> None:
             )
 
 
+@with_own_promotion
 def outside(model: PyTree, all_held: Sequence[Held]) -> str:
     """The constraints that do not hold together on an array of a model; empty where all do. One alone always holds."""
     leaves = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
@@ -154,6 +157,7 @@ def _projected(leaves: list[Array], all_held: Sequence[Held]) -> list[Array]:
     return new
 
 
+@with_own_promotion
 def apply_constraints(model: PyTree, all_held: Sequence[Held]) -> PyTree:
     """The model with every constrained array projected onto its sets."""
     if not all_held:

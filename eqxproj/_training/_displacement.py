@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from .._errors import check_flag, check_function
 from .._metric import Metric, check_metric
+from .._numerics._promotion import with_own_promotion
 from .._problem._make import RAW_TAU, check_copies, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
@@ -90,11 +91,13 @@ def checked_options(
     return Options(solver, steps, metric, copies, tau)
 
 
+@with_own_promotion
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
     return iterate(ft.partial(solver.step, problem), solver.init(problem), steps)
 
 
+@with_own_promotion
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:
     """The displacement of every parameter, as a pytree like the model."""
 

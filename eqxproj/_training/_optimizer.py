@@ -14,8 +14,10 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._errors import described
+from .._numerics._promotion import with_own_promotion
 
 
+@with_own_promotion
 def default_optimizer(steps: int) -> optax.GradientTransformation:
     """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends."""
     peak, warm, hold = 3e-3, min(100, steps // 20), 6 * steps // 10
@@ -51,6 +53,7 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
+@with_own_promotion
 def checked_optimizer(optimizer: Any, parameters: PyTree) -> optax.GradientTransformationExtraArgs:
     """The optimizer as one that takes the value of the loss, by tracing a first update.
 

@@ -17,10 +17,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._numerics._promotion import with_own_promotion
 from .._program._canonical import lowered
 from .._program._sharding import constrained_as
 from ._constraints import Held, apply_constraints
-from ._direction import AbstractDirection
+from ._direction import AbstractDirection, Direction
 
 
 class TrainState(eqx.Module):
@@ -56,7 +57,13 @@ class Step(eqx.Module):
     ) -> tuple[TrainState, Float[Array, ""]]:
         """The next state, and the loss of this minibatch; `number` is that of the step, from 0."""
         model = apply_constraints(self._combined(state.parameters), self.before)
-        value, moved, coordinates = self.direction(model, batch, key)
+        direction = self.direction(model, batch, key)
+        return self._moved(state, number, direction), direction.value
+
+    @with_own_promotion
+    def _moved(self, state: TrainState, number: Any, direction: Direction) -> TrainState:
+        """The state after a step in a direction."""
+        value, moved, coordinates = direction
         moved = cast(moved, state.parameters)
         moved = moved if coordinates is None else coordinates.centered(moved)
         updates, optimizer = self.optimizer.update(moved, state.optimizer, state.parameters, value=value)
@@ -65,9 +72,7 @@ class Step(eqx.Module):
         parameters = eqx.filter(apply_constraints(model, self.after), eqx.is_inexact_array)
         ok = _all_finite((value, moved, cast(parameters, self.like))) & (state.bad_step < 0)
         bad = jnp.where(ok | (state.bad_step >= 0), state.bad_step, number)
-        return TrainState(
-            _chosen(ok, parameters, state.parameters), _chosen(ok, optimizer, state.optimizer), bad
-        ), value
+        return TrainState(_chosen(ok, parameters, state.parameters), _chosen(ok, optimizer, state.optimizer), bad)
 
     def model(self, state: TrainState) -> PyTree:
         """The model that a state stands for, which satisfies all constraints."""
@@ -77,6 +82,7 @@ class Step(eqx.Module):
         return eqx.combine(cast(parameters, self.like), self.static)
 
 
+@with_own_promotion
 def prepare(
     model: PyTree,
     direction: AbstractDirection,

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._errors import NonFiniteError, as_number, described
+from .._numerics._promotion import with_own_promotion
 from .._problem._problem import FeasibilityProblem
 from .._problem._readers import context, operand, value_of
 from .._problem._state import State, iterate, prepared
@@ -130,6 +131,7 @@ def check_solver(solver: Any) -> None:
         raise TypeError(f"`solver` must be an instance of a solver such as `eqxproj.DouglasRachford()`, got {got}")
 
 
+@with_own_promotion
 def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, tol: float = 0.0) -> Solution:
     """Runs a solver on a problem, from the forward pass.
 
