@@ -195,3 +195,49 @@ def check_shapes(new: Sequence[Any], old: Sequence[Array], who: str) -> None:
                 f"{who} returned shape {jnp.shape(n)} for input {position}, which has shape {jnp.shape(o)}. A rule "
                 "returns new inputs (or duals) of the shapes of the old ones."
             )
+
+
+def as_array(name: str, x: Any) -> np.ndarray:
+    """An argument as a numpy array of numbers: an array, a number, or a (nested) list of numbers.
+
+    **Raises:** `TypeError` for anything else, `ValueError` for arrays of anything else than numbers, with the remedy.
+    """
+    if not isinstance(x, (np.ndarray, np.generic, jax.Array, list, tuple, bool, int, float, complex)):
+        raise TypeError(f"`{name}` must be an array of numbers; got {_no_array(x)}")
+    if isinstance(x, np.ma.MaskedArray):
+        if np.ma.is_masked(x):
+            raise ValueError(
+                f"`{name}` is a masked array with {np.ma.count_masked(x)} masked entries. Fill them, as in "
+                "`x.filled(0)`, and pass the mask as a further array for the loss to use."
+            )
+        x = x.data
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is a list whose rows have unequal lengths ({error}). Pad them to one.") from error
+    kind = array.dtype.kind
+    if kind not in "biufc" and not (kind == "V" and jnp.issubdtype(array.dtype, np.number)):
+        raise ValueError(f"`{name}` must hold numbers, got dtype {array.dtype}.{_REMEDIES.get(kind, '')}")
+    return array
+
+
+_REMEDIES = {
+    "O": " Make it an array of one type, `x.astype(np.float32)`, or pad its rows to one length and stack them.",
+    "V": " Pass its fields as arrays of their own.",
+    "U": " Encode text as integers.",
+    "S": " Encode text as integers.",
+    "M": " Take numbers of it, as `x.astype(np.int64) / 1e9`.",
+    "m": " Take numbers of it, as `x / np.timedelta64(1, 's')`.",
+}
+
+
+def _no_array(x: Any) -> str:
+    """What was given in place of an array, with the remedy."""
+    name = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}".removeprefix("builtins.")
+    if isinstance(x, str):
+        return f"text, {x[:40]!r}. Encode text as integers."
+    if hasattr(x, "to_numpy"):
+        return f"{name}. Pass numpy arrays: `frame.to_numpy()`."
+    if hasattr(x, "__array__"):
+        return f"{name}. Pass numpy arrays: `np.asarray(x)`."
+    return f"{name}. Pass numpy or JAX arrays, or (nested) tuples and dictionaries of them."

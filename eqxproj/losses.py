@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
+from ._errors import as_array
 from ._numerics._cross_entropy import cross_entropy_displacement, cross_entropy_value
 from ._numerics._losses import (
     check_classes,
@@ -52,18 +53,23 @@ _squared_error = _own(squared_error_value, squared_error_displacement)
 _hinge = _own(hinge_value, hinge_displacement)
 
 
+def _array(name: str, x: Any) -> Any:
+    """An argument as an array; traced ones, and those of which only a part is on this machine, as they are."""
+    is_known = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    return as_array(name, x) if is_known and not isinstance(x, jax.Array) else x
+
+
 def _known(labels: Any) -> np.ndarray | None:
     """The labels, where their values can be seen."""
-    if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
-        return None
-    return np.asarray(labels)
+    is_hidden = isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True)
+    return None if is_hidden else np.asarray(labels)
 
 
 def _check_labels(logits: Any, labels: Any) -> None:
     """Raises a `ValueError` for labels out of range, before they are rounded to the integers of JAX."""
-    array = _known(labels)
-    if array is not None and array.dtype.kind in "iu" and array.shape == jnp.shape(logits)[:-1]:
-        check_classes(array, jnp.shape(logits)[-1])
+    array, (*batch, classes) = _known(labels), jnp.shape(logits) or (0,)
+    if array is not None and array.dtype.kind in "iu" and classes and array.shape == tuple(batch):
+        check_classes(array, classes)
 
 
 def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
@@ -85,6 +91,7 @@ def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    logits, labels = _array("logits", logits), _array("labels", labels)
     _check_labels(logits, labels)
     return _margin(logits, labels)
 
@@ -109,6 +116,7 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    logits, labels = _array("logits", logits), _array("labels", labels)
     _check_labels(logits, labels)
     return _cross_entropy(logits, labels)
 
@@ -130,7 +138,7 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike) -> Array:
 
     **Raises:** `ValueError` where the shapes differ, and for other dtypes.
     """
-    return _squared_error(predictions, targets)
+    return _squared_error(_array("predictions", predictions), _array("targets", targets))
 
 
 def hinge(scores: ArrayLike, labels: ArrayLike) -> Array:
@@ -157,9 +165,10 @@ def hinge(scores: ArrayLike, labels: ArrayLike) -> Array:
 
     **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    scores, labels = _array("scores", scores), _array("labels", labels)
     array = _known(labels)
     if array is not None and array.shape == jnp.shape(scores) and array.dtype.kind in "biuf":
         check_signs(array)
-    elif jnp.ndim(scores):
+    else:
         _check_labels(scores, labels)
     return _hinge(scores, labels)

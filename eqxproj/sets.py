@@ -24,6 +24,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._errors import as_number, described
 from ._numerics import _nearest as nearest
 from ._numerics._promotion import with_own_promotion
 
@@ -398,22 +399,22 @@ def _is_integer(value: Any) -> bool:
 
 
 def _real(owner: str, name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"`{owner}`: `{name}` must be a number, got {value!r}.") from None
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"`{owner}`: `{name}` must be a number, got {described(value)}.")
+    return number
 
 
 def _positive(owner: str, name: str, value: Any) -> float:
     number = _real(owner, name, value)
-    if isinstance(value, bool) or not 0 < number < math.inf:
-        raise ValueError(f"`{owner}`: `{name}` must be a positive number, got {value!r}.")
+    if not 0 < number < math.inf:
+        raise ValueError(f"`{owner}`: `{name}` must be a positive number, got {described(value)}.")
     return number
 
 
 def _fraction(owner: str, name: str, value: Any) -> float:
     number = _real(owner, name, value)
-    if isinstance(value, bool) or not 0 < number <= 1:
+    if not 0 < number <= 1:
         raise ValueError(f"`{owner}`: `{name}` must be in (0, 1], got {value!r}.")
     return number
 

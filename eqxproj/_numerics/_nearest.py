@@ -299,8 +299,10 @@ def truncated(x: Float[Array, "m n"], rank: int, dtype: jnp.dtype) -> Float[Arra
     It is the sum $\sum_{i \le r} \sigma_i u_i v_i^T$ over the largest singular values (Eckart and Young, *The
     approximation of one matrix by another of lower rank*, Psychometrika 1, 1936).
     """
-    u, s, v = _decomposed(x)
+    size = jnp.max(jnp.abs(x))
+    unit = jnp.where(size > 2.0**60, 2.0**64, jnp.where(size < 2.0**-60, 2.0**-64, 1.0)).astype(x.dtype)
+    u, s, v = _decomposed(x / unit)
     error = rounding(dtype) + 16 * float(jnp.finfo(x.dtype).eps)  # that of the entries, and of the decomposition
     share = s / jnp.where(s[0] > 0, s[0], 1)  # whose squares are numbers at any scale
     inside = jnp.sum(share[rank:] ** 2) <= error**2 * jnp.sum(share**2)
-    return _returned(inside, x, _times(u[:, :rank] * s[:rank], v[:rank]), dtype)
+    return _returned(inside, x, unit * _times(u[:, :rank] * s[:rank], v[:rank]), dtype)

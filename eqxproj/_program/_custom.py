@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from .._errors import check_shapes
+from .._errors import check_function, check_shapes
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -123,6 +123,7 @@ class CustomProjection(Generic[_P, _T]):
 
         The rule, unchanged.
         """
+        check_function("rule", rule, "rule(ctx, inputs, target) -> new_inputs")
         self.rule = rule
         return rule
 
@@ -226,6 +227,7 @@ def custom_projection(function: Callable[_P, _T]) -> CustomProjection[_P, _T]:
 
     **Raises:** `ValueError` when called without a projection.
     """
+    check_function("function", function, "function(*arrays)")
     return CustomProjection(function)
 
 

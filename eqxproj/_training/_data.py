@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._errors import described
+from .._errors import as_array, described
 
 
 def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
@@ -50,10 +50,10 @@ def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
 
 def _check_container(data: Any, what: str) -> None:
     """Raises a `TypeError` for what is no tuple of parts, such as one array alone, or a list of batches."""
-    if not isinstance(data, (tuple, list)) or not data:
+    if not isinstance(data, (tuple, list)) or len(data) == 0:
         raise TypeError(
             f"`{what}` must be a tuple of arrays such as `(x, y)`, whose parts the loss takes after the model; got "
-            f"{type(data).__name__ if data or not isinstance(data, (tuple, list)) else 'nothing in it'}."
+            f"{'nothing in it' if isinstance(data, (tuple, list)) else type(data).__name__}."
         )
     if isinstance(data, list) and any(isinstance(part, (tuple, list, dict)) for part in data):
         raise TypeError(
@@ -79,44 +79,7 @@ def _as_host(x: Any, name: str) -> np.ndarray:
         raise ValueError(f"`{name}` holds PRNG keys. Give the loss an argument named `key` instead.")
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"`{name}` is a traced array: `train` runs outside of `jax.jit` and other transformations.")
-    if not isinstance(x, (np.ndarray, np.generic, jax.Array, list, bool, int, float, complex)):
-        raise TypeError(f"`{name}` must be an array of numbers; got {_kind(x)}")
-    if isinstance(x, np.ma.MaskedArray):
-        if np.ma.is_masked(x):
-            raise ValueError(
-                f"`{name}` is a masked array with {np.ma.count_masked(x)} masked entries. Fill them, as in "
-                "`x.filled(0)`, and pass the mask as a further array for the loss to use."
-            )
-        x = x.data
-    try:
-        array = np.asarray(x)
-    except ValueError as error:
-        raise ValueError(f"`{name}` is a list whose rows have unequal lengths ({error}). Pad them to one.") from error
-    if not (array.dtype.kind in "biufc" or jax.numpy.issubdtype(array.dtype, np.number)):
-        raise ValueError(f"`{name}` must hold numbers, got dtype {array.dtype}.{_REMEDIES.get(array.dtype.kind, '')}")
-    return _canonical(array, name)
-
-
-_REMEDIES = {
-    "O": " Make it an array of one type, `x.astype(np.float32)`, or pad its rows to one length and stack them.",
-    "V": " Pass its fields as arrays of their own.",
-    "U": " Encode text as integers.",
-    "S": " Encode text as integers.",
-    "M": " Take numbers of it, as `x.astype(np.int64) / 1e9`.",
-    "m": " Take numbers of it, as `x / np.timedelta64(1, 's')`.",
-}
-
-
-def _kind(x: Any) -> str:
-    """What was given in place of an array, with the remedy."""
-    name = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}".removeprefix("builtins.")
-    if isinstance(x, str):
-        return f"text, {x[:40]!r}. Encode text as integers."
-    if hasattr(x, "to_numpy"):
-        return f"{name}. Pass numpy arrays: `frame.to_numpy()`."
-    if hasattr(x, "__array__"):
-        return f"{name}. Pass numpy arrays: `np.asarray(x)`."
-    return f"{name}. Pass numpy or JAX arrays, or (nested) tuples and dictionaries of them."
+    return _canonical(as_array(name, x), name)
 
 
 def _canonical(array: np.ndarray, name: str) -> np.ndarray:

@@ -14,9 +14,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._errors import check_function, described
+from .._errors import as_array, check_function, described
 from .._metric import Metric, check_metric
 from .._problem._make import check_copies, make_problem
 from .._problem._problem import Copies
@@ -105,10 +106,14 @@ def projection(
         return traced.rebuild(solver.postprocess(problem, state))
 
     def project(target: PyTree) -> tuple[PyTree, ...]:
+        target = jtu.tree_map(lambda x: as_array("target", x) if isinstance(x, np.ma.MaskedArray) else x, target)
         wanted, got = eqx.filter(out, eqx.is_inexact_array), eqx.filter(target, eqx.is_array_like)
         shapes = [jtu.tree_map(jnp.shape, t) for t in (wanted, got)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"`target` must be shaped like the output of `f`: wanted {shapes[0]}, got {shapes[1]}.")
+        kinds = zip(jtu.tree_leaves(got), jtu.tree_leaves(wanted), strict=True)
+        if any(jnp.iscomplexobj(t) and not jnp.iscomplexobj(o) for t, o in kinds):
+            raise TypeError("`target` must be real where the output of `f` is, but it holds complex numbers.")
         typed = jtu.tree_map(lambda t, o: jnp.asarray(t, o.dtype), got, wanted)
         finite = _checked(typed, "target", lambda x: ~jnp.isfinite(x), "NaN or infinity")
         return solved(registry_version(), tuple(primals), finite)

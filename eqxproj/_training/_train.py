@@ -7,6 +7,7 @@ batches and evaluation run on gradients, for comparison. This module checks the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive
 from ._constraints import Constraint, check_common_points, held, outside
 from ._data import batches, check_data, check_key, check_model, take
-from ._direction import AbstractDirection, Displacement, Gradient, value_alone
+from ._direction import AbstractDirection, Displacement, Gradient, key_argument, value_alone
 from ._displacement import checked_options
 from ._loop import Evaluation, fit
 from ._optimizer import checked_optimizer, default_optimizer
@@ -116,6 +117,7 @@ def train(
     if method not in ("projection", "gradient"):
         raise ValueError(f'`method` must be "projection" or "gradient", got {described(method)}.')
     arrays, count = check_data(data, "data")
+    _check_arguments(loss, arrays)
     batch_size = _check_batch_size(batch_size, count)
     evaluation = _evaluation(eval_data, evaluate, eval_every, value_alone(loss, has_aux), int(steps))
     check_model(model)
@@ -127,10 +129,10 @@ def train(
     displacement = Displacement(loss, has_aux, options, excluded)
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
     optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
-    chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
     key = check_key(key)
     check_common_points(model, all_held)
     _check_first_value(direction, model, arrays, count)
+    chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
     step, state = prepare(model, direction, chain, all_held)
     rows = batches(count, batch_size, key)
     picks = ((picked, jax.random.fold_in(key, number)) for number, picked in enumerate(rows))
@@ -148,6 +150,21 @@ def _check_precondition(precondition: bool | None, optimizer: Any, method: str) 
     if precondition and method == "gradient":
         raise ValueError('`precondition` needs `method="projection"`, whose problem knows the inputs of the layers.')
     return precondition
+
+
+def _check_arguments(loss: Callable[..., Any], data: tuple[PyTree, ...]) -> None:
+    """Raises a `TypeError` where a loss does not take the model and as many parts of data as there are."""
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # of some callables there is none to be had
+        return
+    try:
+        signature.bind(None, *data, **key_argument(loss, None))
+    except TypeError as error:
+        raise TypeError(
+            f"`loss` is called with the model and the {len(data)} parts of `data`, and with a `key` where it has such "
+            f"an argument, but it takes {signature}: {error}."
+        ) from error
 
 
 def _check_batch_size(batch_size: int | None, count: int) -> int:
