@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from .._errors import check_function, check_shapes
+from .._errors import check_shapes
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -123,7 +123,11 @@ class CustomProjection(Generic[_P, _T]):
 
         The rule, unchanged.
         """
-        check_function("rule", rule, "rule(ctx, inputs, target) -> new_inputs")
+        if not callable(rule):
+            raise TypeError(
+                f"The projection of {self._name!r} must be a function `(ctx, inputs, target) -> new_inputs`, got "
+                f"{rule!r}."
+            )
         self.rule = rule
         return rule
 
@@ -227,7 +231,8 @@ def custom_projection(function: Callable[_P, _T]) -> CustomProjection[_P, _T]:
 
     **Raises:** `ValueError` when called without a projection.
     """
-    check_function("function", function, "function(*arrays)")
+    if not callable(function):
+        raise TypeError(f"`function` must be a function of arrays, got {function!r}.")
     return CustomProjection(function)
 
 
