@@ -162,7 +162,7 @@ def as_number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:  # of an integer beyond the largest float
-        return float("inf") if value > 0 else float("-inf")
+        return float("inf") if bool(value > 0) else float("-inf")  # pyright: ignore[reportOperatorIssue]
 
 
 def described(value: Any, most: int = 200) -> str:

@@ -89,7 +89,7 @@ BAD_DATA = {
     "none": (TypeError, None, ["`data`", "tuple of arrays", "got NoneType"]),
     "a number": (ValueError, (X, 3.0), ["`data[1]`", "one entry a sample", "array(3."]),
     "words": (ValueError, (X, np.array(["a"] * 20)), ["`data[1]`", "must hold numbers", "<U1"]),
-    "complex": (ValueError, (X * 1j, Y), ["`data[0]`", "must hold numbers", "complex64"]),
+    "nan of complex64": (ValueError, (with_entry(X * 1j, np.nan), Y), ["`data[0]`", "NaN or infinity", "sample 3"]),
     "keys": (ValueError, (X, Y, jax.random.split(jax.random.key(0), 20)), ["`data[2]`", "PRNG keys", "`key`"]),
     "nan": (ValueError, (with_entry(X, np.nan), Y), ["`data[0]`", "NaN or infinity", "sample 3"]),
     "infinity": (ValueError, (with_entry(X, -np.inf), Y), ["`data[0]`", "NaN or infinity", "sample 3"]),

@@ -52,7 +52,7 @@ def with_automatic_axes(function: Callable[[PyTree], tuple[PyTree, PyTree]], giv
     )
     with jax.sharding.use_abstract_mesh(getattr(meshes[0], "abstract_mesh", meshes[0])):
         run = jax.sharding.auto_axes(inner, axes=names, out_sharding=(PartitionSpec(), specs))
-        first, second = run(arrays)
+        first, second = run(arrays)  # pyright: ignore[reportGeneralTypeIssues]
     return eqx.combine(first, fixed[0]), second
 
 

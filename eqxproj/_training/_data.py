@@ -53,7 +53,7 @@ def _check_container(data: Any, what: str) -> None:
     if not isinstance(data, (tuple, list)) or len(data) == 0:
         raise TypeError(
             f"`{what}` must be a tuple of arrays such as `(x, y)`, whose parts the loss takes after the model; got "
-            f"{'nothing in it' if isinstance(data, (tuple, list)) else type(data).__name__}."
+            f"{type(data).__name__}{' without parts' if isinstance(data, (tuple, list)) else ''}."
         )
     if isinstance(data, list) and any(isinstance(part, (tuple, list, dict)) for part in data):
         raise TypeError(
