@@ -15,6 +15,8 @@ from . import rules as rules
 from . import sets as sets
 from . import solvers as solvers
 from ._control_flow._builtin import BUILTIN as _BUILTIN
+from ._errors import ConstraintError as ConstraintError
+from ._errors import EvaluationError as EvaluationError
 from ._errors import NonFiniteError as NonFiniteError
 from ._errors import TrainingInterrupted as TrainingInterrupted
 from ._errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError

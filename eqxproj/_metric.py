@@ -14,6 +14,8 @@ import math
 
 import equinox as eqx
 
+from ._errors import as_number, described
+
 _CLAMP = 69.0
 _OUTPUT_CLAMP = 55.0
 _STEEP = 100.0
@@ -35,8 +37,9 @@ class Metric(eqx.Module):
 
     def __init__(self, grade: float = 1.0, parameter: float = 1.0):
         for name, value in (("grade", grade), ("parameter", parameter)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be a positive finite number, got {value!r}.")
+            number = as_number(value)
+            if number is None or not 0 < number < math.inf:
+                raise ValueError(f"`{name}` must be a positive finite number, got {described(value)}.")
         self.grade, self.parameter = float(grade), float(parameter)
 
     @property
@@ -55,7 +58,7 @@ class Metric(eqx.Module):
 def check_metric(metric: object) -> None:
     """Raises a `TypeError` for what is no metric."""
     if not isinstance(metric, Metric):
-        raise TypeError(f"`metric` must be a metric such as `eqxproj.Metric(grade=10.0)`, got {metric!r}.")
+        raise TypeError(f"`metric` must be a metric such as `eqxproj.Metric(grade=10.0)`, got {described(metric)}.")
 
 
 def clamped(log_weight: float) -> float:

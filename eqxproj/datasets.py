@@ -6,6 +6,7 @@ its layout, by the library `datasets` and Pillow. Both take long to import, so t
 
 import dataclasses
 import io
+import numbers
 import os
 import pathlib
 import tempfile
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped
+
+from ._errors import described
 
 _DIGITS_FILE = pathlib.Path(__file__).resolve().parent / "data" / "digits.parquet"
 _DIGITS_TRAIN = 1437
@@ -97,10 +100,12 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, sequence_
     **Raises:** `ValueError` for an unknown name, and for data that are not what the name promises; `FileNotFoundError`
     for a missing folder; `OSError` where the hub could not be read.
     """
-    if name not in _SPECS:
-        raise ValueError(f"`name`: got {name!r}; wanted one of {', '.join(map(repr, _SPECS))}.")
-    if sequence_length < 1:
-        raise ValueError(f"`sequence_length`: got {sequence_length}; wanted at least 1.")
+    if not isinstance(name, str) or name not in _SPECS:
+        raise ValueError(f"`name`: got {described(name)}; wanted one of {', '.join(map(repr, _SPECS))}.")
+    if isinstance(sequence_length, bool) or not isinstance(sequence_length, numbers.Integral) or sequence_length < 1:
+        raise ValueError(f"`sequence_length`: got {described(sequence_length)}; wanted an integer of at least 1.")
+    if not (data_dir is None or isinstance(data_dir, (str, os.PathLike))):
+        raise TypeError(f"`data_dir`: got {described(data_dir)}; wanted the path of a folder, or None.")
     spec = _SPECS[name]
     if name == "digits":
         return _load_digits(spec, data_dir)
@@ -113,7 +118,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, sequence_
             f"'test'. Name the files of a folder after their split, as in `test-00000-of-00001.parquet`."
         )
     if spec.read is None:
-        return _read_text(source, splits, sequence_length)
+        return _read_text(source, splits, int(sequence_length))
     train, test = (_read_split(source, splits[split], split) for split in ("train", "test"))
     shape = train[0].shape[1:]
     if test[0].shape[1:] != shape:

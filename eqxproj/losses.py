@@ -10,16 +10,28 @@ where $\tau > 0$ is the step times any factor of the loss, such as the $1/n$ of 
 gradient step, $z - \tau \nabla \ell(z)$. Every prox here is exact up to rounding. Any other loss works too, by Newton
 steps on this minimum; `eqxproj.custom_loss` makes a loss with a prox of your own.
 
-Limits: integer labels must be in range, which is not checked here (`eqxproj.train` checks them). Half precision is
-computed in float32, and the answer has the dtype of the predictions.
+Labels are checked where they are known: outside of a `jit`, or as constants in it. Inside of one, the loss of a sample
+with an integer label out of range is NaN (`eqxproj.train` checks its data before).
+
+Limits: half precision is computed in float32, and the answer has the dtype of the predictions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike
 
+from ._errors import as_array
 from ._numerics._cross_entropy import cross_entropy_displacement, cross_entropy_value
 from ._numerics._losses import (
+    check_classes,
+    check_signs,
     hinge_displacement,
     hinge_value,
     margin_displacement,
@@ -27,12 +39,37 @@ from ._numerics._losses import (
     squared_error_displacement,
     squared_error_value,
 )
+from ._numerics._promotion import with_own_promotion
 from ._program._custom import custom_loss
 
-_margin = custom_loss(margin_value, lambda logits, labels, tau: margin_displacement(logits, labels), hard=True)
-_cross_entropy = custom_loss(cross_entropy_value, cross_entropy_displacement)
-_squared_error = custom_loss(squared_error_value, squared_error_displacement)
-_hinge = custom_loss(hinge_value, hinge_displacement)
+
+def _own(value: Callable[..., Array], displacement: Callable[..., Array], hard: bool = False) -> Callable[..., Array]:
+    return custom_loss(with_own_promotion(value), with_own_promotion(displacement), hard=hard)
+
+
+_margin = _own(margin_value, lambda logits, labels, tau: margin_displacement(logits, labels), hard=True)
+_cross_entropy = _own(cross_entropy_value, cross_entropy_displacement)
+_squared_error = _own(squared_error_value, squared_error_displacement)
+_hinge = _own(hinge_value, hinge_displacement)
+
+
+def _array(name: str, x: Any) -> Any:
+    """An argument as an array; traced ones, and those of which only a part is on this machine, as they are."""
+    is_known = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    return as_array(name, x) if is_known and not isinstance(x, jax.Array) else x
+
+
+def _known(labels: Any) -> np.ndarray | None:
+    """The labels, where their values can be seen."""
+    is_hidden = isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True)
+    return None if is_hidden else np.asarray(labels)
+
+
+def _check_labels(logits: Any, labels: Any) -> None:
+    """Raises a `ValueError` for labels out of range, before they are rounded to the integers of JAX."""
+    array, (*batch, classes) = _known(labels), jnp.shape(logits) or (0,)
+    if array is not None and array.dtype.kind in "iu" and classes and array.shape == tuple(batch):
+        check_classes(array, classes)
 
 
 def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
@@ -52,8 +89,10 @@ def margin(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`; zero exactly where the constraint holds.
 
-    **Raises:** `ValueError` for other shapes and dtypes.
+    **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    logits, labels = _array("logits", logits), _array("labels", labels)
+    _check_labels(logits, labels)
     return _margin(logits, labels)
 
 
@@ -75,8 +114,10 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
 
     **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`.
 
-    **Raises:** `ValueError` for other shapes and dtypes.
+    **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    logits, labels = _array("logits", logits), _array("labels", labels)
+    _check_labels(logits, labels)
     return _cross_entropy(logits, labels)
 
 
@@ -97,7 +138,7 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike) -> Array:
 
     **Raises:** `ValueError` where the shapes differ, and for other dtypes.
     """
-    return _squared_error(predictions, targets)
+    return _squared_error(_array("predictions", predictions), _array("targets", targets))
 
 
 def hinge(scores: ArrayLike, labels: ArrayLike) -> Array:
@@ -122,6 +163,12 @@ def hinge(scores: ArrayLike, labels: ArrayLike) -> Array:
 
     **Returns:** $\ell$ for each sample, `Float[Array, "*batch"]`.
 
-    **Raises:** `ValueError` for other shapes and dtypes.
+    **Raises:** `ValueError` for other shapes and dtypes, and for labels out of range.
     """
+    scores, labels = _array("scores", scores), _array("labels", labels)
+    array = _known(labels)
+    if array is not None and array.shape == jnp.shape(scores) and array.dtype.kind in "biuf":
+        check_signs(array)
+    else:
+        _check_labels(scores, labels)
     return _hinge(scores, labels)

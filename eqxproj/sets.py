@@ -24,7 +24,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._errors import as_number, described
 from ._numerics import _nearest as nearest
+from ._numerics._promotion import with_own_promotion
 
 Axis = int | tuple[int, ...] | None
 
@@ -36,7 +38,8 @@ class AbstractSet(eqx.Module):
     set. With `False`, it projects the array after every step. With `True`, the steps move an array that is kept for it,
     and before every step the model is shown its projection. Set it to `True` where the set consists of separate pieces
     (levels, patterns of zeros): a step from one piece toward another is shorter than the gap, and a projection after
-    each step would undo every one.
+    each step would undo every one. `is_convex` says how an array is held in several sets at once: at the nearest common
+    point where all of them are convex, and at one found by projecting in turn otherwise.
 
     !!! example
 
@@ -51,6 +54,7 @@ class AbstractSet(eqx.Module):
     """
 
     is_discrete: ClassVar[bool] = False
+    is_convex: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -82,6 +86,8 @@ class Box(AbstractSet):
     **Raises:** `ValueError` unless `low <= high`, with a number between them; `TypeError` where one is no number.
     """
 
+    is_convex: ClassVar[bool] = True
+
     low: float = eqx.field(static=True)
     high: float = eqx.field(static=True)
 
@@ -91,6 +97,7 @@ class Box(AbstractSet):
             wanted = "`low` must be at most `high`, with a number between them"
             raise ValueError(f"`Box`: {wanted}; got {low!r} and {high!r}.")
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.clip(x, self.low, self.high)
 
@@ -99,6 +106,9 @@ class Box(AbstractSet):
 class NonNegative(AbstractSet):
     """All arrays without negative entries."""
 
+    is_convex: ClassVar[bool] = True
+
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.maximum(x, 0)
 
@@ -131,6 +141,7 @@ class Sparse(AbstractSet):
         self.k = None if k is None else _count("Sparse", "k", k)
         self.axis = _axis("Sparse", axis)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return nearest.along(x, self.axis, lambda rows: nearest.largest(rows, self._kept(rows.shape[-1])))
 
@@ -170,6 +181,7 @@ class Quantized(AbstractSet):
         self.scale = _scale(scale)
         self.levels = _levels(levels, self.scale)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         if self.scale != "learned":
             factor = 1.0 if self.scale is None else self.scale
@@ -200,12 +212,15 @@ class Simplex(AbstractSet):
     **Raises:** `ValueError` or `TypeError` for another `axis` or `total`.
     """
 
+    is_convex: ClassVar[bool] = True
+
     axis: Axis = eqx.field(static=True)
     total: float = eqx.field(static=True)
 
     def __init__(self, axis: Axis = -1, total: float = 1.0):
         self.axis, self.total = _axis("Simplex", axis), _positive("Simplex", "total", total)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         _check_has_entries(x.shape, self.axis, "a simplex")
         return _by_slices(x, self.axis, lambda rows: nearest.simplex(rows, self.total, x.dtype))
@@ -224,12 +239,15 @@ class L1Ball(AbstractSet):
     **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
 
+    is_convex: ClassVar[bool] = True
+
     radius: float = eqx.field(static=True)
     axis: Axis = eqx.field(static=True)
 
     def __init__(self, radius: float = 1.0, axis: Axis = None):
         self.radius, self.axis = _positive("L1Ball", "radius", radius), _axis("L1Ball", axis)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return _by_slices(x, self.axis, lambda rows: nearest.l1_ball(rows, self.radius, x.dtype))
 
@@ -245,12 +263,15 @@ class L2Ball(AbstractSet):
     **Raises:** `ValueError` or `TypeError` for another `radius` or `axis`.
     """
 
+    is_convex: ClassVar[bool] = True
+
     radius: float = eqx.field(static=True)
     axis: Axis = eqx.field(static=True)
 
     def __init__(self, radius: float = 1.0, axis: Axis = None):
         self.radius, self.axis = _positive("L2Ball", "radius", radius), _axis("L2Ball", axis)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return _by_slices(x, self.axis, lambda rows: nearest.l2_ball(rows, self.radius, x.dtype))
 
@@ -272,6 +293,7 @@ class Sphere(AbstractSet):
     def __init__(self, radius: float = 1.0, axis: Axis = None):
         self.radius, self.axis = _positive("Sphere", "radius", radius), _axis("Sphere", axis)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         _check_has_entries(x.shape, self.axis, "a sphere")
         return _by_slices(x, self.axis, lambda rows: nearest.sphere(rows, self.radius, x.dtype))
@@ -290,6 +312,8 @@ class Monotone(AbstractSet):
     **Raises:** `TypeError` unless `axis` is an integer and `increasing` a Boolean.
     """
 
+    is_convex: ClassVar[bool] = True
+
     axis: int = eqx.field(static=True)
     increasing: bool = eqx.field(static=True)
 
@@ -300,6 +324,7 @@ class Monotone(AbstractSet):
             raise TypeError(f"`Monotone`: `increasing` must be `True` or `False`, got {increasing!r}.")
         self.axis, self.increasing = int(axis), increasing
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         sign = 1 if self.increasing else -1
         return sign * _by_slices(sign * x, self.axis, nearest.isotonic)
@@ -327,6 +352,7 @@ class Orthogonal(AbstractSet):
     kernel of a convolution, counts as the matrix with all axes but the first made into one.
     """
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         matrix = _matrix(x, "Orthogonal")
         if matrix.size == 0:
@@ -350,6 +376,7 @@ class LowRank(AbstractSet):
     def __init__(self, rank: int):
         self.rank = _count("LowRank", "rank", rank)
 
+    @with_own_promotion
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         matrix = _matrix(x, "LowRank")
         if self.rank >= min(matrix.shape):
@@ -372,22 +399,22 @@ def _is_integer(value: Any) -> bool:
 
 
 def _real(owner: str, name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"`{owner}`: `{name}` must be a number, got {value!r}.") from None
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"`{owner}`: `{name}` must be a number, got {described(value)}.")
+    return number
 
 
 def _positive(owner: str, name: str, value: Any) -> float:
     number = _real(owner, name, value)
-    if isinstance(value, bool) or not 0 < number < math.inf:
-        raise ValueError(f"`{owner}`: `{name}` must be a positive number, got {value!r}.")
+    if not 0 < number < math.inf:
+        raise ValueError(f"`{owner}`: `{name}` must be a positive number, got {described(value)}.")
     return number
 
 
 def _fraction(owner: str, name: str, value: Any) -> float:
     number = _real(owner, name, value)
-    if isinstance(value, bool) or not 0 < number <= 1:
+    if not 0 < number <= 1:
         raise ValueError(f"`{owner}`: `{name}` must be in (0, 1], got {value!r}.")
     return number
 

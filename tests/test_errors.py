@@ -424,10 +424,10 @@ def test_overflow_is_at_the_step_and_node_where_it_happens():
 def test_interrupt_returns_model_and_history(stop):
     """A KeyboardInterrupt, here out of an evaluation, loses nothing."""
 
-    def interrupt(self, step, value, seconds, model):
+    def interrupt(self, step, value, seconds, model, records):
         if step == stop:
             raise KeyboardInterrupt
-        return record(self, step, value, seconds, model)
+        return record(self, step, value, seconds, model, records)
 
     record = Evaluation.record
     with pytest.MonkeyPatch.context() as patch:

@@ -18,7 +18,7 @@ from eqxproj._problem._make import make_problem
 from eqxproj._program._normal_form import normal_form
 from eqxproj._program._recurrence import Recurrence
 from eqxproj._program._trace import trace
-from eqxproj._training._constraints import constrained
+from eqxproj._training._constraints import held
 from eqxproj._training._displacement import DEFAULT_METRIC
 from eqxproj._training._preconditioner import Preconditioner, preconditioner
 
@@ -219,7 +219,7 @@ def test_constrained_parameters_keep_their_coordinates():
     model = eqx.nn.MLP(6, 4, 5, 1, key=KEYS[0])
     loss = loss_of(linear)
     constraints = [(lambda m: m.layers[0].weight, eqxproj.sets.NonNegative())]
-    positions = constrained(model, constraints)
+    positions = frozenset(one.position for one in held(model, constraints))
     assert positions == {0}
     assert [layer.weight for layer in of(loss, model, X).layers] == [0, 2]
     assert [layer.weight for layer in of(loss, model, X, excluded=positions).layers] == [2]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Num
 
-from ._losses import is_index, is_right, step_of, with_classes
+from ._losses import is_index, is_right, step_of, where_named, with_classes
 from ._newton import bracketed_root
 
 _MAX_STEPS = 60  # `_multipliers` takes about ten where the step is below 100; this many leave room for bisections
@@ -50,7 +50,9 @@ def cross_entropy_value(
     top = jax.lax.stop_gradient(jnp.maximum(jnp.max(others, axis=-1), info.min))  # of all masked classes, too
     total = jnp.sum(jnp.exp(others - top[..., None]), axis=-1)  # at least one, if there is any other class
     value = jax.nn.softplus(jnp.log(total + info.tiny) + top - own)
-    if not is_certain:
+    if is_certain:
+        value = where_named(value, array, n)
+    else:
         rest = jnp.where(chosen | (y == 0), 0, y * (z - own[..., None]))
         value = jnp.sum(y, axis=-1) * value - jnp.sum(rest, axis=-1)
     return value.astype(dtype)

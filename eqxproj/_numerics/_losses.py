@@ -13,14 +13,18 @@ The last axis of logits and scores holds the classes; integer labels name the ri
 computed in float32, and every result has the dtype of the prediction. The step `tau` is positive, and a scalar or an
 array that broadcasts to the shape of the value.
 
-Limits: integer labels out of range are not detected, and their results mean nothing. The displacements of the
+Limits: the value of a sample whose integer label is out of range is NaN; its displacement means nothing. The
+displacements of the
 cross-entropy and of the hinge contain a `jax.lax.while_loop`: no derivative in reverse mode. Scores of $-\infty$
 (masked classes) stay where they are as long as the right class is not among them; NaN gives NaN.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 from ._water_level import water_level
@@ -52,6 +56,33 @@ def is_right(labels: Array, n: int) -> Bool[Array, "*batch n"]:
     return labels[..., None] == jnp.arange(n, dtype=labels.dtype)
 
 
+def where_named(value: Array, labels: Array, n: int) -> Array:
+    """The value of a loss where the label names one of n classes, and NaN elsewhere."""
+    return jnp.where((labels >= 0) & (labels < n), value, jnp.nan)
+
+
+def check_classes(labels: Any, classes: int) -> None:
+    """Raises a `ValueError` where an integer label, of an array that is no tracer, names none of the classes."""
+    low, high = (int(np.min(labels)), int(np.max(labels))) if np.size(labels) else (0, 0)
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"The `labels` must be integers from 0 to {classes - 1}, since the logits have {classes} classes on their "
+            f"last axis, but they run from {low} to {high}. Leave out, or weigh by zero, samples without a label, and "
+            "give them the label 0."
+        )
+
+
+def check_signs(labels: Any) -> None:
+    """Raises a `ValueError` where a label, of an array that is no tracer, is neither -1 nor 1."""
+    found = np.unique(np.asarray(labels, np.float64))
+    if not np.isin(found, (-1, 1)).all():
+        shown = ", ".join(f"{x:g}" for x in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise ValueError(
+            f"The `labels` of the binary hinge loss, which have the shape of the scores, must be -1 and 1, but they "
+            f"are {shown}. Of labels 0 and 1, take `2 * labels - 1`."
+        )
+
+
 def step_of(tau: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """The step `tau`, broadcast to the shape of the loss, in the dtype of the computation."""
     array = jnp.asarray(tau, dtype)
@@ -77,7 +108,8 @@ def margin_displacement(logits: Float[Array, "*batch n"], labels: Int[Array, "*b
 def margin_value(logits: Float[Array, "*batch n"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
     r"""Half the squared distance to the logits with a margin; its gradient is `-margin_displacement`."""
     z, dtype = with_classes("logits", logits)
-    return (0.5 * jnp.sum(margin_displacement(z, labels) ** 2, axis=-1)).astype(dtype)
+    value = 0.5 * jnp.sum(margin_displacement(z, labels) ** 2, axis=-1)
+    return where_named(value, jnp.asarray(labels), z.shape[-1]).astype(dtype)
 
 
 def _targets(targets: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -134,7 +166,8 @@ def hinge_value(
     s, _ = with_classes("scores", s)
     right = is_right(array, s.shape[-1])
     best = jnp.max(jnp.where(right, s, s + 1), axis=-1)
-    return (best - jnp.sum(jnp.where(right, s, 0), axis=-1)).astype(dtype)
+    value = best - jnp.sum(jnp.where(right, s, 0), axis=-1)
+    return where_named(value, array, s.shape[-1]).astype(dtype)
 
 
 def hinge_displacement(

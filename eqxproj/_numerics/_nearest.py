@@ -127,25 +127,25 @@ def l1_ball(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Flo
     return _returned(inside, x, nearest, dtype)
 
 
-def _norm(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
-    """The Euclidean norm of each slice, without overflow."""
+def _norm_and_direction(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch n"]]:
+    """The Euclidean norm of each slice, and the slice divided by it, at any scale; a norm may be too large to hold."""
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    safe = jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.sum((x / safe) ** 2, axis=-1, keepdims=True))
+    part = x / jnp.where(largest > 0, largest, 1)
+    size = jnp.sqrt(jnp.sum(part**2, axis=-1, keepdims=True))
+    return largest * size, part / jnp.where(size > 0, size, 1)
 
 
 def l2_ball(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
     r"""The nearest slice with $|y| \le r$: outside of the ball, $r x / |x|$."""
-    norm = _norm(x)
-    nearest = x * (radius * (1 - rounding(dtype)) / jnp.where(norm > 0, norm, 1))
-    return _returned(norm <= radius, x, nearest, dtype)
+    norm, direction = _norm_and_direction(x)
+    return _returned(norm <= radius, x, direction * (radius * (1 - rounding(dtype))), dtype)
 
 
 def sphere(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
     r"""The nearest slice with $|y| = r$: $r x / |x|$. All points are as near to zero; the constant one is returned."""
     x = jnp.where(jnp.all(x == 0, axis=-1, keepdims=True), radius / math.sqrt(x.shape[-1]), x)
-    norm = _norm(x)
-    return _returned(jnp.abs(norm - radius) <= rounding(dtype) * radius, x, x * (radius / norm), dtype)
+    norm, direction = _norm_and_direction(x)
+    return _returned(jnp.abs(norm - radius) <= rounding(dtype) * radius, x, direction * radius, dtype)
 
 
 def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
@@ -168,7 +168,8 @@ def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         merge = (top >= 2) & (low > high)
         push = ~merge & (entry < n)
         both = size + sizes[rows, under]
-        pooled = low + (high - low) * (size / both).astype(x.dtype)
+        share = (size / both).astype(x.dtype)
+        pooled = low * (1 - share) + high * share
         place = jnp.where(merge, under, jnp.where(push, top, last))
         mean = jnp.where(merge, pooled, jnp.where(push, flat[rows, jnp.minimum(entry, n - 1)], high))
         size = jnp.where(merge, both, jnp.where(push, 1, size))
@@ -298,7 +299,10 @@ def truncated(x: Float[Array, "m n"], rank: int, dtype: jnp.dtype) -> Float[Arra
     It is the sum $\sum_{i \le r} \sigma_i u_i v_i^T$ over the largest singular values (Eckart and Young, *The
     approximation of one matrix by another of lower rank*, Psychometrika 1, 1936).
     """
-    u, s, v = _decomposed(x)
+    size = jnp.max(jnp.abs(x))
+    unit = jnp.where(size > 2.0**60, 2.0**64, jnp.where(size < 2.0**-60, 2.0**-64, 1.0)).astype(x.dtype)
+    u, s, v = _decomposed(x / unit)
     error = rounding(dtype) + 16 * float(jnp.finfo(x.dtype).eps)  # that of the entries, and of the decomposition
-    inside = jnp.sum(s[rank:] ** 2) <= error**2 * jnp.sum(s**2)
-    return _returned(inside, x, _times(u[:, :rank] * s[:rank], v[:rank]), dtype)
+    share = s / jnp.where(s[0] > 0, s[0], 1)  # whose squares are numbers at any scale
+    inside = jnp.sum(share[rank:] ** 2) <= error**2 * jnp.sum(share**2)
+    return _returned(inside, x, unit * _times(u[:, :rank] * s[:rank], v[:rank]), dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -13,19 +12,21 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, PyTree
 
+from .._errors import as_number, check_flag, check_function, described
 from .._graph._build import build
 from .._graph._graph import Graph, Node, with_identities
 from .._graph._reach import reach_of
 from .._graph._weights import edge_logs, reader_logs
 from .._metric import Metric, check_metric
+from .._numerics._promotion import with_own_promotion
 from .._program._fragment import View, forward
 from .._program._primitives import ONE_TO_ONE
+from .._program._sharding import on_automatic_mesh
 from .._program._trace import Trace, trace
 from ..rules._base import Noise
-from ..rules._loss import integer_labels
+from ..rules._loss import checked_labels
 from ..rules._scalar import identity
 from ._problem import Copies, FeasibilityProblem
 from ._projector import Projector
@@ -79,7 +80,7 @@ def _all_copy_counts(
 
 def check_copies(copies: str) -> None:
     if copies not in ("neuron", "none"):
-        raise ValueError(f'`copies` must be "neuron" or "none", got {copies!r}.')
+        raise ValueError(f'`copies` must be "neuron" or "none", got {described(copies)}.')
 
 
 def check_noise(noise: str) -> None:
@@ -91,10 +92,13 @@ def check_noise(noise: str) -> None:
 
 
 def check_tau(tau: Any) -> None:
-    if isinstance(tau, bool) or not isinstance(tau, numbers.Real) or not 0 < float(tau) < float("inf"):
-        raise ValueError(f"`tau` must be a positive finite number, the factor of one sample's loss; got {tau!r}.")
+    number = as_number(tau)
+    if number is None or not 0 < number < float("inf"):
+        wanted = "must be a positive finite number, the factor of one sample's loss"
+        raise ValueError(f"`tau` {wanted}; got {described(tau)}.")
 
 
+@with_own_promotion
 def make_problem(
     traced: Trace,
     metric: Metric,
@@ -201,11 +205,16 @@ def feasibility_problem(
     **Raises:** `ValueError` for a loss that is no scalar or does not depend on the model, and for unknown options;
     `UnsupportedPrimitiveError` for operations without a rule.
     """
+    check_function("loss", loss, "loss(model, *args) -> scalar")
+    check_flag("has_aux", has_aux)
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"`kwargs` must map names to arguments of the loss, got {described(kwargs)}.")
     check_copies(copies)
     check_tau(tau)
     check_noise(noise)
     metric = Metric() if metric is None else metric
     check_metric(metric)
+    model, args, kwargs = on_automatic_mesh((model, args, dict(kwargs or {})))
     traced = trace(loss, model, args, kwargs, has_aux=has_aux)
     problem = make_problem(traced, metric, copies, tau, data, two_colors, noise=noise)
     check_labels(problem, args)
@@ -213,7 +222,7 @@ def feasibility_problem(
 
 
 def check_labels(problem: FeasibilityProblem, data: PyTree) -> None:
-    """Raises a `ValueError` where integer labels of a loss of this library are out of range.
+    """Raises a `ValueError` where labels of a loss of this library are out of range.
 
     Labels that are an argument of the loss as they stand are looked up in `data`, the whole of it; others are read
     from the problem's own batch.
@@ -222,13 +231,7 @@ def check_labels(problem: FeasibilityProblem, data: PyTree) -> None:
     arguments = problem.trace.program.inputs[len(problem.trace.parameters) :]
     whole = {v.index: leaf for v, leaf in zip(arguments, leaves, strict=False)}
     equations = [n.equation for n in problem.graph.nodes if n.kind == "objective" and n.equation is not None]
-    for index, classes in filter(None, map(integer_labels, equations)):
+    for index, check in filter(None, map(checked_labels, equations)):
         labels = whole[index] if index in whole else problem.known[index]
-        if isinstance(labels, jax.core.Tracer):
-            continue
-        low, high = int(np.min(labels)), int(np.max(labels))
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"The labels must be integers from 0 to {classes - 1}, since the logits have {classes} "
-                f"classes on their last axis, but they run from {low} to {high}."
-            )
+        if not isinstance(labels, jax.core.Tracer):
+            check(labels)

@@ -111,6 +111,15 @@ class FeasibilityProblem(eqx.Module):
         where = f" at {spec.source}" if spec.source else ""
         return f"{node} ({spec.operation}, {spec.kind}){where}"
 
+    def __repr__(self) -> str:
+        nodes, rules = self.graph.nodes, sum(n.rule is not None for n in self.graph.nodes)
+        count = sum(x.size for x in self.trace.parameters)
+        return (
+            f"FeasibilityProblem({len(nodes)} nodes, {rules} of them operations, {len(self.graph.edges)} edges, "
+            f"{count} parameters in {len(self.trace.parameters)} arrays, metric={self.metric}, copies={self.copies!r}, "
+            f"tau={self.tau:g}; `explain()` lists the nodes)"
+        )
+
     def explain(self) -> str:
         """The problem as a table: one line a node, from the objective back.
 

@@ -22,6 +22,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._errors import described
 from .._graph._graph import Graph
 from .._metric import clamped, clamped_output
 from .._numerics._multiplier import published_multiplier
@@ -47,6 +48,8 @@ def as_published(problem: FeasibilityProblem) -> FeasibilityProblem:
 
     A problem whose iterates by any solver are those of that software.
     """
+    if not isinstance(problem, FeasibilityProblem):
+        raise TypeError(f"`problem` must come from `eqxproj.feasibility_problem`, got {described(problem)}.")
     if problem.metric.grade != 1 or problem.metric.parameter != 1:
         raise ValueError(f"`problem` must be in the unit metric, got {problem.metric}.")
     parts = {field.name: getattr(problem.graph, field.name) for field in fields(Graph)}

@@ -36,6 +36,11 @@ class State(eqx.Module):
     up_to_date: tuple[bool, ...] = eqx.field(static=True)
     store_copies: bool = eqx.field(static=True)
 
+    def __repr__(self) -> str:
+        held = {n: sum(x is not None for x in getattr(self, n)) for n in ("values", "shifts", "duals")}
+        counts = ", ".join(f"{count} {name}" for name, count in held.items())
+        return f"State({counts}, store_copies={self.store_copies})"
+
 
 _UNROLLED = 4
 """So few steps are unrolled: they take as many times as long to compile, and with convolutions a tenth less to run."""

@@ -10,36 +10,29 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
+
+from .._errors import as_array, described
 
 
 def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
     """The data as a tuple of pytrees of arrays of one length, and that length; `what` is its name, for messages.
 
-    **Raises:** `TypeError` where it is no tuple, `ValueError` where it is empty, of unequal lengths, or not finite.
+    **Raises:** `TypeError` where it is no tuple, or holds what is no array of numbers; `ValueError` where it is empty,
+    of unequal lengths, not finite, masked, or beyond the integers that JAX computes with.
     """
-    if not isinstance(data, (tuple, list)) or not data:
-        raise TypeError(
-            f"`{what}` must be a tuple of arrays such as `(x, y)`, whose parts the loss takes after the model; got "
-            f"{type(data).__name__}."
-        )
-    data = tuple(jtu.tree_map(_as_host, part, is_leaf=_is_numbers) for part in data)
+    _check_container(data, what)
+    paths, treedef = jtu.tree_flatten_with_path(tuple(data), is_leaf=_is_numbers)
+    named = [(f"{what}{jtu.keystr(path)}", leaf) for path, leaf in paths]
     lengths: dict[str, int] = {}
-    for path, leaf in jtu.tree_leaves_with_path(data):
-        name = f"{what}{jtu.keystr(path)}"
-        if not hasattr(leaf, "shape") or leaf.ndim == 0:
-            raise ValueError(f"`{name}` must be an array with one entry a sample along its first axis; got {leaf!r}.")
-        lengths[name] = leaf.shape[0]
-        if _is_key(leaf):
-            raise ValueError(f"`{name}` holds PRNG keys. Give the loss an argument named `key` instead.")
-        kind = leaf.dtype.kind
-        if kind not in "biufcV" and not jax.numpy.issubdtype(leaf.dtype, np.floating):
-            raise ValueError(f"`{name}` must hold numbers, got dtype {leaf.dtype}.")
-        if kind in "fcV" and not _finite(leaf).all():
-            bad = int(np.argmin(_finite(leaf).reshape(leaf.shape[0], -1).all(1)))
-            raise ValueError(f"`{name}` holds NaN or infinity, first at sample {bad}. Remove or replace such samples.")
+    arrays = [_as_host(leaf, name) for name, leaf in named]
+    for (name, _), array in zip(named, arrays, strict=True):
+        if array.ndim == 0:
+            raise ValueError(f"`{name}` must be an array with one entry a sample along its first axis; got {array!r}.")
+        lengths[name] = array.shape[0]
     if not lengths:
         raise ValueError(f"`{what}` holds no array.")
     if len(set(lengths.values())) > 1:
@@ -48,7 +41,26 @@ def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
     count = next(iter(lengths.values()))
     if count == 0:
         raise ValueError(f"`{what}` is empty: its arrays have no samples.")
-    return data, count
+    for (name, _), array in zip(named, arrays, strict=True):
+        if not _finite(array).all():
+            bad = int(np.argmin(_finite(array).reshape(count, -1).all(1)))
+            raise ValueError(f"`{name}` holds NaN or infinity, first at sample {bad}. Remove or replace such samples.")
+    return jtu.tree_unflatten(treedef, arrays), count
+
+
+def _check_container(data: Any, what: str) -> None:
+    """Raises a `TypeError` for what is no tuple of parts, such as one array alone, or a list of batches."""
+    if not isinstance(data, (tuple, list)) or len(data) == 0:
+        raise TypeError(
+            f"`{what}` must be a tuple of arrays such as `(x, y)`, whose parts the loss takes after the model; got "
+            f"{type(data).__name__}{' without parts' if isinstance(data, (tuple, list)) else ''}."
+        )
+    if isinstance(data, list) and any(isinstance(part, (tuple, list, dict)) for part in data):
+        raise TypeError(
+            f"`{what}` must be a tuple of arrays such as `(x, y)`, whose parts the loss takes after the model; got a "
+            f"list of {type(data[0]).__name__}. Join batches into one array a part, `(np.concatenate(xs), "
+            "np.concatenate(ys))`; `train` makes minibatches itself. Parts that are nested stand in a tuple."
+        )
 
 
 def _is_key(x: Any) -> bool:
@@ -56,22 +68,39 @@ def _is_key(x: Any) -> bool:
 
 
 def _is_numbers(x: Any) -> bool:
-    """Whether something is a (nested) list of numbers, to be read as one array."""
+    """Whether something is a (nested) list of numbers or text, to be read as one array."""
     leaves = jtu.tree_leaves(x) if isinstance(x, list) else ()
-    return bool(leaves) and all(isinstance(leaf, (bool, int, float)) for leaf in leaves)
+    return bool(leaves) and all(isinstance(leaf, (bool, int, float, complex, str, np.generic)) for leaf in leaves)
 
 
-def _as_host(x: Any) -> Any:
-    """An array on the host, in the precision that JAX computes with."""
-    if _is_key(x) or not (eqx.is_array_like(x) or isinstance(x, list)):
-        return x
-    array = np.asarray(x)
-    with np.errstate(over="ignore"):  # overflows become infinite, which `check_data` finds
-        return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+def _as_host(x: Any, name: str) -> np.ndarray:
+    """An array on the host, in the precision that JAX computes with; `name` is that of the argument."""
+    if _is_key(x):
+        raise ValueError(f"`{name}` holds PRNG keys. Give the loss an argument named `key` instead.")
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"`{name}` is a traced array: `train` runs outside of `jax.jit` and other transformations.")
+    return _canonical(as_array(name, x), name)
+
+
+def _canonical(array: np.ndarray, name: str) -> np.ndarray:
+    """The array in the dtype that JAX has for its own. Too large floats become infinite; integers must fit."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if array.dtype.kind in "iu" and array.size and dtype.itemsize < array.dtype.itemsize:
+        low, high, limits = int(array.min()), int(array.max()), np.iinfo(dtype)
+        if low < limits.min or high > limits.max:
+            raise ValueError(
+                f"`{name}` holds integers from {low} to {high}, but JAX computes with {dtype} unless `jax_enable_x64` "
+                f"is set, from {limits.min} to {limits.max}. Renumber them, or turn `jax_enable_x64` on."
+            )
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
 
 
 def _finite(x: np.ndarray) -> np.ndarray:
-    return np.isfinite(np.asarray(x, np.float32) if x.dtype.kind == "V" else x)
+    """Where an array is finite."""
+    if x.dtype.kind in "biu":
+        return np.ones(x.shape, bool)
+    return np.isfinite(x if x.dtype.kind in "fc" else np.asarray(x, np.float32))
 
 
 def check_model(model: PyTree) -> None:
@@ -84,20 +113,37 @@ def check_model(model: PyTree) -> None:
 
 
 def batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray]:
-    """An endless stream of index arrays. Each epoch has a new order; a batch may cross from one epoch to the next."""
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(_typed(key))).ravel().tolist())
+    """An endless stream of index arrays. Each epoch has a new order; a batch may cross from one epoch to the next.
+
+    In no batch is a sample twice: what is left of an epoch comes later in the order of the next one.
+    """
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     pool = np.empty(0, np.int64)
     while True:
-        while len(pool) < batch_size:
-            pool = np.concatenate([pool, generator.permutation(count)])
+        if len(pool) < batch_size:
+            order = generator.permutation(count)
+            fresh = order[~np.isin(order, pool)][: batch_size - len(pool)]
+            pool = np.concatenate([pool, fresh, order[~np.isin(order, fresh)]])
         yield pool[:batch_size]
         pool = pool[batch_size:]
 
 
-def _typed(key: Any) -> Array:
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"`key` must be a PRNG key such as `jax.random.key(0)`, got {key!r}.")
-    return key if _is_key(key) else jax.random.wrap_key_data(key)
+def check_key(key: Any) -> Array:
+    """The key as one of the new kind, `jax.random.key(0)` where it is `None`.
+
+    **Raises:** `TypeError` for what is no key, `ValueError` for several.
+    """
+    key = jax.random.key(0) if key is None else key
+    wanted = "`key` must be one PRNG key such as `jax.random.key(0)`, got"
+    if not isinstance(key, jax.Array) or not (_is_key(key) or key.dtype == np.uint32):
+        raise TypeError(f"{wanted} {described(key)}.")
+    if not _is_key(key):
+        if key.ndim != 1:
+            raise ValueError(f"{wanted} an array of shape {key.shape}.")
+        key = jax.random.wrap_key_data(key)
+    if key.shape != ():
+        raise ValueError(f"{wanted} {key.size} of them. Choose one: `key[0]`.")
+    return key
 
 
 def take(data: Sequence[PyTree], rows: np.ndarray) -> tuple[PyTree, ...]:

@@ -139,7 +139,7 @@ def takes_key(loss: Callable[..., Any]) -> bool:
         return False
 
 
-def key_argument(loss: Callable[..., Any], key: Array) -> dict[str, Array]:
+def key_argument(loss: Callable[..., Any], key: Any) -> dict[str, Any]:
     """The keyword arguments that give a loss its key, if it takes one."""
     return {"key": key} if takes_key(loss) else {}
 

@@ -18,13 +18,15 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._errors import check_function
+from .._errors import check_flag, check_function
 from .._metric import Metric, check_metric
+from .._numerics._promotion import with_own_promotion
 from .._problem._make import RAW_TAU, check_copies, check_noise, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
 from .._problem._state import State, iterate
 from .._program._canonical import canonicalised
+from .._program._sharding import with_automatic_axes
 from .._program._trace import Trace, trace
 from ..rules._base import Noise
 from ..rules._registry import registry_version
@@ -96,11 +98,13 @@ def checked_options(
     return Options(solver, steps, metric, copies, tau, noise)
 
 
+@with_own_promotion
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
     return iterate(ft.partial(solver.step, problem), solver.init(problem), steps)
 
 
+@with_own_promotion
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:
     """The displacement of every parameter, as a pytree like the model.
 
@@ -157,7 +161,9 @@ def filter_value_and_displacement(
     **Raises:** `ValueError` and `TypeError` for unusable options; on the call, `UnsupportedPrimitiveError` and
     `ValueError` as [`feasibility_problem`][].
     """
-    check_function("loss", loss, "loss(model, *batch) -> scalar")
+    check_function("loss", loss, "loss(model, *args) -> scalar")
+    check_flag("raw", raw)
+    check_flag("has_aux", has_aux)
     if raw:
         metric, tau = Metric() if metric is None else metric, RAW_TAU if tau is None else tau
     chosen = checked_options(solver, steps, metric, copies, tau, noise)
@@ -182,11 +188,15 @@ def _computed(loss: Callable[..., Any], chosen: Options, raw: bool, has_aux: boo
     @eqx.filter_jit
     def compute(version: Hashable, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
         del version  # a static argument: other rules, another program
-        traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-        problem = chosen.problem(traced)
-        state = canonicalised(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
-        moved = displacement_of(problem, state, raw)
-        return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
+
+        def answer(given: tuple[PyTree, tuple[Any, ...], dict[str, Any]]) -> tuple[Any, PyTree]:
+            traced = trace(loss, *given, has_aux=has_aux)
+            problem = chosen.problem(traced)
+            state = canonicalised(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
+            moved = displacement_of(problem, state, raw)
+            return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
+
+        return with_automatic_axes(answer, (model, args, kwargs), eqx.filter(model, eqx.is_inexact_array))
 
     return compute
 

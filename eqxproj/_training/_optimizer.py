@@ -13,7 +13,11 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, PyTree
 
+from .._errors import described
+from .._numerics._promotion import with_own_promotion
 
+
+@with_own_promotion
 def default_optimizer(steps: int) -> optax.GradientTransformation:
     """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends."""
     peak, warm, hold = 3e-3, min(100, steps // 20), 6 * steps // 10
@@ -45,24 +49,56 @@ def check_optimizer(optimizer: Any) -> None:
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             "`optimizer` must be an optax transformation, an object with `init` and `update` such as "
-            f"`optax.adam(1e-3)`; got {optimizer!r}."
+            f"`optax.adam(1e-3)`; got {described(optimizer)}."
         )
 
 
-def check_first_update(optimizer: optax.GradientTransformationExtraArgs, parameters: PyTree) -> None:
-    """Traces a first update. Raises a `TypeError` where the optimizer cannot take it."""
+@with_own_promotion
+def checked_optimizer(optimizer: Any, parameters: PyTree) -> optax.GradientTransformationExtraArgs:
+    """The optimizer as one that takes the value of the loss, by tracing a first update.
 
-    def first(parameters: PyTree) -> PyTree:
-        state = optimizer.init(parameters)
-        return optimizer.update(parameters, state, parameters, value=jnp.asarray(0.0))[0]
+    **Raises:** `TypeError` where it is none, or cannot take an update.
+    """
+    check_optimizer(optimizer)
+    chain = optax.with_extra_args_support(optimizer)
+
+    def first(transformation: optax.GradientTransformationExtraArgs, parameters: PyTree) -> PyTree:
+        state = transformation.init(parameters)
+        return transformation.update(parameters, state, parameters, value=jnp.asarray(0.0))[0]
 
     try:
-        jax.eval_shape(first, parameters)
+        updates = jax.eval_shape(lambda p: first(chain, p), parameters)
+    except TypeError as error:
+        # Some take no further arguments, though they say that they do.
+        if "value" not in str(error):
+            raise _unusable(error) from error
+        chain = _without_value(chain)
+        try:
+            updates = jax.eval_shape(lambda p: first(chain, p), parameters)
+        except Exception as second:
+            raise _unusable(second) from second
     except Exception as error:
+        raise _unusable(error) from error
+    if jtu.tree_map(jnp.shape, updates) != jtu.tree_map(jnp.shape, parameters):
         raise TypeError(
-            "`optimizer` must take an update like the parameters, its state, the parameters, and the value of the "
-            f"loss as `value`, but it raised {type(error).__name__}: {error}. Optimizers with a line search "
-            "evaluate the loss on their own, which `train` does not offer: turn it off, as in "
-            "`optax.lbfgs(1e-2, linesearch=None)`, or write the loop yourself, with "
-            "`eqxproj.filter_value_and_displacement`."
-        ) from error
+            "`optimizer` must return updates structured and shaped like the parameters, but its `update` returned "
+            f"{jtu.tree_structure(updates)}. It is `update(updates, state, params) -> (updates, state)`."
+        )
+    return chain
+
+
+def _without_value(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **_: Any) -> tuple[PyTree, PyTree]:
+        return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _unusable(error: Exception) -> TypeError:
+    return TypeError(
+        "`optimizer` must take an update like the parameters, its state, the parameters, and the value of the "
+        f"loss as `value`, but it raised {type(error).__name__}: {error}. Optimizers with a line search or a "
+        "`grad_fn` evaluate the loss on their own, which `train` does not offer: turn it off, as in "
+        "`optax.lbfgs(1e-2, linesearch=None)` and `optax.contrib.sam(..., opaque_mode=False)`, or write the loop "
+        "yourself, with `eqxproj.filter_value_and_displacement`."
+    )

@@ -39,6 +39,7 @@ from jaxtyping import Array, PyTree
 
 from .._control_flow._scan import Scan
 from .._graph._graph import Graph, Node
+from .._numerics._promotion import with_own_promotion
 from .._problem._problem import FeasibilityProblem
 from .._problem._readers import context, shown, value_of
 from .._program._recurrence import Recurrence
@@ -98,6 +99,7 @@ def _offset(layer: Layer, weight: Array, bias: Array, mean: Array) -> Array:
     return bias - part.reshape(bias.shape).astype(bias.dtype)
 
 
+@with_own_promotion
 def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) -> Preconditioner:
     """The preconditioner of a problem, from its forward pass, without the layers of the parameters `excluded`."""
     owner = {value: i for i, value in enumerate(problem.graph.parameters) if value is not None}
@@ -109,7 +111,8 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
         if weight is None or (bias is None and one.layer.bias is not None):
             continue  # a part of a complex parameter
         layer = replace(one.layer, weight=weight, bias=bias)
-        if one.inputs.size and layer.weight not in excluded and layer.bias not in excluded:
+        has_entries = one.inputs.size and math.prod(shape)
+        if has_entries and layer.weight not in excluded and layer.bias not in excluded:
             mean, scale = _each(ft.partial(_statistics, shape), layer)(one.inputs)
             found.append(layer)
             means.append(mean)

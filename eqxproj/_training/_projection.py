@@ -10,17 +10,21 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._errors import check_function
+from .._errors import as_array, check_function, described
 from .._metric import Metric, check_metric
 from .._problem._make import check_copies, make_problem
 from .._problem._problem import Copies
 from .._program._canonical import canonicalised
 from .._program._complex import pairs
 from .._program._custom import custom_loss
+from .._program._sharding import on_automatic_mesh
 from .._program._trace import trace
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, AlternatingProjections
@@ -34,6 +38,23 @@ def _distance(outputs: Array, target: Array) -> Array:
 
 
 _equals = custom_loss(_distance, lambda outputs, target, tau: (target - outputs).astype(outputs.dtype), hard=True)
+
+
+def _checked(tree: PyTree, name: str, is_bad: Callable[[Array], Array], what: str) -> PyTree:
+    """A pytree whose inexact arrays hold nothing bad: a `ValueError` at once, or an error of a compiled program."""
+
+    def checked(path: Any, x: Any) -> Any:
+        if not eqx.is_inexact_array(x):
+            return x
+        bad = jnp.any(is_bad(x))
+        message = f"`{name}{jtu.keystr(path)}` holds {what}, and nothing can be projected from there or to it."
+        if isinstance(bad, jax.core.Tracer):
+            return eqx.error_if(x, bad, message)
+        if bool(bad):
+            raise ValueError(message)
+        return x
+
+    return jtu.tree_map_with_path(checked, tree)
 
 
 def projection(
@@ -57,7 +78,8 @@ def projection(
     inputs near `primals`, the nearest ones where `f` is one linear operation. The output at these inputs approaches the
     target as `steps` grow, where it can be reached at all.
 
-    **Raises:** `ValueError` where the target is not shaped like the output.
+    **Raises:** `ValueError` where the target is not shaped like the output, and where it or the primals hold NaN (the
+    target also infinity); inside of a `jit`, as `equinox.error_if` does.
     """
     check_function("f", f, "f(*primals)")
     solver = AlternatingProjections() if solver is None else solver
@@ -66,6 +88,9 @@ def projection(
     check_copies(copies)
     chosen = Metric() if metric is None else metric
     check_metric(chosen)
+    if not jtu.tree_leaves(eqx.filter(primals, eqx.is_inexact_array)):
+        raise ValueError(f"`primals` must hold floating-point arrays that may change, got {described(primals)}.")
+    primals = _checked(on_automatic_mesh(primals), "primals", jnp.isnan, "NaN")
     out = f(*primals)
 
     def loss(primals: tuple[PyTree, ...], target: PyTree) -> Array:
@@ -83,12 +108,16 @@ def projection(
         return traced.rebuild(solver.postprocess(problem, state))
 
     def project(target: PyTree) -> tuple[PyTree, ...]:
+        target = jtu.tree_map(lambda x: as_array("target", x) if isinstance(x, np.ma.MaskedArray) else x, target)
         wanted, got = eqx.filter(out, eqx.is_inexact_array), eqx.filter(target, eqx.is_array_like)
         shapes = [jtu.tree_map(jnp.shape, t) for t in (wanted, got)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"`target` must be shaped like the output of `f`: wanted {shapes[0]}, got {shapes[1]}.")
-        return solved(
-            registry_version(), tuple(primals), jtu.tree_map(lambda t, o: jnp.asarray(t, o.dtype), got, wanted)
-        )
+        kinds = zip(jtu.tree_leaves(got), jtu.tree_leaves(wanted), strict=True)
+        if any(jnp.iscomplexobj(t) and not jnp.iscomplexobj(o) for t, o in kinds):
+            raise TypeError("`target` must be real where the output of `f` is, but it holds complex numbers.")
+        typed = jtu.tree_map(lambda t, o: jnp.asarray(t, o.dtype), got, wanted)
+        finite = _checked(typed, "target", lambda x: ~jnp.isfinite(x), "NaN or infinity")
+        return solved(registry_version(), tuple(primals), finite)
 
     return out, project

@@ -18,9 +18,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._numerics._promotion import with_own_promotion
 from .._program._canonical import lowered
-from ._constraints import Constraint, apply_constraints
-from ._direction import AbstractDirection
+from .._program._sharding import constrained_as
+from ._constraints import Held, apply_constraints
+from ._direction import AbstractDirection, Direction
 
 
 class TrainState(eqx.Module):
@@ -44,7 +46,6 @@ class Step(eqx.Module):
     - `static`: the model without its inexact arrays. `like`: the shapes and types of these in the model.
     - `before`: constraints that hold in the model that is run, but not in the array that is trained.
     - `after`: constraints that the trained array itself satisfies after each step.
-    - `constrained`: projects a model onto all constraints, compiled.
     - `updated`: from a model and the auxiliary output of the loss to the model with new `carried` arrays, if any.
     """
 
@@ -52,9 +53,8 @@ class Step(eqx.Module):
     optimizer: optax.GradientTransformationExtraArgs
     static: PyTree
     like: PyTree
-    before: tuple[Constraint, ...]
-    after: tuple[Constraint, ...]
-    constrained: Callable[[PyTree], PyTree]
+    before: tuple[Held, ...]
+    after: tuple[Held, ...]
     updated: Callable[[PyTree, PyTree], PyTree] | None
 
     def __call__(
@@ -62,9 +62,15 @@ class Step(eqx.Module):
     ) -> tuple[TrainState, Float[Array, ""]]:
         """The next state, and the loss of this minibatch; `number` is that of the step, from 0."""
         model = apply_constraints(self._combined(state), self.before)
-        value, moved, coordinates, auxiliary = self.direction(model, batch, key)
-        after = model if self.updated is None else self.updated(model, auxiliary)
+        direction = self.direction(model, batch, key)
+        after = model if self.updated is None else self.updated(model, direction.auxiliary)
         carried = None if self.updated is None else _others(after)[0]
+        return self._moved(state, number, direction, carried), direction.value
+
+    @with_own_promotion
+    def _moved(self, state: TrainState, number: Any, direction: Direction, carried: PyTree) -> TrainState:
+        """The state after a step in a direction."""
+        value, moved, coordinates, _ = direction
         moved = jtu.tree_map(jnp.conj, cast(moved, state.parameters))  # as JAX has gradients of complex parameters
         moved = moved if coordinates is None else coordinates.centered(moved)
         updates, optimizer = self.optimizer.update(moved, state.optimizer, state.parameters, value=value)
@@ -75,11 +81,11 @@ class Step(eqx.Module):
         bad = jnp.where(ok | (state.bad_step >= 0), state.bad_step, number)
         new, old = (parameters, optimizer, carried), (state.parameters, state.optimizer, state.carried)
         chosen, moments, others = map(ft.partial(_chosen, ok), new, old)
-        return TrainState(chosen, moments, bad, others), value
+        return TrainState(chosen, moments, bad, others)
 
     def model(self, state: TrainState) -> PyTree:
         """The model that a state stands for, which satisfies all constraints."""
-        return self.constrained(self._combined(state))
+        return apply_constraints(self._combined(state), (*self.before, *self.after))
 
     def _combined(self, state: TrainState) -> PyTree:
         return self._with(cast(state.parameters, self.like), state)
@@ -88,21 +94,21 @@ class Step(eqx.Module):
         return eqx.combine(parameters, *(() if self.updated is None else (state.carried,)), self.static)
 
 
+@with_own_promotion
 def prepare(
     model: PyTree,
     direction: AbstractDirection,
     optimizer: optax.GradientTransformationExtraArgs,
-    constraints: Sequence[Constraint],
+    held: Sequence[Held],
 ) -> tuple[Step, TrainState]:
     """The step that trains a model, and the state to start from."""
-    before, after = (tuple(c for c in constraints if c[1].is_discrete is flag) for flag in (True, False))
+    before, after = (tuple(one for one in held if one.is_discrete is flag) for flag in (True, False))
     parameters, static = eqx.partition(apply_constraints(model, after), eqx.is_inexact_array)
     like = jtu.tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), parameters)
-    project = eqx.filter_jit(lambda model: apply_constraints(model, constraints)) if constraints else lambda m: m
     wide = widened(parameters)
     updated = getattr(direction.loss, "updated", None)
     carried, static = (None, static) if updated is None else _others(static)
-    step = Step(direction, optimizer, static, like, before, after, project, updated)
+    step = Step(direction, optimizer, static, like, before, after, updated)
     return step, TrainState(wide, optimizer.init(wide), jnp.asarray(-1, jnp.int32), carried)
 
 
@@ -114,10 +120,11 @@ def _others(model: PyTree) -> tuple[PyTree, PyTree]:
 def compiled(step: Step, state: TrainState, batch: Sequence[PyTree], key: Array) -> Callable[..., Any]:
     """The step compiled ahead of time, so that compilation is timed apart: a function of the same arguments."""
     arrays, fixed = eqx.partition(state, eqx.is_array)
+    shardings = jtu.tree_map(lambda x: x.sharding, arrays)  # the next step takes what this one returns
 
     def pure(arrays: PyTree, number: Any, batch: Sequence[PyTree], key: Array) -> tuple[PyTree, Array]:
         new, value = step(eqx.combine(arrays, fixed), number, batch, key)
-        return eqx.filter(new, eqx.is_array), value
+        return jtu.tree_map(constrained_as, eqx.filter(new, eqx.is_array), shardings), value
 
     program = lowered(pure, arrays, np.int32(0), batch, key).compile()
 

@@ -7,6 +7,7 @@ batches and evaluation run on gradients, for comparison. This module checks the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,18 +19,20 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
+from .._errors import ConstraintError, check_flag, check_function, described
 from .._metric import Metric
 from .._problem._problem import Copies
+from .._program._sharding import on_automatic_mesh, placed_as
 from ..rules._base import Noise
 from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive
-from ._constraints import Constraint, check_constraints, constrained
-from ._data import batches, check_data, check_model, take
-from ._direction import AbstractDirection, Displacement, Gradient, value_alone
+from ._constraints import Constraint, check_common_points, held, outside
+from ._data import batches, check_data, check_key, check_model, take
+from ._direction import AbstractDirection, Displacement, Gradient, key_argument, value_alone
 from ._displacement import checked_options
 from ._loop import Evaluation, fit
 from ._nnx import takes_nnx
-from ._optimizer import check_first_update, check_optimizer, default_optimizer
+from ._optimizer import checked_optimizer, default_optimizer
 from ._step import prepare, widened
 
 Metrics = Mapping[str, Callable[..., Any]]
@@ -45,6 +48,11 @@ class TrainResult(eqx.Module):
 
     model: PyTree
     history: dict[str, Any]
+
+    def __repr__(self) -> str:
+        last = {name: values[-1] for name, values in self.history.items() if np.ndim(values) and len(values)}
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in last.items())
+        return f"TrainResult(model=<{type(self.model).__name__}>, history of {len(self.history['step'])}, last {shown})"
 
 
 @takes_nnx
@@ -109,39 +117,60 @@ def train(
     state becomes NaN or infinite, and `TrainingInterrupted` on Ctrl-C, both with the last good model and the history.
     """
     check_positive("steps", steps)
-    if not callable(loss):
-        raise TypeError(f"`loss` must be a function `loss(model, *batch) -> scalar`, got {loss!r}.")
+    check_function("loss", loss, "loss(model, *batch) -> scalar")
+    check_flag("has_aux", has_aux)
+    check_flag("progress", progress)
     if method not in ("projection", "gradient"):
-        raise ValueError(f'`method` must be "projection" or "gradient", got {method!r}.')
+        raise ValueError(f'`method` must be "projection" or "gradient", got {described(method)}.')
     arrays, count = check_data(data, "data")
+    _check_arguments(loss, arrays)
     batch_size = _check_batch_size(batch_size, count)
     evaluation = _evaluation(eval_data, evaluate, eval_every, value_alone(loss, has_aux), int(steps))
     check_model(model)
-    check_constraints(model, constraints)
+    given, model = model, on_automatic_mesh(model)
+    all_held = held(model, constraints)
     options = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps")
-    excluded = constrained(model, constraints) if _check_precondition(precondition, optimizer, method) else None
+    is_preconditioned = _check_precondition(precondition, optimizer, method)
+    excluded = frozenset(one.position for one in all_held) if is_preconditioned else None
     displacement = Displacement(loss, has_aux, options, excluded)
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
     optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
-    check_optimizer(optimizer)
-    chain = optax.with_extra_args_support(optimizer)  # some go by the value of the loss
+    key = check_key(key)
+    check_common_points(model, all_held)
     _check_first_value(direction, model, arrays, count)
-    check_first_update(chain, widened(eqx.filter(model, eqx.is_inexact_array)))
-    step, state = prepare(model, direction, chain, tuple(constraints))
-    key = jax.random.key(0) if key is None else key
+    chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
+    step, state = prepare(model, direction, chain, all_held)
     rows = batches(count, batch_size, key)
     picks = ((picked, jax.random.fold_in(key, number)) for number, picked in enumerate(rows))
-    return TrainResult(*fit(step, state, arrays, picks, evaluation, progress))
+    trained, history = fit(step, state, arrays, picks, evaluation, progress)
+    if names := outside(trained, all_held):
+        raise ConstraintError(names, trained, history)
+    return TrainResult(placed_as(trained, given), history)
 
 
 def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:
     if precondition is None:
         return optimizer is None and method == "projection"
     if not isinstance(precondition, bool):
-        raise TypeError(f"`precondition` must be True, False or None, got {precondition!r}.")
+        raise TypeError(f"`precondition` must be True, False or None, got {described(precondition)}.")
     if precondition and method == "gradient":
         raise ValueError('`precondition` needs `method="projection"`, whose problem knows the inputs of the layers.')
     return precondition
+
+
+def _check_arguments(loss: Callable[..., Any], data: tuple[PyTree, ...]) -> None:
+    """Raises a `TypeError` where a loss does not take the model and as many parts of data as there are."""
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # of some callables there is none to be had
+        return
+    try:
+        signature.bind(None, *data, **key_argument(loss, None))
+    except TypeError as error:
+        raise TypeError(
+            f"`loss` is called with the model and the {len(data)} parts of `data`, and with a `key` where it has such "
+            f"an argument, but it takes {signature}: {error}."
+        ) from error
 
 
 def _check_batch_size(batch_size: int | None, count: int) -> int:
@@ -159,14 +188,20 @@ def _evaluation(
     eval_data: Sequence[Any] | None, evaluate: Metrics | None, every: int | None, loss: Callable[..., Any], steps: int
 ) -> Evaluation:
     """The evaluation of these arguments; of the loss alone where no functions are given."""
-    if evaluate is not None and not (isinstance(evaluate, Mapping) and all(map(callable, evaluate.values()))):
-        raise TypeError(f"`evaluate` must map names to functions `(model, *eval_data) -> scalar`, got {evaluate!r}.")
+    if evaluate is not None and not isinstance(evaluate, Mapping):
+        wanted = "must map names to functions `(model, *eval_data) -> scalar`, as in `{'accuracy': accuracy}`"
+        raise TypeError(f"`evaluate` {wanted}, got {described(evaluate)}.")
+    for name, function in ({} if evaluate is None else evaluate).items():
+        if not isinstance(name, str):
+            raise TypeError(f"`evaluate` must map names to functions, got the name {described(name)}.")
+        check_function(f"evaluate[{name!r}]", function, "(model, *eval_data) -> scalar")
     if evaluate is not None and eval_data is None:
         raise ValueError("`evaluate` was given without data. Pass the data to evaluate on as `eval_data`.")
     if every is not None:
         check_positive("eval_every", every)
     data = None if eval_data is None else check_data(eval_data, "eval_data")[0]
-    return Evaluation(data, {"loss": loss} if evaluate is None else dict(evaluate), every, steps)
+    functions = {"loss": loss} if evaluate is None else dict(evaluate)
+    return Evaluation(data, functions, evaluate is None, every, steps)
 
 
 def _check_first_value(direction: AbstractDirection, model: PyTree, data: Sequence[PyTree], count: int) -> None:

@@ -11,8 +11,8 @@ loss that is not convex the minimum is a local one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._numerics._conjugate_gradients import conjugate_gradients, inner
+from .._numerics._losses import check_classes, check_signs
 from .._numerics._newton import descend
 from .._program._equations import Equation, Variable
 from ._base import AbstractRule, Context, in_duals
@@ -158,9 +159,15 @@ def _prox(loss, start: list[Array]) -> list[Array]:
     return jtu.tree_map(lambda a, b: jnp.where(plain, a, b), r, found)
 
 
-def integer_labels(equation: Equation) -> tuple[int, int] | None:
-    """The variable of the integer labels of a loss and the number of classes, where it is one of those."""
+_WITH_CLASSES = ("margin_value", "cross_entropy_value", "hinge_value")
+
+
+def checked_labels(equation: Equation) -> tuple[int, Callable[[Any], None]] | None:
+    """The variable of the labels of a loss of this library, and what checks their values; `None` elsewhere."""
     predictions, labels = equation.inputs
-    if np.dtype(labels.dtype).kind in "iu" and len(labels.shape) == len(predictions.shape) - 1:
-        return labels.index, predictions.shape[-1]
+    name, kind = equation.params["call"].name, np.dtype(labels.dtype).kind
+    if name in _WITH_CLASSES and kind in "iu" and len(labels.shape) == len(predictions.shape) - 1:
+        return labels.index, lambda found: check_classes(found, predictions.shape[-1])
+    if name == "hinge_value" and kind in "biuf" and labels.shape == predictions.shape:
+        return labels.index, check_signs
     return None

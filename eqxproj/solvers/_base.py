@@ -8,6 +8,7 @@ from typing import ClassVar
 import equinox as eqx
 from jaxtyping import Array, Bool, Float
 
+from .._errors import as_number, described
 from .._problem._problem import FeasibilityProblem
 from .._problem._readers import value_of
 from .._problem._state import State, combine
@@ -54,9 +55,10 @@ class AbstractCopyingSolver(AbstractSolver):
 
 def check_number(name: str, value: float, low: float, high: float) -> float:
     """A solver's parameter, checked to lie in (low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
-        raise ValueError(f"`{name}` must be a number in ({low:g}, {high:g}], got {value!r}.")
-    return float(value)
+    number = as_number(value)
+    if number is None or not low < number <= high:
+        raise ValueError(f"`{name}` must be a number in ({low:g}, {high:g}], got {described(value)}.")
+    return number
 
 
 def onto(problem: FeasibilityProblem, state: State, color: int) -> State:

@@ -14,7 +14,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._errors import NonFiniteError
+from .._errors import NonFiniteError, as_number, described
+from .._numerics._promotion import with_own_promotion
 from .._problem._measures import change, violation
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, iterate, prepared
@@ -37,6 +38,12 @@ class Solution(eqx.Module):
     state: State
     stats: dict[str, Any]
     result: str = eqx.field(static=True)
+
+    def __repr__(self) -> str:
+        last = {name: values[-1] for name, values in self.stats.items() if np.ndim(values) and len(values)}
+        shown = ", ".join(f"last {name}={described(value)}" for name, value in last.items())
+        model, steps = type(self.model).__name__, described(self.stats.get("steps"))
+        return f"Solution(result={described(self.result)}, steps={steps}, {shown}, model=<{model}>)"
 
 
 def finite_nodes(problem: FeasibilityProblem, state: State) -> Bool[Array, " nodes"]:
@@ -84,15 +91,16 @@ def _advance(
 def check_positive(name: str, value: Any) -> None:
     """Raises a `ValueError` for what is no integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        raise ValueError(f"`{name}` must be a positive integer, got {described(value)}.")
 
 
 def check_solver(solver: Any) -> None:
     if not isinstance(solver, AbstractSolver):
-        got = f"{solver.__name__}. Call the class to make one." if isinstance(solver, type) else f"{solver!r}."
+        got = f"{solver.__name__}. Call the class to make one." if isinstance(solver, type) else f"{described(solver)}."
         raise TypeError(f"`solver` must be an instance of a solver such as `eqxproj.DouglasRachford()`, got {got}")
 
 
+@with_own_promotion
 def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, tol: float = 0.0) -> Solution:
     """Runs a solver on a problem, from the forward pass.
 
@@ -111,7 +119,7 @@ def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, to
     model.
     """
     if not isinstance(problem, FeasibilityProblem):
-        raise TypeError(f"`problem` must come from `eqxproj.feasibility_problem`, got {problem!r}.")
+        raise TypeError(f"`problem` must come from `eqxproj.feasibility_problem`, got {described(problem)}.")
     check_solver(solver)
     if solver.needs_two_colors and problem.graph.conflicts:
         raise ValueError(
@@ -119,13 +127,14 @@ def solve(problem: FeasibilityProblem, solver: AbstractSolver, *, steps: int, to
             "nodes of one color. Make it with `two_colors=True`."
         )
     check_positive("steps", steps)
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
-        raise ValueError(f"`tol` must be a number of at least zero, got {tol!r}.")
+    limit = as_number(tol)
+    if limit is None or not limit >= 0:
+        raise ValueError(f"`tol` must be a number of at least zero, got {described(tol)}.")
     state, finite = _begin(problem, solver, registry_version())
     bad, count, result = first_bad(problem, jax.device_get(finite)), 0, "step limit"
     stats: dict[str, list[float]] = {"change": [], "violation": []}
     while bad is None and count < steps and result != "converged":
-        state, finite, moved, broken, done = _advance(problem, solver, registry_version(), float(tol), state)
+        state, finite, moved, broken, done = _advance(problem, solver, registry_version(), limit, state)
         count += 1
         bad = first_bad(problem, jax.device_get(finite))
         stats["change"].append(float(moved))
