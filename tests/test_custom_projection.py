@@ -137,14 +137,71 @@ def test_without_a_projection():
         lonely(X)
 
 
-def test_keyword_only_arguments():
+def optional(x, scale=2.0, shift=0.0, *, power=1, offset=None):
+    out = x**power * scale + shift
+    return out if offset is None else out + offset
+
+
+CALLS = {
+    "x": (lambda f, x: f(x), 1),
+    "by position": (lambda f, x: f(x, 3.0), 2),
+    "by name": (lambda f, x: f(x, scale=3.0), 2),
+    "all by name": (lambda f, x: f(scale=3.0, x=x), 2),
+    "one left out": (lambda f, x: f(x, shift=1.0), 3),
+    "keyword-only": (lambda f, x: f(x, power=2), 2),
+    "keyword-only array": (lambda f, x: f(x, offset=Y, power=2), 3),
+    "both": (lambda f, x: f(x, shift=Y, offset=Y), 4),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_by_name_and_position(name):
+    """They pass as in Python; the rule sees those that are given, and the defaults between them."""
+    call, count = CALLS[name]
+    seen = []
+
+    def rule(ctx, inputs, target):
+        seen.append(len(inputs))
+        return [target, *[None] * (len(inputs) - 1)]
+
+    f = eqxproj.custom_projection(optional)
+    f.def_projection(rule)
+    np.testing.assert_allclose(call(f, X), call(optional, X), rtol=1e-6)
+    eqxproj.filter_displacement(lambda x: squared_error(call(f, x), 0 * Y).mean())(X)
+    assert set(seen) == {count}
+    with pytest.raises(TypeError, match="positional"):
+        f(X, 1.0, 2.0, 3)
+
+
+def test_required_keyword_only_argument():
     @eqxproj.custom_projection
     def f(x, *, scale):
         return x * scale
 
-    f.def_projection(lambda ctx, inputs, target: inputs)
-    with pytest.raises(TypeError, match="'f'.*keyword-only.*scale"):
-        f(X, scale=2.0)
+    f.def_projection(lambda ctx, i, t: (i[0] + (t - i[0] * i[1]) * i[1], i[1] + (t - i[0] * i[1]) * i[0]))
+    with pytest.raises(TypeError, match="scale"):
+        f(X)
+
+    def loss(p, g):
+        return jnp.mean(g(p["x"], scale=p["s"]) ** 2)
+
+    model = {"x": X, "s": Y}
+    moved = eqxproj.filter_displacement(lambda p: loss(p, f))(model)
+    assert cosine(moved, jax.grad(lambda p: loss(p, lambda x, scale: x * scale))(model)) > 0.9999
+
+
+@pytest.mark.parametrize("wrong", [3, None, "tanh", X], ids=["number", "None", "name", "array"])
+def test_no_functions(wrong):
+    if wrong is not None:  # without a function, a decorator is returned
+        with pytest.raises(TypeError, match="`function` must be a function"):
+            eqxproj.custom_projection(wrong)
+    with pytest.raises(TypeError, match="projection of 'smooth' must be a function"):
+        eqxproj.custom_projection(smooth).def_projection(wrong)
+    for taken in (eqxproj.filter_displacement, eqxproj.filter_value_and_displacement):
+        with pytest.raises(TypeError, match="`loss` must be a function"):
+            taken(wrong)
+    with pytest.raises(TypeError, match="`loss` must be a function"):
+        eqxproj.feasibility_problem(wrong, X)  # pyright: ignore[reportArgumentType]
 
 
 def displacement(f, rule, *shapes, **options):
@@ -167,16 +224,23 @@ def product(x, y):
     "rule, part",
     [
         (lambda ctx, inputs, target: inputs[0], "must return 2 new inputs.*returned 1"),
-        (lambda ctx, inputs, target: (*inputs, target), "must return 2 new inputs.*returned 1"),
+        (lambda ctx, inputs, target: (*inputs, target), "must return 2 new inputs.*returned 3"),
+        (lambda ctx, inputs, target: [*inputs, target], "must return 2 new inputs.*returned 3"),
         (lambda ctx, inputs, target: (inputs[0][:1], inputs[1]), r"returned shape \(1, 5\) for input 0.*\(4, 5\)"),
         (lambda ctx, inputs, target: (inputs[0], inputs[1].sum()), r"returned shape \(\) for input 1.*\(5,\)"),
         (lambda ctx, inputs, target: (inputs[0], [inputs[1]]), "structured like the arguments"),
     ],
-    ids=["too few", "too many", "shape", "scalar", "structure"],
+    ids=["too few", "too many", "list", "shape", "scalar", "structure"],
 )
 def test_what_a_rule_returns_is_checked(rule, part):
     with pytest.raises(ValueError, match=f"(?s)'product'.*{part}|'product' {part}"):
         displacement(product, rule, (3, 5), (5,))
+
+
+@pytest.mark.parametrize("kind", [jnp.int32, bool, jnp.complex64])
+def test_kind_of_what_a_rule_returns_is_checked(kind):
+    with pytest.raises(TypeError, match=r"'product' returned dtype \w+ for input 1, which has dtype float32"):
+        displacement(product, lambda ctx, inputs, target: [inputs[0], inputs[1].astype(kind)], (3, 5), (5,))
 
 
 # The rule is used.

@@ -153,6 +153,43 @@ def test_bad_primitives(primitive):
         eqxproj.register_projection(primitive)
 
 
+def test_unknown_names():
+    with pytest.raises(ValueError, match="'tanhh', and no primitive has that name. Did you mean 'tanh'"):
+        eqxproj.register_projection("tanhh")
+    primitive = Primitive("known_to_nobody")
+    with pytest.raises(ValueError, match="Give a primitive of your own as itself"):
+        eqxproj.register_projection(primitive.name)
+    for known in ("erf_inv", "scan", "jit", "dot_general", primitive):
+        eqxproj.register_projection(known)
+
+
+@pytest.mark.parametrize("wrong", [3, None, "rule"])
+def test_rules_that_are_no_functions(wrong):
+    with pytest.raises(TypeError, match="'tanh' must be a function"):
+        eqxproj.register_projection("tanh")(wrong)
+
+
+@pytest.mark.parametrize("form", ["points", "duals"])
+def test_jumps_of_a_registered_rule(form):
+    """Found out where the primitive rounds; for another one the user says so."""
+
+    def jumps(name, function, **options):
+        eqxproj.register_projection(name, form=form, **options)(lambda ctx, inputs, wanted: wanted)
+        problem = eqxproj.feasibility_problem(lambda p: jnp.mean((function(3 * p) - 1) ** 2), jnp.ones(3))
+        return [
+            n.rule.is_discontinuous
+            for n in problem.graph.nodes
+            if n.rule is not None and "registered" in n.rule.describe(None)
+        ]
+
+    assert jumps("floor", jnp.floor) == [True]
+    assert jumps("tanh", jnp.tanh) == [False]
+    assert jumps("tanh", jnp.tanh, is_discontinuous=True) == [True]
+    assert jumps("floor", jnp.floor, is_discontinuous=False) == [False]
+    with pytest.raises(TypeError, match="is_discontinuous"):
+        eqxproj.register_projection("tanh", is_discontinuous="yes")  # pyright: ignore[reportArgumentType]
+
+
 def test_bad_form():
     with pytest.raises((ValueError, TypeError), match="form"):
         eqxproj.register_projection("tanh", form="vectors")  # pyright: ignore[reportArgumentType]
