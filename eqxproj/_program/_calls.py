@@ -114,9 +114,9 @@ def _is_same_derivative(equation: Any, jaxpr: Jaxpr, consts: Sequence[Any]) -> b
         values, tangents = _points(avals, np.random.default_rng(0))
         with jax.ensure_compile_time_eval():
             own, plain = jax.jit(jax.vmap(slopes))(values, [t for t, m in zip(tangents, moving, strict=True) if m])
+        return all(map(_agree, own, plain))
     except Exception:  # a closed-over array, a key, a batching rule that is missing: the author knows better
         return False
-    return all(map(_agree, own, plain))
 
 
 def _points(avals: Sequence[Any], rng: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray]]:
