@@ -75,8 +75,10 @@ PLACES = {
     "mapped": lambda f: lambda m, x: jax.vmap(f)(jnp.tanh(x @ m["a"])) @ m["b"],
     "scan": in_scan,
     "cond": lambda f: (
-        lambda m, x: jax.vmap(lambda r: jax.lax.cond(r[0] > 0, f, jnp.sin, r @ m["a"]))(x) @ m["b"]
-        + jax.lax.cond(x[0, 0] > -9, f, jnp.sin, x[0] @ m["c"])
+        lambda m, x: (
+            jax.vmap(lambda r: jax.lax.cond(r[0] > 0, f, jnp.sin, r @ m["a"]))(x) @ m["b"]
+            + jax.lax.cond(x[0, 0] > -9, f, jnp.sin, x[0] @ m["c"])
+        )
     ),
     "jit and remat": lambda f: lambda m, x: jax.jit(jax.checkpoint(jax.vmap(f)))(x @ m["a"]) @ m["b"],
     "last": lambda f: lambda m, x: jax.vmap(f)(x @ m["a"]),

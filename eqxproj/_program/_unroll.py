@@ -107,7 +107,9 @@ def _loops(equations: Iterable[Any]) -> int:
     depths = [0]
     for equation in equations:
         params = equation.params.values()
-        inner = [x for p in params for x in (p if isinstance(p, tuple) else (p,)) if isinstance(x, (ClosedJaxpr, Jaxpr))]
+        inner = [
+            x for p in params for x in (p if isinstance(p, tuple) else (p,)) if isinstance(x, (ClosedJaxpr, Jaxpr))
+        ]
         own = 1 if equation.primitive.name == "scan" else 0
         depths.append(own + max((_loops(x.eqns) for x in inner), default=0))
     return max(depths)
