@@ -54,7 +54,8 @@ class Node:
     """One constraint: `function` leads from what the edges show to the outputs.
 
     A parameter or pinned datum has no operands. A node of one primitive has its `equation`; `unknown` tells which
-    operands are edges, and `read` which outputs are values. `scale` is the coefficient of an objective in units of the largest one.
+    operands are edges, and `read` which outputs are values. `scale` is the coefficient of an objective in units of the
+    largest one.
     """
 
     kind: Kind
