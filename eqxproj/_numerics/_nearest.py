@@ -127,12 +127,19 @@ def l1_ball(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Flo
     return _returned(inside, x, nearest, dtype)
 
 
+def _unit(size: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """A power of two that brings sizes to where neither squares nor reciprocals leave the range of float32."""
+    return jnp.where(size > 2.0**60, 2.0**64, jnp.where(size < 2.0**-60, 2.0**-64, 1.0)).astype(size.dtype)
+
+
 def _norm_and_direction(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch n"]]:
     """The Euclidean norm of each slice, and the slice divided by it, at any scale; a norm may be too large to hold."""
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    part = x / jnp.where(largest > 0, largest, 1)
+    unit = _unit(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    part = x / unit
+    largest = jnp.max(jnp.abs(part), axis=-1, keepdims=True)
+    part = part / jnp.where(largest > 0, largest, 1)
     size = jnp.sqrt(jnp.sum(part**2, axis=-1, keepdims=True))
-    return largest * size, part / jnp.where(size > 0, size, 1)
+    return unit * (largest * size), part / jnp.where(size > 0, size, 1)
 
 
 def l2_ball(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
@@ -299,8 +306,7 @@ def truncated(x: Float[Array, "m n"], rank: int, dtype: jnp.dtype) -> Float[Arra
     It is the sum $\sum_{i \le r} \sigma_i u_i v_i^T$ over the largest singular values (Eckart and Young, *The
     approximation of one matrix by another of lower rank*, Psychometrika 1, 1936).
     """
-    size = jnp.max(jnp.abs(x))
-    unit = jnp.where(size > 2.0**60, 2.0**64, jnp.where(size < 2.0**-60, 2.0**-64, 1.0)).astype(x.dtype)
+    unit = _unit(jnp.max(jnp.abs(x)))
     u, s, v = _decomposed(x / unit)
     error = rounding(dtype) + 16 * float(jnp.finfo(x.dtype).eps)  # that of the entries, and of the decomposition
     share = s / jnp.where(s[0] > 0, s[0], 1)  # whose squares are numbers at any scale

@@ -37,6 +37,12 @@ def _returned(value: Any) -> str:
     return f"an array of shape {value.shape} and dtype {value.dtype}" if is_array else described(value)
 
 
+def _said(error: Exception) -> str:
+    """The message of an error; of one that came through a callback of a compiled function, its last line alone."""
+    text = str(error).strip()
+    return (text.splitlines()[-1] if "Traceback" in text else text).rstrip(".")
+
+
 def _remedy(error: Exception) -> str:
     """What may help where a function of `evaluate` raised."""
     if isinstance(error, jax.errors.JAXTypeError):
@@ -97,7 +103,7 @@ class Evaluation(eqx.Module):
                     return float(found)
                 why = f"must return one real number, but it returned {_returned(found)}."
             except Exception as error:
-                why, cause = f"raised {type(error).__name__}: {str(error).rstrip('.')}.{_remedy(error)}", error
+                why, cause = f"raised {type(error).__name__}: {_said(error)}.{_remedy(error)}", error
             raise EvaluationError(name, why, step, model, self.history(records, 0.0)) from cause
 
         found = {f"eval_{name}": number(name, function) for name, function in self.functions.items()}

@@ -120,7 +120,7 @@ def _others(model: PyTree) -> tuple[PyTree, PyTree]:
 def compiled(step: Step, state: TrainState, batch: Sequence[PyTree], key: Array) -> Callable[..., Any]:
     """The step compiled ahead of time, so that compilation is timed apart: a function of the same arguments."""
     arrays, fixed = eqx.partition(state, eqx.is_array)
-    shardings = jtu.tree_map(lambda x: x.sharding, arrays)  # the next step takes what this one returns
+    shardings = jtu.tree_map(lambda x: getattr(x, "sharding", False), arrays)  # the next step takes what this returns
 
     def pure(arrays: PyTree, number: Any, batch: Sequence[PyTree], key: Array) -> tuple[PyTree, Array]:
         new, value = step(eqx.combine(arrays, fixed), number, batch, key)

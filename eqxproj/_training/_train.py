@@ -107,14 +107,17 @@ def train(
     - `evaluate`: name to `function(model, *eval_data) -> scalar`, which is compiled; the loss by default.
     - `constraints`: pairs `(where, set)`: `where(model)` picks an array, as in `equinox.tree_at`, and the array is
         projected onto the set after every step, or, for discrete sets (`Sparse`, `Quantized`), before every step, from
-        an array that is kept for it. The returned model satisfies the constraints exactly.
+        an array that is kept for it. The returned model satisfies the constraints exactly. An array that several of
+        them pick is held in all of their sets.
     - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
     - `progress`: show a progress bar.
 
     **Returns:** A [`TrainResult`][].
 
     **Raises:** `ValueError` or `TypeError` for unusable arguments, before any training; `NonFiniteError` where a
-    state becomes NaN or infinite, and `TrainingInterrupted` on Ctrl-C, both with the last good model and the history.
+    state becomes NaN or infinite, `EvaluationError` where a function of `evaluate` raises or returns no number, and
+    `TrainingInterrupted` on Ctrl-C, all with the last good model and the history; `ConstraintError`, with the trained
+    model, where several sets of one array were left and not found again.
     """
     check_positive("steps", steps)
     check_function("loss", loss, "loss(model, *batch) -> scalar")
