@@ -40,9 +40,8 @@ class Scan(AbstractRule):
 
         def once(*operands):
             x = [jnp.zeros(operands[i].shape[1:], operands[i].dtype) for i in slices]  # there may be no step at all
-            _, ys = recurrence.body(*(operands[i] for i in (*constants, *carries)), *x)
-            entering = [operands[i] for i in carries]
-            return walk.step([operands[i] for i in constants], entering, x, entering, ys, Context.plain(unknown))
+            held, entering = ([operands[i] for i in places] for places in (constants, carries))
+            return walk.function(held, entering, x, Context.plain(unknown))[:2]
 
         return missing_in(once, equation)
 

@@ -33,7 +33,7 @@ from .._numerics._search import generic_dual
 from .._numerics._smooth import Bounds, bounds_of, smooth_dual
 from .._program._affine import AffineTerm as AffineTerm
 from .._program._equations import Equation, Variable
-from .._program._fragment import Fragment
+from .._program._fragment import Fragment, OfOne
 from ._base import AbstractRule, Context
 from ._local import FLAT
 
@@ -197,20 +197,24 @@ class Scalar(AbstractRule):
     @functools.cached_property
     def _bounds(self) -> Bounds | None:
         """Of a function that reads known arrays nothing is known."""
-        phi, static = self.phi, self.static
-        if not phi.known <= static.keys():
-            return None
-        return bounds_of(lambda s: phi.of_one(static, s.shape)(s), phi.operands[0].dtype)
+        return _bounds_of(self._kind) if self.phi.known <= self.static.keys() else None
 
     @functools.cached_property
     def _jumps(self) -> tuple[float, ...]:
         """Where a function of known numbers has jumps. Of one that reads known arrays that is not found out."""
         may = any(e.name in _MAY_JUMP for e in self.phi.equations) and self.phi.known <= self.static.keys()
-        if not may:
-            return ()
-        operand = self.phi.operands[0]
-        return jumps_of(self.phi.of_one(self.static, operand.shape), operand.shape, operand.dtype)
+        return _jumps_of(self._kind) if may else ()
 
+    @property
+    def _kind(self) -> OfOne:
+        return OfOne.of(self.phi, self.static)
+
+
+_KINDS = 256  # whose jumps and bounds are remembered
+
+# What is found out of a function by evaluating it, once for all functions of the same steps.
+_jumps_of = functools.lru_cache(_KINDS)(lambda kind: jumps_of(kind, kind.dtype))
+_bounds_of = functools.lru_cache(_KINDS)(lambda kind: bounds_of(kind, kind.dtype))
 
 _MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
 
