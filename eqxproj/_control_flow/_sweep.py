@@ -49,7 +49,7 @@ def sweep(
         return zeros
     problem = problem_of(function, inputs, duals, is_parameter, ctx, residuals)
     solver = CyclicProjections()
-    state = solver.step(problem, solver.init(problem))
+    state = solver.last_step(problem, solver.init(problem))
     shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
     return [z if s is None else s.astype(z.dtype) for z, s in zip(zeros, shifts, strict=True)]
 

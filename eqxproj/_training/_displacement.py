@@ -90,7 +90,8 @@ def checked_options(
 
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
-    return iterate(ft.partial(solver.step, problem), solver.init(problem), steps)
+    step = solver.last_step if steps == 1 else solver.step
+    return iterate(ft.partial(step, problem), solver.init(problem), steps)
 
 
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:

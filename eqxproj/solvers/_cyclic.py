@@ -6,6 +6,7 @@ Source: section 3 of arXiv 2506.05878.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from .._problem._problem import FeasibilityProblem
@@ -27,6 +28,9 @@ class CyclicProjections(AbstractSolver):
         for layer in problem.graph.layers:
             state = problem.project_layer(state, layer)
         return state
+
+    def last_step(self, problem: FeasibilityProblem, state: State) -> State:
+        return self.step(problem, replace(state, is_last=True))  # every node has been read when it is projected
 
 
 class CyclicDouglasRachford(AbstractCopyingSolver):
