@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-
 _Entry = Any
 """An array or `None`. In the place of an array JAX puts others, such as shapes, in its transformations."""
 

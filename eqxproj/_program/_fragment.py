@@ -125,7 +125,9 @@ class OfOne:
 
     def __call__(self, x: Array) -> Array:
         variables = {v.index: v for e in self.fragment.equations for v in e.inputs}
-        known = {i: np.full(x.shape if variables[i].shape else (), n, variables[i].dtype) for i, n in self.static.items()}
+        known = {
+            i: np.full(x.shape if variables[i].shape else (), n, variables[i].dtype) for i, n in self.static.items()
+        }
         return self.fragment(known, [x])[0]
 
 

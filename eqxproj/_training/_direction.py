@@ -20,7 +20,9 @@ from .._graph._build import check_dependence
 from .._problem._make import check_labels, feasibility_problem
 from .._problem._problem import FeasibilityProblem
 from .._program._trace import trace
+from ..rules._registry import registry_version
 from ..solvers._solve import finite_nodes, first_bad
+from ._compiled import jitted
 from ._displacement import DEFAULT_TAU, Options, displacement_of, run
 from ._preconditioner import Preconditioner, preconditioner
 
@@ -70,9 +72,7 @@ class Gradient(AbstractDirection):
         return Direction(value[0] if self.has_aux else value, moved, None)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
-        traced = trace(self.loss, model, batch, key_argument(self.loss, jax.random.key(0)), has_aux=self.has_aux)
-        check_dependence(traced)
-        return jnp.asarray(value_alone(self.loss, self.has_aux)(traced.rebuild(traced.parameters), *batch))
+        return jitted(_CheckedValue(self.loss, self.has_aux))(model, batch)
 
     def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
         return "the gradient"
@@ -98,16 +98,7 @@ class Displacement(AbstractDirection):
         return Direction(problem.value, displacement_of(problem, state, False), coordinates)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
-        problem = feasibility_problem(
-            self.loss,
-            model,
-            *batch,
-            copies=self.options.copies,
-            metric=self.options.metric,
-            tau=DEFAULT_TAU if self.options.tau is None else self.options.tau,
-            has_aux=self.has_aux,
-            kwargs=key_argument(self.loss, jax.random.key(0)),
-        )
+        problem = jitted(_FirstProblem(self.loss, self.has_aux, self.options), registry_version())(model, batch)
         check_labels(problem, data)
         return problem.value
 
@@ -138,11 +129,45 @@ def key_argument(loss: Callable[..., Any], key: Array) -> dict[str, Array]:
     return {"key": key} if takes_key(loss) else {}
 
 
-def value_alone(loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+class ValueAlone(eqx.Module):
     """The loss as a function to evaluate, without its auxiliary output, and with always the same key."""
 
-    def value(model: PyTree, *args: Any) -> Any:
-        out = loss(model, *args, **key_argument(loss, jax.random.key(0)))
-        return out[0] if has_aux else out
+    loss: Callable[..., Any]
+    has_aux: bool = eqx.field(static=True)
 
-    return value
+    def __call__(self, model: PyTree, *args: Any) -> Any:
+        out = self.loss(model, *args, **key_argument(self.loss, jax.random.key(0)))
+        return out[0] if self.has_aux else out
+
+
+class _CheckedValue(eqx.Module):
+    """The value of a loss, which is checked while it is traced."""
+
+    loss: Callable[..., Any]
+    has_aux: bool = eqx.field(static=True)
+
+    def __call__(self, model: PyTree, batch: Sequence[PyTree]) -> Array:
+        check_dependence(
+            trace(self.loss, model, batch, key_argument(self.loss, jax.random.key(0)), has_aux=self.has_aux)
+        )
+        return jnp.asarray(ValueAlone(self.loss, self.has_aux)(model, *batch))
+
+
+class _FirstProblem(eqx.Module):
+    """The problem of a loss with two colors and all its nodes."""
+
+    loss: Callable[..., Any]
+    has_aux: bool = eqx.field(static=True)
+    options: Options = eqx.field(static=True)
+
+    def __call__(self, model: PyTree, batch: Sequence[PyTree]) -> FeasibilityProblem:
+        return feasibility_problem(
+            self.loss,
+            model,
+            *batch,
+            copies=self.options.copies,
+            metric=self.options.metric,
+            tau=DEFAULT_TAU if self.options.tau is None else self.options.tau,
+            has_aux=self.has_aux,
+            kwargs=key_argument(self.loss, jax.random.key(0)),
+        )

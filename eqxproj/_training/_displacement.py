@@ -10,7 +10,7 @@ operations that have no gradient.
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from .._program._trace import Trace, trace
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
+from ._compiled import jitted
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
 """The metric of the gradient regime: so steep that a displacement is the gradient where there is one, at any depth.
@@ -143,20 +144,29 @@ def filter_value_and_displacement(
         metric, tau = Metric() if metric is None else metric, RAW_TAU if tau is None else tau
     chosen = checked_options(solver, steps, metric, copies, tau)
 
-    @eqx.filter_jit
-    def compute(version: Hashable, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        del version  # a static argument: other rules, another program
-        traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-        problem = chosen.problem(traced)
-        state = canonicalised(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
-        moved = displacement_of(problem, state, raw)
-        return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
+    compute = _Compute(loss, chosen, raw, has_aux)
 
     @ft.wraps(loss)
     def value_and_displacement(model: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        return compute(registry_version(), model, args, kwargs)
+        return jitted(compute, registry_version())(model, args, kwargs)  # other rules, another program
 
     return value_and_displacement
+
+
+class _Compute(eqx.Module):
+    """The value and the displacement of a loss. Its leaf is the loss, or the leaves of a loss that is a pytree."""
+
+    loss: Callable[..., Any]
+    chosen: Options = eqx.field(static=True)
+    raw: bool = eqx.field(static=True)
+    has_aux: bool = eqx.field(static=True)
+
+    def __call__(self, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, PyTree]:
+        traced = trace(self.loss, model, args, kwargs, has_aux=self.has_aux)
+        problem = self.chosen.problem(traced)
+        state = canonicalised(lambda: run(problem, self.chosen.solver, self.chosen.steps), traced.program)
+        moved = displacement_of(problem, state, self.raw)
+        return ((problem.value, problem.auxiliary) if self.has_aux else problem.value), moved
 
 
 def filter_displacement(loss: Callable[..., Any], **options: Any) -> Callable[..., PyTree]:

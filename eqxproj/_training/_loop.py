@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
 from .._errors import NonFiniteError, TrainingInterrupted
+from ._compiled import jitted
 from ._data import take
 from ._step import Step, TrainState, compiled
 
@@ -47,7 +48,7 @@ class Evaluation(eqx.Module):
         self, data: tuple[PyTree, ...] | None, functions: dict[str, Callable[..., Any]], every: int | None, steps: int
     ):
         self.data = None if data is None else jtu.tree_map(jnp.asarray, data)
-        self.functions = {} if data is None else {name: eqx.filter_jit(f) for name, f in functions.items()}
+        self.functions = {} if data is None else {name: jitted(f) for name, f in functions.items()}
         self.every = max(1, steps // 20) if every is None else int(every)
         self.steps = steps
 

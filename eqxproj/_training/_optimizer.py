@@ -5,6 +5,7 @@ The default rate is chosen for the coordinates of [`Preconditioner`][], and suit
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 
+@functools.lru_cache(64)  # the same functions again, so that a step compiled with them is found
 def default_optimizer(steps: int) -> optax.GradientTransformation:
     """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends."""
     peak, warm, hold = 3e-3, min(100, steps // 20), 6 * steps // 10
@@ -49,12 +51,13 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def check_first_update(optimizer: optax.GradientTransformationExtraArgs, parameters: PyTree) -> None:
+def check_first_update(optimizer: optax.GradientTransformation, parameters: PyTree) -> None:
     """Traces a first update. Raises a `TypeError` where the optimizer cannot take it."""
 
     def first(parameters: PyTree) -> PyTree:
-        state = optimizer.init(parameters)
-        return optimizer.update(parameters, state, parameters, value=jnp.asarray(0.0))[0]
+        chain = optax.with_extra_args_support(optimizer)
+        state = chain.init(parameters)
+        return chain.update(parameters, state, parameters, value=jnp.asarray(0.0))[0]
 
     try:
         jax.eval_shape(first, parameters)

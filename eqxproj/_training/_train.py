@@ -24,7 +24,7 @@ from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive
 from ._constraints import Constraint, check_constraints, constrained
 from ._data import batches, check_data, check_model, take
-from ._direction import AbstractDirection, Displacement, Gradient, value_alone
+from ._direction import AbstractDirection, Displacement, Gradient, ValueAlone
 from ._displacement import checked_options
 from ._loop import Evaluation, fit
 from ._optimizer import check_first_update, check_optimizer, default_optimizer
@@ -109,7 +109,7 @@ def train(
         raise ValueError(f'`method` must be "projection" or "gradient", got {method!r}.')
     arrays, count = check_data(data, "data")
     batch_size = _check_batch_size(batch_size, count)
-    evaluation = _evaluation(eval_data, evaluate, eval_every, value_alone(loss, has_aux), int(steps))
+    evaluation = _evaluation(eval_data, evaluate, eval_every, ValueAlone(loss, has_aux), int(steps))
     check_model(model)
     check_constraints(model, constraints)
     options = checked_options(solver, solver_steps, metric, copies, tau, "solver_steps")
@@ -118,10 +118,9 @@ def train(
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
     optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
     check_optimizer(optimizer)
-    chain = optax.with_extra_args_support(optimizer)  # some go by the value of the loss
     _check_first_value(direction, model, arrays, count)
-    check_first_update(chain, widened(eqx.filter(model, eqx.is_inexact_array)))
-    step, state = prepare(model, direction, chain, tuple(constraints))
+    check_first_update(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
+    step, state = prepare(model, direction, optimizer, tuple(constraints))
     key = jax.random.key(0) if key is None else key
     rows = batches(count, batch_size, key)
     picks = ((picked, jax.random.fold_in(key, number)) for number, picked in enumerate(rows))
