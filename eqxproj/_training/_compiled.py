@@ -31,7 +31,7 @@ class _Leaf:
     """A leaf as part of a key: its value, or the places in memory of what is held weakly."""
 
     kind: type
-    value: Hashable
+    value: Any
     targets: tuple[int, ...] = ()
 
 

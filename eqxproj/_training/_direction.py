@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._graph._build import check_dependence
-from .._problem._make import check_labels, feasibility_problem
+from .._problem._make import Labels, check_labels, feasibility_problem, labels_of
 from .._problem._problem import FeasibilityProblem
 from .._program._trace import trace
 from ..rules._registry import registry_version
@@ -98,9 +98,10 @@ class Displacement(AbstractDirection):
         return Direction(problem.value, displacement_of(problem, state, False), coordinates)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
-        problem = jitted(_FirstProblem(self.loss, self.has_aux, self.options), registry_version())(model, batch)
-        check_labels(problem, data)
-        return problem.value
+        first = _FirstValue(self.loss, self.has_aux, self.options)
+        value, labels = jitted(first, registry_version())(model, batch)
+        check_labels(labels, data)
+        return value
 
     def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
         problem = self._problem(model, batch, key)
@@ -153,15 +154,15 @@ class _CheckedValue(eqx.Module):
         return jnp.asarray(ValueAlone(self.loss, self.has_aux)(model, *batch))
 
 
-class _FirstProblem(eqx.Module):
-    """The problem of a loss with two colors and all its nodes."""
+class _FirstValue(eqx.Module):
+    """The value of a loss, and the labels that are to be checked; its problem is made while it is traced."""
 
     loss: Callable[..., Any]
     has_aux: bool = eqx.field(static=True)
     options: Options = eqx.field(static=True)
 
-    def __call__(self, model: PyTree, batch: Sequence[PyTree]) -> FeasibilityProblem:
-        return feasibility_problem(
+    def __call__(self, model: PyTree, batch: Sequence[PyTree]) -> tuple[Array, list[Labels]]:
+        problem = feasibility_problem(
             self.loss,
             model,
             *batch,
@@ -171,3 +172,4 @@ class _FirstProblem(eqx.Module):
             has_aux=self.has_aux,
             kwargs=key_argument(self.loss, jax.random.key(0)),
         )
+        return problem.value, labels_of(problem)

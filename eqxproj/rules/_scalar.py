@@ -216,6 +216,13 @@ _KINDS = 256  # whose jumps and bounds are remembered
 _jumps_of = functools.lru_cache(_KINDS)(lambda kind: jumps_of(kind, kind.dtype))
 _bounds_of = functools.lru_cache(_KINDS)(lambda kind: bounds_of(kind, kind.dtype))
 
+
+def clear_kinds() -> None:
+    """Forgets what was found out of functions."""
+    _jumps_of.cache_clear()
+    _bounds_of.cache_clear()
+
+
 _MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
 
 
