@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -114,6 +114,8 @@ class Scalar(AbstractRule):
         return self.phi(ctx.known, self.head(ctx.known, inputs))
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        if not self.phi.equations:  # a sum: there is nothing to evaluate
+            return self._shared(ctx, inputs, duals[0].astype(self.phi.operands[0].dtype))
         s0 = self.head(ctx.known, inputs)[0]
         dual = duals[0].astype(s0.dtype)
         slope = self._slope(ctx, s0)
@@ -175,11 +177,9 @@ class Scalar(AbstractRule):
 
     def _plain_slope(self, ctx: Context, s0: Array) -> Array:
         """The derivative of this one function; by differences where JAX knows none."""
-        phi = functools.partial(self._value, ctx)
-        try:
-            return jax.jvp(phi, (s0,), (jnp.ones_like(s0),))[1]
-        except Exception:  # what a primitive without a derivative raises is its own choice
-            return difference_slope(phi, s0)
+        if self.phi.known <= self.static.keys():
+            return _slope_of(self._kind)(s0)
+        return _slope_at(functools.partial(self._value, ctx), s0)
 
     def _value(self, ctx: Context, s: Array) -> Array:
         """The function without its affine head."""
@@ -212,6 +212,16 @@ class Scalar(AbstractRule):
 
 _KINDS = 256  # whose jumps and bounds are remembered
 
+
+def _slope_at(phi: Callable[[Array], Array], s0: Array) -> Array:
+    try:
+        return jax.jvp(phi, (s0,), (jnp.ones_like(s0),))[1]
+    except Exception:  # what a primitive without a derivative raises is its own choice
+        return difference_slope(phi, s0)
+
+
+# The slopes of functions of the same steps are traced once.
+_slope_of = functools.lru_cache(_KINDS)(lambda kind: jax.jit(functools.partial(_slope_at, kind)))
 # What is found out of a function by evaluating it, once for all functions of the same steps.
 _jumps_of = functools.lru_cache(_KINDS)(lambda kind: jumps_of(kind, kind.dtype))
 _bounds_of = functools.lru_cache(_KINDS)(lambda kind: bounds_of(kind, kind.dtype))
