@@ -98,10 +98,14 @@ def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> Stat
 def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyTree:
     """The displacement of every parameter, as a pytree like the model."""
 
+    scale = problem.gradient_scale
+
     def leaf(start: Array, value: int | None) -> Array:
         if value is None or (shift := state.shifts[value]) is None:
             return jnp.zeros_like(start)
-        moved = moved_by(problem, state, value) if raw else shift / problem.gradient_scale
+        if not raw:
+            return (shift / -scale).astype(start.dtype)
+        moved = moved_by(problem, state, value)
         assert moved is not None
         return -moved.astype(start.dtype)
 

@@ -118,10 +118,7 @@ class Scalar(AbstractRule):
             return self._shared(ctx, inputs, duals[0].astype(self.phi.operands[0].dtype))
         s0 = self.head(ctx.known, inputs)[0]
         dual = duals[0].astype(s0.dtype)
-        slope = self._slope(ctx, s0)
-        # A slope that is not finite, as of a square root at zero, passes nothing on.
-        multiplier = jnp.where(jnp.isfinite(slope), slope * dual, jnp.zeros_like(s0))
-        return self._shared(ctx, inputs, multiplier)
+        return self._shared(ctx, inputs, _passed(self._slope(ctx, s0), dual))
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         s0 = self.head(ctx.known, inputs)[0]
@@ -138,7 +135,8 @@ class Scalar(AbstractRule):
         """The dual of every operand from the one of their sum: its coefficient times that."""
         input_duals = []
         for (c, _, axes), x in zip(self._coefficients(ctx, inputs), inputs, strict=True):
-            nu = (c * multiplier).astype(x.dtype)
+            is_one = isinstance(c, float) and c == 1.0
+            nu = (multiplier if is_one else c * multiplier).astype(x.dtype)
             input_duals.append(jnp.broadcast_to(jnp.expand_dims(nu, axes), x.shape) if axes else nu)
         return input_duals
 
@@ -211,6 +209,12 @@ class Scalar(AbstractRule):
 
 
 _KINDS = 256  # whose jumps and bounds are remembered
+
+
+@jax.jit
+def _passed(slope: Array, dual: Array) -> Array:
+    """A slope times a dual. A slope that is not finite, as of a square root at zero, passes nothing on."""
+    return jnp.where(jnp.isfinite(slope), slope * dual, jnp.zeros_like(dual))
 
 
 def _slope_at(phi: Callable[[Array], Array], s0: Array) -> Array:
