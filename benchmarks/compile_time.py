@@ -1,17 +1,19 @@
-"""How long does a recurrence take to compile, for few and for many time steps?
+"""How long does it take to trace and to compile a displacement, beside a gradient?
 
-    python benchmarks/compile_time.py [--steps 8 512] [--repeats 3] [--json FILE]
+    python benchmarks/compile_time.py [--model NAME ...] [--method NAME ...] [--repeats 5] [--json FILE]
 
-The network is a GRU of 64 units in `jax.lax.scan`, over a batch of 8 sequences. Compared are:
+The models are residual chains of 25 to 200 layers, a GRU over 8 and over 512 time steps, an LSTM that reads and one
+that writes, a small residual network with batch normalization, and two normalizing flows, which need `flowjax`
+(`compile_models.py`). Compared are
 
-- its gradient;
-- its displacement by one cyclic sweep, in which one node goes back through time in order;
-- its displacement by a loop of alternating projections, which take all time steps at once. The loop makes several
-  sweeps, since a single one reaches only what is next to the loss.
+- the value of the loss and its gradient;
+- the value and the displacement by one cyclic sweep, the default;
+- with `--method` also the displacement by a loop of alternating projections, which take all time steps at once. The
+  loop makes several sweeps, since a single one reaches only what is next to the loss.
 
-Printed are the medians over the repeats of the seconds for tracing and compilation, with caches cleared before each,
-and of the ratio of the longest sequence to the shortest within a round. No spread is given. The number of equations
-tells whether anything was unrolled.
+Each is timed once a round, one after another, with caches cleared before. Printed are the medians over the rounds of
+the seconds to trace (to a program in XLA's language) and to compile, and of the ratios to the gradient of the same
+round, each with its least and its largest; and the number of equations, which tells whether anything was unrolled.
 """
 
 from __future__ import annotations
@@ -22,53 +24,41 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from shared import classification, write
+from compile_models import MODELS
+from shared import write
 
 import eqxproj
-
-
-class Recurrent(eqx.Module):
-    """A GRU cell along a sequence, and a linear layer at its end."""
-
-    cell: eqx.nn.GRUCell
-    last: eqx.nn.Linear
-
-    def __call__(self, x):
-        state = jax.lax.scan(lambda h, xt: (self.cell(xt, h), None), jnp.zeros(self.cell.hidden_size), x)[0]
-        return self.last(state)
-
+from eqxproj.rules import _scalar
 
 _SWEEPS = 8  # so many run in a loop, whose body projects every node
 
 METHODS = {
-    "gradient": lambda: eqx.filter_grad(classification),
-    "one cyclic sweep": lambda: eqxproj.filter_displacement(classification),
-    "alternating projections": lambda: eqxproj.filter_displacement(
-        classification,
-        solver=eqxproj.AlternatingProjections(),
-        steps=_SWEEPS,
+    "gradient": eqx.filter_value_and_grad,
+    "one cyclic sweep": eqxproj.filter_value_and_displacement,
+    "alternating projections": lambda loss: eqxproj.filter_value_and_displacement(
+        loss, solver=eqxproj.AlternatingProjections(), steps=_SWEEPS
     ),
 }
 
 
-def compile_once(method: str, steps: int) -> tuple[float, int]:
-    """Seconds from the function to its executable, and the number of equations of its jaxpr."""
+def compile_once(method: str, name: str) -> tuple[float, float, int]:
+    """Seconds to trace and to compile, and the number of equations of the jaxpr."""
+    loss, model, data = MODELS[name]()
     jax.clear_caches()
-    k1, k2 = jax.random.split(jax.random.key(0))
-    model = Recurrent(eqx.nn.GRUCell(16, 64, key=k1), eqx.nn.Linear(64, 10, key=k2))
-    dynamic, static = eqx.partition(model, eqx.is_inexact_array)
-    x, y = jnp.zeros((8, steps, 16)), jnp.zeros(8, int)
-    direction = METHODS[method]()
+    _scalar.clear_kinds()
+    dynamic, static = eqx.partition((model, data), eqx.is_array)
 
-    def function(dynamic, x, y):
-        return direction(eqx.combine(dynamic, static), x, y)
+    def function(dynamic):
+        model, data = eqx.combine(dynamic, static)
+        return METHODS[method](loss)(model, *data)
 
     start = time.perf_counter()
-    traced = jax.jit(function).trace(dynamic, x, y)
-    traced.lower().compile()
-    return time.perf_counter() - start, _count(traced.jaxpr.jaxpr)
+    traced = jax.jit(function).trace(dynamic)
+    lowered = traced.lower()
+    middle = time.perf_counter()
+    lowered.compile()
+    return middle - start, time.perf_counter() - middle, _count(traced.jaxpr.jaxpr)
 
 
 def _count(jaxpr) -> int:
@@ -77,34 +67,44 @@ def _count(jaxpr) -> int:
     return len(jaxpr.eqns) + sum(_count(p.jaxpr) for p in inner if hasattr(p, "jaxpr"))
 
 
-def measure(method: str, steps: list[int], repeats: int) -> dict[str, Any]:
-    seconds: dict[int, list[float]] = {count: [] for count in steps}
-    equations: dict[int, int] = {}
+def measure(name: str, methods: list[str], repeats: int) -> dict[str, dict[str, Any]]:
+    """For each method the seconds of each round, and their ratios to those of the first method."""
+    found = {method: [] for method in methods}
     for _ in range(repeats):
-        for count in steps:
-            found, equations[count] = compile_once(method, count)
-            seconds[count].append(found)
-    ratios = np.asarray(seconds[max(steps)]) / np.asarray(seconds[min(steps)])
+        for method in methods:
+            found[method].append(compile_once(method, name))
+    rounds = {method: np.asarray(rows, float) for method, rows in found.items()}
+    first = rounds[methods[0]]
     return {
-        "seconds": {count: float(np.median(s)) for count, s in seconds.items()},
-        "equations": equations,
-        "ratio": float(np.median(ratios)),
+        method: {
+            **{f"{what} seconds": rows[:, i].tolist() for i, what in enumerate(("trace", "compile"))},
+            **{f"{what} ratios": (rows[:, i] / first[:, i]).tolist() for i, what in enumerate(("trace", "compile"))},
+            "equations": int(rows[0, 2]),
+        }
+        for method, rows in rounds.items()
     }
+
+
+def _spread(values: list[float], unit: str = "") -> str:
+    return f"{np.median(values):.2f}{unit} ({min(values):.2f}-{max(values):.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 512], help="lengths of the sequence")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS), help="all by default")
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS)[:2])
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--json", help="write the figures to this file too")
     args = parser.parse_args()
     results = {}
-    print(f"{'method':26} " + " ".join(f"{f'T={count}':>10}" for count in args.steps) + f" {'ratio':>7}  equations")
-    for method in args.method:
-        results[method] = found = measure(method, args.steps, args.repeats)
-        seconds = " ".join(f"{found['seconds'][count]:9.2f}s" for count in args.steps)
-        print(f"{method:26} {seconds} {found['ratio']:7.2f}  {list(found['equations'].values())}", flush=True)
+    columns = ("trace", "compile", "trace ratio", "compile ratio")
+    print(f"{'model':14} {'method':24} " + " ".join(f"{c:>20}" for c in columns) + "  equations")
+    for name in args.model:
+        results[name] = measure(name, args.method, args.repeats)
+        for method, row in results[name].items():
+            cells = [_spread(row[f"{what} seconds"], "s") for what in ("trace", "compile")]
+            cells += [_spread(row[f"{what} ratios"]) for what in ("trace", "compile")]
+            print(f"{name:14} {method:24} " + " ".join(f"{c:>20}" for c in cells) + f"  {row['equations']}", flush=True)
     write(args.json, results)
 
 

@@ -112,7 +112,7 @@ def test_single_nodes_are_fewer_than_chains():
     ("lines", "arguments"),
     [
         (4, ("step_time.py", "--repeats", "1", "--model", "mlp128")),
-        (2, ("compile_time.py", "--repeats", "1", "--steps", "4", "8")),
+        (1, ("compile_time.py", "--repeats", "1", "--model", "residual-25")),
     ],
 )
 def test_a_benchmark_of_time_prints_ratios(lines, arguments):

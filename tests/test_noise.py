@@ -10,7 +10,7 @@ from scipy.stats import norm
 from eqxproj import filter_displacement
 from eqxproj._numerics._noise import expected_slope, expected_slope_of_pieces, jumps_of, within
 from eqxproj._program._equations import dependents
-from eqxproj._program._fragment import Fragment
+from eqxproj._program._fragment import Fragment, OfOne
 from eqxproj._program._normal_form import normal_form
 from eqxproj.rules._scalar import recognize
 
@@ -43,8 +43,7 @@ def fragment(f):
 
 def found_jumps(f):
     phi, program = fragment(f)
-    operand = phi.operands[0]
-    return jumps_of(phi.of_one(program.static, operand.shape), operand.shape, operand.dtype)
+    return jumps_of(OfOne.of(phi, program.static), phi.operands[0].dtype)
 
 
 def slope_by_integration(f, s, size):

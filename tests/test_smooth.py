@@ -11,6 +11,7 @@ from scipy.special import erf
 from test_piecewise import brute_force, objective
 
 from eqxproj._numerics._smooth import bounds_of, smooth_dual
+from eqxproj._program._fragment import OfOne
 from eqxproj._program._normal_form import normal_form
 from eqxproj.rules._scalar import Fragment, Scalar
 
@@ -58,7 +59,7 @@ def fragment(function) -> tuple[Fragment, dict[int, float]]:
 def found_bounds(function):
     """The bounds, of the function as a rule knows it."""
     phi, static = fragment(function)
-    return bounds_of(lambda s: phi.of_one(static, s.shape)(s), phi.operands[0].dtype)
+    return bounds_of(OfOne.of(phi, static), phi.operands[0].dtype)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

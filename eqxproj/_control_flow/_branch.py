@@ -31,13 +31,11 @@ class Branch(AbstractRule):
 
     def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
         found: list[Unsupported] = []
-        ctx = Context.plain()
         for branch in equation.params["branches"]:
 
             def once(index, *operands, branch=branch):
                 start = [x for x, u in zip(operands, unknown[1:], strict=True) if u]
-                function = _function(branch, operands, unknown[1:], [v.is_float for v in equation.outputs])
-                return sweep(function, start, function(*start), [False] * len(start), ctx)
+                return _function(branch, operands, unknown[1:], [v.is_float for v in equation.outputs]), start
 
             found.extend(missing_in(once, equation))
         return found

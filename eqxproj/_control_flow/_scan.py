@@ -41,12 +41,9 @@ class Scan(AbstractRule):
         walk = _Walk(recurrence, unknown, [v.is_float for v in equation.outputs])
 
         def once(*operands):
-            x = [jnp.empty(operands[i].shape[1:], operands[i].dtype) for i in slices]  # there may be no step at all
-            _, ys = recurrence.body(*(operands[i] for i in (*constants, *carries)), *x)
-            entering = [operands[i] for i in carries]
-            of_carries, of_ys = walk.unknown_carries(entering), walk.read_slices(ys)
-            operands = [operands[i] for i in constants], entering, x
-            return walk.step(*operands, of_carries, of_ys, Context.plain(unknown))
+            x = [jnp.zeros(operands[i].shape[1:], operands[i].dtype) for i in slices]  # there may be no step at all
+            held, entering = ([operands[i] for i in places] for places in (constants, carries))
+            return walk.function(held, entering, x, Context.plain(unknown))[:2]
 
         return missing_in(once, equation)
 

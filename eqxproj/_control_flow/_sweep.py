@@ -11,19 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._errors import Unsupported, UnsupportedPrimitiveError
+from .._graph._build import build
 from .._problem._make import make_problem
 from .._problem._problem import FeasibilityProblem
 from .._program._custom import custom_loss
 from .._program._equations import Equation, dependents
 from .._program._normal_form import normal_form
-from .._program._trace import trace
+from .._program._trace import Trace, trace
 from ..rules._base import Context
 from ..solvers._cyclic import CyclicProjections
 
@@ -50,7 +50,7 @@ def sweep(
         return zeros
     problem = problem_of(function, inputs, duals, is_parameter, ctx, residuals, reached)
     solver = CyclicProjections()
-    state = solver.step(problem, solver.init(problem))
+    state = solver.last_step(problem, solver.init(problem))
     shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
     return [z if s is None else s.astype(z.dtype) for z, s in zip(zeros, shifts, strict=True)]
 
@@ -66,11 +66,7 @@ def problem_of(
 ) -> FeasibilityProblem:
     """The problem that [`sweep`][] runs through, of the same arguments. The inputs are its parameters, in order."""
 
-    def loss(values: Sequence[Array], duals: Sequence[Array]) -> Array:
-        outputs = function(*values)
-        return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
-
-    traced = trace(loss, list(inputs), (list(duals),), is_parameter=is_parameter)
+    traced = _traced(function, inputs, duals, is_parameter)
     problem = make_problem(
         traced,
         ctx.metric,
@@ -84,6 +80,18 @@ def problem_of(
         sends=reached,
     )
     return replace(problem, outer_unit=ctx.unit)
+
+
+def _traced(
+    function: Callable[..., Sequence[Array]], inputs: Sequence[Array], duals: Sequence[Array], likes: Sequence[bool]
+) -> Trace:
+    r"""The loss $-\sum_k \langle \mu_k, y_k \rangle$ of the inputs. `likes` says which of them are parameters."""
+
+    def loss(values: Sequence[Array], duals: Sequence[Array]) -> Array:
+        outputs = function(*values)
+        return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
+
+    return trace(loss, list(inputs), (list(duals),), is_parameter=likes)
 
 
 def depends(function: Callable[..., Sequence[Array]], inputs: Sequence[Array]) -> bool:
@@ -100,10 +108,21 @@ def _offset(ctx: Context) -> float:
     return min(logs, default=0.0) - math.log(ctx.metric.grade)
 
 
-def missing_in(projection: Callable[..., Any], equation: Equation) -> Sequence[Unsupported]:
-    """What has no rule inside of an operation, found by projecting it with abstract operands."""
+def missing_in(
+    part: Callable[..., tuple[Callable[..., Sequence[Array]], Sequence[Array]]], equation: Equation
+) -> Sequence[Unsupported]:
+    """What has no rule inside of an operation: the graph of a part of it is built, and nothing is projected.
+
+    `part` gives a function and its inputs, from the operands of the equation.
+    """
+
+    def built(*operands: Array) -> None:
+        function, inputs = part(*operands)
+        if depends(function, inputs):
+            build(_traced(function, inputs, function(*inputs), [False] * len(inputs)), in_order=True)
+
     try:
-        jax.eval_shape(projection, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs))
+        jax.eval_shape(built, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs))
     except UnsupportedPrimitiveError as error:
         return error.missing
     return ()

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from .._program._affine import AffineTerm, affine_terms
-from .._program._equations import Equation, Program, Variable, live
+from .._program._equations import Equation, Program, Variable, live, ways
 from .._program._primitives import ELEMENTWISE, VIEW_DATA, VIEWS
 from ..rules._registry import RULES, is_registered
 
@@ -57,6 +57,7 @@ class Fusion:
         self.program = program
         self.unknown = unknown
         self.equations = [e for e in equations if any(v.index in unknown for v in e.outputs)]
+        self._order = {e: i for i, e in enumerate(self.equations)}
         self.makers = {v.index: e for e in self.equations for v in e.outputs}
         self.variables = {v.index: v for e in equations for v in (*e.inputs, *e.outputs)}
         self._read = {v.index for v in (*ends, *(v for e in live(self.equations, ends) for v in e.inputs))}
@@ -169,7 +170,7 @@ class Fusion:
     def between(self, start: Sequence[Variable], *stop: Variable) -> tuple[Equation, ...]:
         """The equations that lead from the operands `start` to `stop`."""
         wall = {v.index for v in start}
-        return live([e for e in self.equations if not any(v.index in wall for v in e.outputs)], stop)
+        return ways(self.makers, self._order, [v.index for v in stop], wall)
 
 
 def _merged(found: list[AffineTerm]) -> list[AffineTerm]:

@@ -22,12 +22,13 @@ def edge_logs(graph: Graph, metric: Metric, offset: float = 0.0) -> tuple[float,
     one weight. In a steep metric all that lies as deep as a cycle therefore gets so large a further offset that nothing
     there moves. The ratios stay exact ([`reader_logs`][]).
     """
+    log_weight = metric.log_weight
     cycle = graph.cyclic_depth if metric.in_gradient_regime else math.inf
 
     def log(edge: Edge) -> float:
         depth = graph.depth[edge.consumer]
         further = 0.0 if depth < cycle else _CYCLE_OFFSET
-        return offset + further + metric.log_weight(depth, edge.is_parameter)
+        return offset + further + log_weight(depth, edge.is_parameter)
 
     return tuple(map(log, graph.edges))
 

@@ -83,36 +83,36 @@ def within(jumps: Sequence[float], s: Float[Array, "*shape"]) -> Array:
     return jnp.any((places >= low) & (places <= high))
 
 
-def jumps_of(phi: Callable[[Array], Array], shape: tuple[int, ...], dtype: Any) -> tuple[float, ...]:
+def jumps_of(phi: Callable[[Array], Array], dtype: Any) -> tuple[float, ...]:
     """Where an elementwise function jumps between -8 and 8: where a rise does not shrink with the step.
 
-    `shape` and `dtype` are those of its argument. The places ascend, and are no more than eight.
+    `phi` takes arrays of any length, of this `dtype`. It is compiled, for one length, and called twice at most. The
+    places ascend, and are no more than eight.
     """
-    size = max(1, int(np.prod(shape)))
+    compiled, length = jax.jit(phi), 4 * _SUSPECTS * _FINE
 
-    def values(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The function on a grid, as many points at once as its argument has elements."""
-        s = np.linspace(low, high, count)
-        filled = np.resize(s, (-(-count // size), *shape)).astype(dtype)
-        rows = [np.asarray(phi(jnp.asarray(row)), np.float64) for row in filled]
-        return s, np.concatenate([np.broadcast_to(y, shape).ravel() for y in rows])[:count]
+    def values(s: np.ndarray) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            y = compiled(jnp.asarray(np.resize(s, length).astype(dtype)))
+            return np.asarray(y, np.float64)[: s.size].reshape(s.shape)
 
+    s = np.linspace(-_RANGE, _RANGE + _SHIFT, _COARSE)
+    y = values(s)
+    y = np.where(np.isfinite(y), y, 0.0)
+    # A jump may be far from where the function is steep, but no smooth function has fourth differences like it.
+    rough: list[int] = []
+    for first in np.argsort(-np.abs(np.diff(y, 4)))[: 8 * _SUSPECTS]:  # one jump shows in four of them
+        if len(rough) < _SUSPECTS and all(abs(first - other) > 4 for other in rough):
+            rough.append(int(first))
     found = []
-    with jax.ensure_compile_time_eval():
-        s, y = values(-_RANGE, _RANGE + _SHIFT, _COARSE)
-        y = np.where(np.isfinite(y), y, 0.0)
-        rise = np.abs(np.diff(y))
-        # A jump may be far from where the function is steep, but no smooth function has fourth differences like it.
-        rough: list[int] = []
-        for first in np.argsort(-np.abs(np.diff(y, 4)))[: 8 * _SUSPECTS]:  # one jump shows in four of them
-            if len(rough) < _SUSPECTS and all(abs(first - other) > 4 for other in rough):
-                rough.append(int(first))
-        for i in sorted({i for first in rough for i in range(first, first + 4)}):
-            places, near = values(s[i], s[i + 1], _FINE)
-            fine = np.abs(np.diff(near))
-            fine = np.where(np.isfinite(fine), fine, 0.0)
-            around = np.max(rise[max(i - 1, 0) : i + 2])
-            rounding = 1e3 * float(jnp.finfo(dtype).eps) * np.max(np.abs(y[i : i + 2]))
-            if np.max(fine) > max(0.25 * around, rounding):
-                found.append(float(places[np.argmax(fine)]))
+    cells = sorted({i for first in rough for i in range(first, first + 4)})
+    places = np.stack([np.linspace(s[i], s[i + 1], _FINE) for i in cells])
+    fine = np.abs(np.diff(values(places)))
+    fine = np.where(np.isfinite(fine), fine, 0.0)
+    rise = np.abs(np.diff(y))
+    for row, i in enumerate(cells):
+        around = np.max(rise[max(i - 1, 0) : i + 2])
+        rounding = 1e3 * float(jnp.finfo(dtype).eps) * np.max(np.abs(y[i : i + 2]))
+        if np.max(fine[row]) > max(0.25 * around, rounding):
+            found.append(float(places[row, np.argmax(fine[row])]))
     return tuple(found)

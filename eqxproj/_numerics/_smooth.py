@@ -15,6 +15,7 @@ structure.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def bounds_of(phi: Callable[[Array], Array], dtype: Any) -> Bounds | None:
     with jax.ensure_compile_time_eval():
         s = jnp.asarray(grid, dtype)
         try:
-            value, slope, bend = (np.asarray(x, float) for x in _derivatives(phi, s))
+            value, slope, bend = (np.asarray(x, float) for x in jax.jit(functools.partial(_derivatives, phi))(s))
         except Exception:  # what a primitive without a derivative raises is its own choice
             return None
     if not all(np.all(np.isfinite(x)) for x in (value, slope, bend)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -217,21 +217,35 @@ def feasibility_problem(
     model, args, kwargs = on_automatic_mesh((model, args, dict(kwargs or {})))
     traced = trace(loss, model, args, kwargs, has_aux=has_aux)
     problem = make_problem(traced, metric, copies, tau, data, two_colors, noise=noise)
-    check_labels(problem, args)
+    check_labels(labels_of(problem), args)
     return problem
 
 
-def check_labels(problem: FeasibilityProblem, data: PyTree) -> None:
-    """Raises a `ValueError` where labels of a loss of this library are out of range.
+class Labels(NamedTuple):
+    """Labels of a loss of this library: their values, what raises where they are wrong, and which argument they are."""
 
-    Labels that are an argument of the loss as they stand are looked up in `data`, the whole of it; others are read
-    from the problem's own batch.
+    values: Array
+    check: Callable[[Any], None]
+    argument: int | None  # the place among the arrays of the arguments; `None` where they are computed from these
+
+
+def labels_of(problem: FeasibilityProblem) -> list[Labels]:
+    """The labels that the objectives of a problem read."""
+    arguments = problem.trace.program.inputs[len(problem.trace.parameters) :]
+    places = {v.index: i for i, v in enumerate(arguments)}
+    equations = [n.equation for n in problem.graph.nodes if n.kind == "objective" and n.equation is not None]
+    found = filter(None, map(checked_labels, equations))
+    return [Labels(problem.known[index], check, places.get(index)) for index, check in found]
+
+
+def check_labels(found: Sequence[Labels], data: PyTree) -> None:
+    """Raises a `ValueError` where labels are out of range.
+
+    Labels that are an argument of the loss as they stand are looked up in `data`, the whole of it; of others those of
+    the problem's own batch are checked.
     """
     leaves = [x for x in jtu.tree_leaves(data) if eqx.is_array_like(x)]
-    arguments = problem.trace.program.inputs[len(problem.trace.parameters) :]
-    whole = {v.index: leaf for v, leaf in zip(arguments, leaves, strict=False)}
-    equations = [n.equation for n in problem.graph.nodes if n.kind == "objective" and n.equation is not None]
-    for index, check in filter(None, map(checked_labels, equations)):
-        labels = whole[index] if index in whole else problem.known[index]
+    for values, check, argument in found:
+        labels = leaves[argument] if argument is not None and argument < len(leaves) else values
         if not isinstance(labels, jax.core.Tracer):
             check(labels)

@@ -97,7 +97,7 @@ class Projector(AbstractProjector):
             if gradient_regime
             else node.rule.project(ctx, inputs, duals)
         )
-        stays = keeps or not node.outputs
+        stays = keeps or state.is_last or not node.outputs
         return as_duals(found), written if stays else outputs_after(node.rule, ctx, inputs, outputs, found)
 
 
@@ -154,8 +154,10 @@ def _written(
     cleared = _cleared(problem, state, duals, {v for n in nodes for v in graph.nodes[n].outputs})
     stale = {graph.edges[e].consumer for v in changed for e in graph.readers[v]}
     tracked = not state.store_copies and any(state.up_to_date)
-    up_to_date = tuple(tracked and (i in answers or old) and i not in stale for i, old in enumerate(state.up_to_date))
-    return State(tuple(values), tuple(shifts), cleared, up_to_date, state.store_copies)
+    up_to_date = list(state.up_to_date) if tracked else [False] * len(graph.nodes)
+    for number, is_new in ((n, tracked and n not in stale) for n in {*answers, *stale}):
+        up_to_date[number] = is_new
+    return State(tuple(values), tuple(shifts), cleared, tuple(up_to_date), state.store_copies, state.is_last)
 
 
 def _added(before: Array | None, dual: Array) -> Array:

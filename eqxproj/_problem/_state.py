@@ -12,29 +12,37 @@ sum of an operand's duals; `store_copies` marks a state that keeps every copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array
+
+_Entry = Any
+"""An array or `None`. In the place of an array JAX puts others, such as shapes, in its transformations."""
 
 
-class State(eqx.Module):
+@final
+@jtu.register_dataclass
+@dataclass(frozen=True, eq=False)
+class State:
     """Values, edges' duals, and what is known of them while tracing.
 
     - `values`: for each value that a node puts out, the array it last wrote; `None` for parameters and data.
     - `shifts`: for each parameter the dual accumulated since the start; `None` elsewhere, and where it is zero.
     - `duals`: for each edge its dual, in the shape of the operand, or with `store_copies` of its copies.
     - `up_to_date`: for each node, whether its output is the function of its operands.
+    - `is_last`: whether only parameters are read after this step: what nodes put out is not evaluated again.
     """
 
-    values: tuple[Array | None, ...]
-    shifts: tuple[Array | None, ...]
-    duals: tuple[Array | None, ...]
+    values: tuple[_Entry, ...]
+    shifts: tuple[_Entry, ...]
+    duals: tuple[_Entry, ...]
     up_to_date: tuple[bool, ...] = eqx.field(static=True)
     store_copies: bool = eqx.field(static=True)
+    is_last: bool = eqx.field(static=True, default=False)
 
     def __repr__(self) -> str:
         held = {n: sum(x is not None for x in getattr(self, n)) for n in ("values", "shifts", "duals")}

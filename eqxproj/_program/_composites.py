@@ -18,7 +18,7 @@ from typing import Any
 
 from jax.extend.core import Primitive
 
-from ._equations import Equation, Variable, live
+from ._equations import Equation, Variable, live, ways
 from ._fragment import evaluate
 from ._primitives import ELEMENTWISE, REDUCTIONS, VIEWS
 
@@ -86,6 +86,8 @@ def with_composites(
     `is_apart` tells which are never joined, such as operations with a rule that a user has registered.
     """
     makers = {v.index: e for e in equations for v in e.outputs}
+    of_unknowns = {i: e for i, e in makers.items() if i in unknown}
+    order = {e: i for i, e in enumerate(equations)}
     dominators = _dominators(equations, unknown, is_apart)
     readers = Counter(index for e in equations for index in {v.index for v in e.inputs})
 
@@ -94,7 +96,7 @@ def with_composites(
         if len(inputs) < 2 or equation.name not in ELEMENTWISE or out.index not in dominators or not out.is_float:
             return equation
         start = _prepared(dominators[out.index], makers, readers, unknown, is_apart)
-        return _joined(equation, start, equations, unknown) or equation
+        return _joined(equation, start, of_unknowns, order) or equation
 
     return live([joined(e) for e in equations], ends)
 
@@ -117,16 +119,16 @@ def _prepared(
     return at if exponential else start
 
 
-def _joined(junction: Equation, start: int, equations: Sequence[Equation], unknown: frozenset[int]) -> Composite | None:
-    """The composite from a variable to a junction; `None` where no reduction lies between."""
-    needed = {v.index for v in junction.outputs}
-    inner: list[Equation] = []
-    for equation in reversed(equations):
-        if any(v.index in needed for v in equation.outputs):
-            inner.insert(0, equation)
-            needed.update(v.index for v in equation.inputs if v.index in unknown and v.index != start)
+def _joined(
+    junction: Equation, start: int, makers: Mapping[int, Equation], order: Mapping[Equation, int]
+) -> Composite | None:
+    """The composite from a variable to a junction; `None` where no reduction lies between.
+
+    `makers` are those of the unknowns; `order` are the places of the equations.
+    """
+    inner = ways(makers, order, [v.index for v in junction.outputs], {start})
     if not any(e.name in REDUCTIONS for e in inner):
         return None
     made = {v.index for e in inner for v in e.outputs}
     reads = tuple({v.index: v for e in inner for v in e.inputs if v.index not in made}.values())
-    return Composite(_composite_p, {}, reads, junction.outputs, junction.source, inner=tuple(inner))
+    return Composite(_composite_p, {}, reads, junction.outputs, junction.source, inner=inner)

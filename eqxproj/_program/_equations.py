@@ -6,7 +6,7 @@ and inner programs (of a `scan`, say) are parameters of their equation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,23 @@ def live(equations: Sequence[Equation], wanted: Sequence[Variable], with_effects
             kept.append(equation)
             needed.update(v.index for v in equation.inputs)
     return tuple(reversed(kept))
+
+
+def ways(
+    makers: Mapping[int, Equation], order: Mapping[Equation, int], wanted: Iterable[int], wall: Container[int]
+) -> tuple[Equation, ...]:
+    """The equations that `wanted` variables depend on, in order, without those that make a variable of the `wall`.
+
+    Only these are looked at: `makers` are the equations by output, and `order` are their places in the program.
+    """
+    found: set[Equation] = set()
+    stack = list(wanted)
+    while stack:
+        maker = makers.get(stack.pop())
+        if maker is not None and maker not in found and not any(v.index in wall for v in maker.outputs):
+            found.add(maker)
+            stack.extend(v.index for v in maker.inputs)
+    return tuple(sorted(found, key=order.__getitem__))
 
 
 def dependents(equations: Sequence[Equation], seeds: Sequence[Variable]) -> frozenset[int]:

@@ -6,8 +6,8 @@ operand. Limits: all else that it reads must be known from the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -77,15 +77,6 @@ class Fragment:
         inside = {v.index for e in self.equations for v in e.outputs} | {v.index for v in self.operands}
         return frozenset(v.index for e in self.equations for v in e.inputs if v.index not in inside)
 
-    def of_one(self, static: Mapping[int, float], shape: tuple[int, ...]) -> Callable[[Array], Array]:
-        """An elementwise fragment as a function of its one operand, whose shape need not be the one in the program.
-
-        `static` holds all numbers that the fragment reads from outside, by the number of their variable.
-        """
-        variables = {v.index: v for e in self.equations for v in e.inputs}
-        known = {i: np.full(shape if variables[i].shape else (), static[i], variables[i].dtype) for i in self.known}
-        return lambda x: self(known, [x])[0]
-
     def __call__(self, known: Mapping[int, Any], values: Sequence[Array]) -> list[Array]:
         env = {index: known[index] for index in self.known}
         env.update((v.index, x) for v, x in zip(self.operands, values, strict=True))
@@ -103,6 +94,42 @@ class Fragment:
             return equation.bind(*operands)
         known, unknown = operands if is_known[0] else reversed(operands)
         return [jnp.where(unknown <= known, known, unknown)]
+
+
+@dataclass(frozen=True)
+class OfOne:
+    """An elementwise fragment whose known operands are numbers, as a function of one array of any shape.
+
+    Two of them are equal if they take the same steps, whatever their variables are called.
+    """
+
+    dtype: Any
+    steps: Hashable
+    fragment: Fragment = field(compare=False)
+    static: Mapping[int, float] = field(compare=False)
+
+    @classmethod
+    def of(cls, fragment: Fragment, static: Mapping[int, float]) -> OfOne:
+        """`static` holds all numbers that the fragment reads from outside, by the number of their variable."""
+        made = [*fragment.operands, *(v for e in fragment.equations for v in e.outputs)]
+        place = {v.index: i for i, v in enumerate(made)}
+
+        def read(v: Variable) -> Hashable:  # as text: the two zeros differ, and what is no number equals itself
+            return place[v.index] if v.index in place else (repr(static[v.index]), str(v.dtype), v.shape == ())
+
+        steps = tuple(
+            (e.primitive, tuple(e.params.items()), tuple(map(read, e.inputs)), tuple(str(v.dtype) for v in e.outputs))
+            for e in fragment.equations
+        )
+        used = {i: static[i] for i in fragment.known}
+        return cls(fragment.operands[0].dtype, (steps, tuple(map(read, fragment.outputs))), fragment, used)
+
+    def __call__(self, x: Array) -> Array:
+        variables = {v.index: v for e in self.fragment.equations for v in e.inputs}
+        known = {
+            i: np.full(x.shape if variables[i].shape else (), n, variables[i].dtype) for i, n in self.static.items()
+        }
+        return self.fragment(known, [x])[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ of its own is shown where the user calls it.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -27,6 +28,7 @@ def source_of(source_info: Any, outer: str | None = None) -> str:
     return jex.source_info_util.summarize(source_info) if outer is None else outer
 
 
+@functools.lru_cache(4096)
 def _is_users(file: str) -> bool:
     """Whether a file belongs to none of the libraries of the stack, nor to the standard library."""
     if file.startswith("<") or os.path.abspath(file).startswith(_HERE):

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._graph._build import check_dependence
-from .._problem._make import check_labels, feasibility_problem
+from .._problem._make import Labels, check_labels, feasibility_problem, labels_of
 from .._problem._problem import FeasibilityProblem
 from .._program._trace import trace
+from ..rules._registry import registry_version
 from ..solvers._solve import finite_nodes, first_bad
+from ._compiled import jitted
 from ._displacement import DEFAULT_TAU, Options, displacement_of, run
 from ._preconditioner import Preconditioner, preconditioner
 
@@ -75,9 +77,7 @@ class Gradient(AbstractDirection):
         return Direction(value, moved, None, auxiliary)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
-        traced = trace(self.loss, model, batch, key_argument(self.loss, jax.random.key(0)), has_aux=self.has_aux)
-        check_dependence(traced)
-        return jnp.asarray(value_alone(self.loss, self.has_aux)(traced.rebuild(traced.parameters), *batch))
+        return jitted(_CheckedValue(self.loss, self.has_aux))(model, batch)
 
     def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
         return "the gradient"
@@ -103,19 +103,10 @@ class Displacement(AbstractDirection):
         return Direction(problem.value, displacement_of(problem, state, False), coordinates, problem.auxiliary)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
-        problem = feasibility_problem(
-            self.loss,
-            model,
-            *batch,
-            copies=self.options.copies,
-            metric=self.options.metric,
-            tau=DEFAULT_TAU if self.options.tau is None else self.options.tau,
-            noise=self.options.noise,
-            has_aux=self.has_aux,
-            kwargs=key_argument(self.loss, jax.random.key(0)),
-        )
-        check_labels(problem, data)
-        return problem.value
+        first = _FirstValue(self.loss, self.has_aux, self.options)
+        value, labels = jitted(first, registry_version())(model, batch)
+        check_labels(labels, data)
+        return value
 
     def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
         problem = self._problem(model, batch, key)
@@ -144,11 +135,47 @@ def key_argument(loss: Callable[..., Any], key: Any) -> dict[str, Any]:
     return {"key": key} if takes_key(loss) else {}
 
 
-def value_alone(loss: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+class ValueAlone(eqx.Module):
     """The loss as a function to evaluate, without its auxiliary output, and with always the same key."""
 
-    def value(model: PyTree, *args: Any) -> Any:
-        out = loss(model, *args, **key_argument(loss, jax.random.key(0)))
-        return out[0] if has_aux else out
+    loss: Callable[..., Any]
+    has_aux: bool = eqx.field(static=True)
 
-    return value
+    def __call__(self, model: PyTree, *args: Any) -> Any:
+        out = self.loss(model, *args, **key_argument(self.loss, jax.random.key(0)))
+        return out[0] if self.has_aux else out
+
+
+class _CheckedValue(eqx.Module):
+    """The value of a loss, which is checked while it is traced."""
+
+    loss: Callable[..., Any]
+    has_aux: bool = eqx.field(static=True)
+
+    def __call__(self, model: PyTree, batch: Sequence[PyTree]) -> Array:
+        check_dependence(
+            trace(self.loss, model, batch, key_argument(self.loss, jax.random.key(0)), has_aux=self.has_aux)
+        )
+        return jnp.asarray(ValueAlone(self.loss, self.has_aux)(model, *batch))
+
+
+class _FirstValue(eqx.Module):
+    """The value of a loss, and the labels that are to be checked; its problem is made while it is traced."""
+
+    loss: Callable[..., Any]
+    has_aux: bool = eqx.field(static=True)
+    options: Options = eqx.field(static=True)
+
+    def __call__(self, model: PyTree, batch: Sequence[PyTree]) -> tuple[Array, list[Labels]]:
+        problem = feasibility_problem(
+            self.loss,
+            model,
+            *batch,
+            copies=self.options.copies,
+            metric=self.options.metric,
+            tau=DEFAULT_TAU if self.options.tau is None else self.options.tau,
+            noise=self.options.noise,
+            has_aux=self.has_aux,
+            kwargs=key_argument(self.loss, jax.random.key(0)),
+        )
+        return problem.value, labels_of(problem)

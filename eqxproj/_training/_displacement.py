@@ -10,7 +10,7 @@ operations that have no gradient.
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..rules._base import Noise
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
+from ._compiled import jitted
 from ._nnx import flax_for
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
@@ -101,7 +102,8 @@ def checked_options(
 @with_own_promotion
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
-    return iterate(ft.partial(solver.step, problem), solver.init(problem), steps)
+    step = solver.last_step if steps == 1 else solver.step
+    return iterate(ft.partial(step, problem), solver.init(problem), steps)
 
 
 @with_own_promotion
@@ -113,10 +115,14 @@ def displacement_of(problem: FeasibilityProblem, state: State, raw: bool) -> PyT
     """
     conjugate = () if raw else problem.trace.imaginary
 
+    scale = problem.gradient_scale
+
     def leaf(start: Array, value: int | None) -> Array:
         if value is None or (shift := state.shifts[value]) is None:
             return jnp.zeros_like(start)
-        moved = moved_by(problem, state, value) if raw else shift / problem.gradient_scale
+        if not raw:
+            return (shift / -scale).astype(start.dtype)
+        moved = moved_by(problem, state, value)
         assert moved is not None
         return -moved.astype(start.dtype)
 
@@ -168,37 +174,37 @@ def filter_value_and_displacement(
         metric, tau = Metric() if metric is None else metric, RAW_TAU if tau is None else tau
     chosen = checked_options(solver, steps, metric, copies, tau, noise)
 
-    compute = _computed(loss, chosen, raw, has_aux)
-    of_module = ft.cache(lambda flax: _computed(flax.ModuleLoss(loss, has_aux), chosen, raw, True))
+    compute = _Compute(loss, chosen, raw, has_aux)
+    of_module = ft.cache(lambda flax: _Compute(flax.ModuleLoss(loss, has_aux), chosen, raw, True))
 
     @ft.wraps(loss)
     def value_and_displacement(model: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        flax = flax_for(model)
+        flax, version = flax_for(model), registry_version()  # other rules, another program
         if flax is None:
-            return compute(registry_version(), model, args, kwargs)
-        (value, (aux, rest)), moved = of_module(flax)(registry_version(), flax.from_nnx(model), args, kwargs)
+            return jitted(compute, version)(model, args, kwargs)
+        (value, (aux, rest)), moved = jitted(of_module(flax), version)(flax.from_nnx(model), args, kwargs)
         return ((value, aux) if has_aux else value), flax.written_back(model, moved, rest)
 
     return value_and_displacement
 
 
-def _computed(loss: Callable[..., Any], chosen: Options, raw: bool, has_aux: bool) -> Callable[..., Any]:
-    """The value of a loss and the displacement, compiled."""
+class _Compute(eqx.Module):
+    """The value and the displacement of a loss. Its leaf is the loss, or the leaves of a loss that is a pytree."""
 
-    @eqx.filter_jit
-    def compute(version: Hashable, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        del version  # a static argument: other rules, another program
+    loss: Callable[..., Any]
+    chosen: Options = eqx.field(static=True)
+    raw: bool = eqx.field(static=True)
+    has_aux: bool = eqx.field(static=True)
 
-        def answer(given: tuple[PyTree, tuple[Any, ...], dict[str, Any]]) -> tuple[Any, PyTree]:
-            traced = trace(loss, *given, has_aux=has_aux)
-            problem = chosen.problem(traced)
-            state = canonicalised(lambda: run(problem, chosen.solver, chosen.steps), traced.program)
-            moved = displacement_of(problem, state, raw)
-            return ((problem.value, problem.auxiliary) if has_aux else problem.value), moved
+    def __call__(self, model: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, PyTree]:
+        return with_automatic_axes(self._answer, (model, args, kwargs), eqx.filter(model, eqx.is_inexact_array))
 
-        return with_automatic_axes(answer, (model, args, kwargs), eqx.filter(model, eqx.is_inexact_array))
-
-    return compute
+    def _answer(self, given: tuple[PyTree, tuple[Any, ...], dict[str, Any]]) -> tuple[Any, PyTree]:
+        traced = trace(self.loss, *given, has_aux=self.has_aux)
+        problem = self.chosen.problem(traced)
+        state = canonicalised(lambda: run(problem, self.chosen.solver, self.chosen.steps), traced.program)
+        moved = displacement_of(problem, state, self.raw)
+        return ((problem.value, problem.auxiliary) if self.has_aux else problem.value), moved
 
 
 def filter_displacement(loss: Callable[..., Any], **options: Any) -> Callable[..., PyTree]:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._errors import EvaluationError, NonFiniteError, TrainingInterrupted, described
+from ._compiled import jitted
 from ._data import take
 from ._progress import progress
 from ._step import Step, TrainState, compiled
@@ -80,7 +81,7 @@ class Evaluation(eqx.Module):
     ):
         self.data = None if data is None else jtu.tree_map(jnp.asarray, data)
         self.plain, self.is_loss = {} if data is None else functions, is_loss
-        self.functions = {name: eqx.filter_jit(f) for name, f in self.plain.items()}
+        self.functions = {name: jitted(f) for name, f in self.plain.items()}
         self.every = max(1, steps // 20) if every is None else int(every)
         self.steps = steps
 

@@ -5,6 +5,7 @@ The default rate is chosen for the coordinates of [`Preconditioner`][], and suit
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from .._errors import described
 from .._numerics._promotion import with_own_promotion
 
 
+@functools.lru_cache(64)  # the same functions again, so that a step compiled with them is found
 @with_own_promotion
 def default_optimizer(steps: int) -> optax.GradientTransformation:
     """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends."""
@@ -60,7 +62,7 @@ def checked_optimizer(optimizer: Any, parameters: PyTree) -> optax.GradientTrans
     **Raises:** `TypeError` where it is none, or cannot take an update.
     """
     check_optimizer(optimizer)
-    chain = optax.with_extra_args_support(optimizer)
+    chain = _extended(optimizer)
 
     def first(transformation: optax.GradientTransformationExtraArgs, parameters: PyTree) -> PyTree:
         state = transformation.init(parameters)
@@ -87,6 +89,11 @@ def checked_optimizer(optimizer: Any, parameters: PyTree) -> optax.GradientTrans
     return chain
 
 
+# The same functions again, so that a step compiled with them is found.
+_extended = functools.lru_cache(64)(optax.with_extra_args_support)
+
+
+@functools.lru_cache(64)
 def _without_value(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **_: Any) -> tuple[PyTree, PyTree]:
         return optimizer.update(updates, state, params)

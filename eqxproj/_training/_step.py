@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._numerics._promotion import with_own_promotion
 from .._program._canonical import lowered
 from .._program._sharding import constrained_as
+from ..rules._registry import registry_version
+from ._compiled import configuration, kept
 from ._constraints import Held, apply_constraints
 from ._direction import AbstractDirection, Direction
 
@@ -118,15 +120,26 @@ def _others(model: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def compiled(step: Step, state: TrainState, batch: Sequence[PyTree], key: Array) -> Callable[..., Any]:
-    """The step compiled ahead of time, so that compilation is timed apart: a function of the same arguments."""
+    """The step compiled ahead of time, so that compilation is timed apart: a function of the same arguments.
+
+    For another run with the same functions, shapes and settings it is the same program.
+    """
     arrays, fixed = eqx.partition(state, eqx.is_array)
     shardings = jtu.tree_map(lambda x: getattr(x, "sharding", False), arrays)  # the next step takes what this returns
+    arguments = arrays, np.int32(0), batch, key
 
-    def pure(arrays: PyTree, number: Any, batch: Sequence[PyTree], key: Array) -> tuple[PyTree, Array]:
-        new, value = step(eqx.combine(arrays, fixed), number, batch, key)
-        return jtu.tree_map(constrained_as, eqx.filter(new, eqx.is_array), shardings), value
+    def make(recall: Callable[[], PyTree]) -> jax.stages.Compiled:
+        step, fixed = recall()
 
-    program = lowered(pure, arrays, np.int32(0), batch, key).compile()
+        def pure(arrays: PyTree, number: Any, batch: Sequence[PyTree], key: Array) -> tuple[PyTree, Array]:
+            new, value = step(eqx.combine(arrays, fixed), number, batch, key)
+            return jtu.tree_map(constrained_as, eqx.filter(new, eqx.is_array), shardings), value
+
+        return lowered(pure, *arguments).compile()
+
+    leaves, treedef = jtu.tree_flatten(arguments)
+    types = tuple((jax.typeof(x), getattr(x, "sharding", None)) for x in leaves)
+    program = kept("step", make, (step, fixed), treedef, types, registry_version(), configuration())
 
     def advance(state: TrainState, number: Any, batch: Sequence[PyTree], key: Array) -> tuple[TrainState, Array]:
         new, value = program(eqx.filter(state, eqx.is_array), number, batch, key)

@@ -28,7 +28,7 @@ from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive
 from ._constraints import Constraint, check_common_points, held, outside
 from ._data import batches, check_data, check_key, check_model, take
-from ._direction import AbstractDirection, Displacement, Gradient, key_argument, value_alone
+from ._direction import AbstractDirection, Displacement, Gradient, ValueAlone, key_argument
 from ._displacement import checked_options
 from ._loop import Evaluation, fit
 from ._nnx import takes_nnx
@@ -128,7 +128,7 @@ def train(
     arrays, count = check_data(data, "data")
     _check_arguments(loss, arrays)
     batch_size = _check_batch_size(batch_size, count)
-    evaluation = _evaluation(eval_data, evaluate, eval_every, value_alone(loss, has_aux), int(steps))
+    evaluation = _evaluation(eval_data, evaluate, eval_every, ValueAlone(loss, has_aux), int(steps))
     check_model(model)
     given, model = model, on_automatic_mesh(model)
     all_held = held(model, constraints)

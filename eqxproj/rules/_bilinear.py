@@ -14,13 +14,15 @@ Limits: with two unknown operands the minimum of the whole product is a local on
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
 from jaxtyping import Array
 
 from .._numerics._multiplier import solve_multiplier
@@ -59,7 +61,18 @@ class Bilinear(AbstractRule):
         return [out if stored is None else stored.to_output(out)]
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-        return transposed(self, ctx, inputs, duals)
+        equation = ctx.equation
+        assert equation is not None
+        if ctx.store_copies:
+            return transposed(self, ctx, inputs, duals)
+        operands, dual = ctx.operands(inputs), duals[0].astype(equation.outputs[0].dtype)
+        params = tuple(equation.params.items())
+        both = zip(ctx.unknown, reversed(operands), equation.inputs, strict=True)
+        return [
+            _transpose(equation.primitive, params, i, v.shape, v.dtype)(other, dual)
+            for i, (is_unknown, other, v) in enumerate(both)
+            if is_unknown
+        ]
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array] | Projected:
         if ctx.copies == "none" and ctx.equation is not None and ctx.equation.name != "mul":
@@ -110,6 +123,21 @@ class Bilinear(AbstractRule):
         nu_a = form.back_a(scaled, w) + a * (form.spread_a(second * tilt) + alpha * along_a) + alpha * apart_a
         nu_w = form.back_w(a, scaled) + w * (form.spread_w(second / tilt) + omega * along_w) + omega * apart_w
         return [nu_a.astype(a.dtype), nu_w.astype(w.dtype)], multiplier
+
+
+@functools.lru_cache(256)
+def _transpose(
+    primitive: Primitive, params: tuple[tuple[str, Any], ...], position: int, shape: tuple[int, ...], dtype: Any
+) -> Callable[[Array, Array], Array]:
+    """The transpose of a product to one of its operands, of this shape, traced once for all that are alike."""
+
+    def transpose(other: Array, dual: Array) -> Array:
+        def product(x):
+            return primitive.bind(*((x, other) if position == 0 else (other, x)), **dict(params))
+
+        return jax.linear_transpose(product, jax.ShapeDtypeStruct(shape, dtype))(dual)[0]
+
+    return jax.jit(transpose)
 
 
 def scaled_products(

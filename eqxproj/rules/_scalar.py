@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -33,7 +33,7 @@ from .._numerics._search import generic_dual
 from .._numerics._smooth import Bounds, bounds_of, smooth_dual
 from .._program._affine import AffineTerm as AffineTerm
 from .._program._equations import Equation, Variable
-from .._program._fragment import Fragment
+from .._program._fragment import Fragment, OfOne
 from ._base import AbstractRule, Context
 from ._local import FLAT
 
@@ -114,12 +114,11 @@ class Scalar(AbstractRule):
         return self.phi(ctx.known, self.head(ctx.known, inputs))
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        if not self.phi.equations:  # a sum: there is nothing to evaluate
+            return self._shared(ctx, inputs, duals[0].astype(self.phi.operands[0].dtype))
         s0 = self.head(ctx.known, inputs)[0]
         dual = duals[0].astype(s0.dtype)
-        slope = self._slope(ctx, s0)
-        # A slope that is not finite, as of a square root at zero, passes nothing on.
-        multiplier = jnp.where(jnp.isfinite(slope), slope * dual, jnp.zeros_like(s0))
-        return self._shared(ctx, inputs, multiplier)
+        return self._shared(ctx, inputs, _passed(self._slope(ctx, s0), dual))
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         s0 = self.head(ctx.known, inputs)[0]
@@ -136,7 +135,8 @@ class Scalar(AbstractRule):
         """The dual of every operand from the one of their sum: its coefficient times that."""
         input_duals = []
         for (c, _, axes), x in zip(self._coefficients(ctx, inputs), inputs, strict=True):
-            nu = (c * multiplier).astype(x.dtype)
+            is_one = isinstance(c, float) and c == 1.0
+            nu = (multiplier if is_one else c * multiplier).astype(x.dtype)
             input_duals.append(jnp.broadcast_to(jnp.expand_dims(nu, axes), x.shape) if axes else nu)
         return input_duals
 
@@ -177,11 +177,9 @@ class Scalar(AbstractRule):
 
     def _plain_slope(self, ctx: Context, s0: Array) -> Array:
         """The derivative of this one function; by differences where JAX knows none."""
-        phi = functools.partial(self._value, ctx)
-        try:
-            return jax.jvp(phi, (s0,), (jnp.ones_like(s0),))[1]
-        except Exception:  # what a primitive without a derivative raises is its own choice
-            return difference_slope(phi, s0)
+        if self.phi.known <= self.static.keys():
+            return _slope_of(self._kind)(s0)
+        return _slope_at(functools.partial(self._value, ctx), s0)
 
     def _value(self, ctx: Context, s: Array) -> Array:
         """The function without its affine head."""
@@ -203,19 +201,46 @@ class Scalar(AbstractRule):
     @functools.cached_property
     def _bounds(self) -> Bounds | None:
         """Of a function that reads known arrays nothing is known."""
-        phi, static = self.phi, self.static
-        if not phi.known <= static.keys():
-            return None
-        return bounds_of(lambda s: phi.of_one(static, s.shape)(s), phi.operands[0].dtype)
+        return _bounds_of(self._kind) if self.phi.known <= self.static.keys() else None
 
     @functools.cached_property
     def _jumps(self) -> tuple[float, ...]:
         """Where a function of known numbers has jumps. Of one that reads known arrays that is not found out."""
         may = any(e.name in MAY_JUMP for e in self.phi.equations) and self.phi.known <= self.static.keys()
-        if not may:
-            return ()
-        operand = self.phi.operands[0]
-        return jumps_of(self.phi.of_one(self.static, operand.shape), operand.shape, operand.dtype)
+        return _jumps_of(self._kind) if may else ()
+
+    @property
+    def _kind(self) -> OfOne:
+        return OfOne.of(self.phi, self.static)
+
+
+_KINDS = 256  # whose jumps and bounds are remembered
+
+
+@jax.jit
+def _passed(slope: Array, dual: Array) -> Array:
+    """A slope times a dual. A slope that is not finite, as of a square root at zero, passes nothing on."""
+    return jnp.where(jnp.isfinite(slope), slope * dual, jnp.zeros_like(dual))
+
+
+def _slope_at(phi: Callable[[Array], Array], s0: Array) -> Array:
+    try:
+        return jax.jvp(phi, (s0,), (jnp.ones_like(s0),))[1]
+    except Exception:  # what a primitive without a derivative raises is its own choice
+        return difference_slope(phi, s0)
+
+
+# The slopes of functions of the same steps are traced once.
+_slope_of = functools.lru_cache(_KINDS)(lambda kind: jax.jit(functools.partial(_slope_at, kind)))
+# What is found out of a function by evaluating it, once for all functions of the same steps.
+_jumps_of = functools.lru_cache(_KINDS)(lambda kind: jumps_of(kind, kind.dtype))
+_bounds_of = functools.lru_cache(_KINDS)(lambda kind: bounds_of(kind, kind.dtype))
+
+
+def clear_kinds() -> None:
+    """Forgets what was found out of functions."""
+    _jumps_of.cache_clear()
+    _bounds_of.cache_clear()
 
 
 MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")

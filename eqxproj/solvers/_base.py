@@ -34,6 +34,10 @@ class AbstractSolver(eqx.Module):
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         """One iteration."""
 
+    def last_step(self, problem: FeasibilityProblem, state: State) -> State:
+        """One iteration after which nothing but the parameters is read: an algorithm may leave out all else."""
+        return self.step(problem, state)
+
     def terminate(self, change: Float[Array, ""], violation: Float[Array, ""], tol: float) -> Bool[Array, ""]:
         """Whether to stop: the state has stopped changing, or every constraint holds to the tolerance."""
         return (change <= tol) | (violation <= tol)
