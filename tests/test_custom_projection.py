@@ -193,14 +193,14 @@ def test_required_keyword_only_argument():
 @pytest.mark.parametrize("wrong", [3, None, "tanh", X], ids=["number", "None", "name", "array"])
 def test_no_functions(wrong):
     if wrong is not None:  # without a function, a decorator is returned
-        with pytest.raises(TypeError, match="`function` must be a function"):
+        with pytest.raises(TypeError, match="`function` must be a function|parameter 'function'"):
             eqxproj.custom_projection(wrong)
-    with pytest.raises(TypeError, match="projection of 'smooth' must be a function"):
+    with pytest.raises(TypeError, match="projection of 'smooth' must be a function|parameter 'rule'"):
         eqxproj.custom_projection(smooth).def_projection(wrong)
     for taken in (eqxproj.filter_displacement, eqxproj.filter_value_and_displacement):
-        with pytest.raises(TypeError, match="`loss` must be a function"):
+        with pytest.raises(TypeError, match="`loss` must be a function|parameter 'loss'"):
             taken(wrong)
-    with pytest.raises(TypeError, match="`loss` must be a function"):
+    with pytest.raises(TypeError, match="`loss` must be a function|parameter 'loss'"):
         eqxproj.feasibility_problem(wrong, X)  # pyright: ignore[reportArgumentType]
 
 
