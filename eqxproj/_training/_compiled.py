@@ -75,18 +75,19 @@ def kept(kind: str, make: Callable[[Callable[[], PyTree]], Any], tree: PyTree, *
     full = (kind, treedef, key, _key(leaves))
     targets = [t for leaf, part in zip(leaves, full[-1], strict=True) if part.targets for t in _targets(leaf)]
     try:
-        hash(full)
+        found = _KEPT.get(full)
         recalled = list(map(_recalled, leaves))
         references = tuple(weakref.ref(t, lambda _: _KEPT.pop(full, None)) for t in targets)
-    except TypeError:
+    except (TypeError, ValueError):  # there is no hash, no weak reference, or no answer to whether two are equal
         return make(lambda: tree)
-    found = _KEPT.pop(full, None)
-    if found is None:
-        found = make(lambda: jtu.tree_unflatten(treedef, [recall() for recall in recalled])), references
-    _KEPT[full] = found
+    if found is not None:
+        _KEPT.move_to_end(full)  # the key stays the object that the references know
+        return found[0]
+    made = make(lambda: jtu.tree_unflatten(treedef, [recall() for recall in recalled]))
+    _KEPT[full] = made, references
     while len(_KEPT) > _SIZE:
         _KEPT.popitem(last=False)
-    return found[0]
+    return made
 
 
 @jtu.register_static
