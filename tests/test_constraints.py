@@ -10,7 +10,6 @@ from set_members import WIDER, error_of
 
 import eqxproj
 from eqxproj import sets
-from eqxproj._training._constraints import apply_constraints, held
 
 
 def test_attach_errors_come_before_training():
@@ -20,7 +19,7 @@ def test_attach_errors_come_before_training():
             model, (np.ones((4, 3), np.float32), np.zeros(4, np.int32)), lambda m, x, y: jax.vmap(m)(x).mean(), steps=1,
             constraints=[(lambda m: m.bias, sets.Orthogonal())],
         )  # fmt: skip
-    held(model, [(lambda m: m.weight, sets.Sparse(k=100))])
+    eqxproj.apply_constraints(model, [(lambda m: m.weight, sets.Sparse(k=100))])
 
 
 def test_a_set_of_your_own_must_keep_the_shape():
@@ -29,7 +28,7 @@ def test_a_set_of_your_own_must_keep_the_shape():
             return x[:1]
 
     with pytest.raises(ValueError, match="must return arrays of the shape and dtype"):
-        held({"a": jnp.zeros(3)}, [(lambda m: m["a"], First())])
+        eqxproj.apply_constraints({"a": jnp.zeros(3)}, [(lambda m: m["a"], First())])
 
 
 def test_constraints_apply_in_order_and_leave_the_rest():
@@ -39,7 +38,7 @@ def test_constraints_apply_in_order_and_leave_the_rest():
         (lambda m: m.layers[0].weight, sets.NonNegative()),
         (lambda m: (m.layers[1].weight, m.layers[1].bias), sets.Quantized([-0.5, 0.5])),
     ]
-    new = apply_constraints(model, held(model, constraints))
+    new = eqxproj.apply_constraints(model, constraints)
     assert (new.layers[0].weight >= 0).all() and int((new.layers[0].weight != 0).sum()) <= 6
     assert np.isin(new.layers[1].weight, [-0.5, 0.5]).all() and np.isin(new.layers[1].bias, [-0.5, 0.5]).all()
     np.testing.assert_array_equal(new.layers[0].bias, model.layers[0].bias)
@@ -47,7 +46,7 @@ def test_constraints_apply_in_order_and_leave_the_rest():
 
 def test_all_weights_by_one_constraint():
     model = {"a": jnp.array([-1.0, 2.0]), "b": [jnp.array(-3.0)]}
-    new = apply_constraints(model, held(model, [(lambda m: m, sets.NonNegative())]))
+    new = eqxproj.apply_constraints(model, [(lambda m: m, sets.NonNegative())])
     assert eqx.tree_equal(new, {"a": jnp.array([0.0, 2.0]), "b": [jnp.array(0.0)]})
 
 
@@ -86,7 +85,7 @@ def test_trained_model_satisfies_constraints_exactly(method):
     assert np.isin(np.asarray(second.weight), np.float32([-0.3, 0.0, 0.3])).all()
     assert (third.weight >= 0).all()
     assert all(float(jnp.abs(layer.bias).max()) <= np.float32(0.1) for layer in result.model.layers)
-    assert eqx.tree_equal(apply_constraints(result.model, held(model, constraints)), result.model)
+    assert eqx.tree_equal(eqxproj.apply_constraints(result.model, constraints), result.model)
     assert result.history["eval_loss"][-1] < 0.9 * result.history["eval_loss"][0]
 
 
@@ -121,7 +120,7 @@ def test_trained_model_is_in_wider_sets(method, names):
     )  # fmt: skip
     for i, name in enumerate(names):
         assert WIDER[name][1](np.asarray(weight(i)(result.model), np.float64), error_of(jnp.float32)), name
-    again = apply_constraints(result.model, held(model, constraints))
+    again = eqxproj.apply_constraints(result.model, constraints)
     assert eqx.tree_equal(again, result.model)
     assert result.history["eval_loss"][-1] < result.history["eval_loss"][0]
 

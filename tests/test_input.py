@@ -15,7 +15,6 @@ from scipy.optimize import minimize
 
 import eqxproj
 from eqxproj import sets
-from eqxproj._training._constraints import apply_constraints, held
 from eqxproj._training._data import batches
 
 RNG = np.random.default_rng(0)
@@ -69,7 +68,7 @@ def test_the_nearest_common_point_of_convex_sets(name):
     for _ in range(3):
         x = RNG.normal(size=6)
         start = jnp.asarray(x, jnp.float32)
-        found = apply_constraints(start, held(start, constraints))
+        found = eqxproj.apply_constraints(start, constraints)
         np.testing.assert_allclose(found, nearest_by_scipy(x, inequalities, equalities), atol=2e-4)
         for s in chosen:
             np.testing.assert_allclose(s(found), found, atol=1e-6)
@@ -104,7 +103,7 @@ def test_constraints_that_overlap_in_one_array():
     """One picks both weights and one the first of them, in half precision."""
     model = {"a": W.astype(jnp.bfloat16), "b": W}
     constraints = [(lambda m: [m["a"], m["b"]], sets.Box(-0.3, 0.3)), (lambda m: m["a"], sets.L2Ball(0.5))]
-    found = apply_constraints(model, held(model, constraints))
+    found = eqxproj.apply_constraints(model, constraints)
     assert float(jnp.linalg.norm(found["a"].astype(jnp.float32))) <= 0.5
     assert float(jnp.max(jnp.abs(found["a"]))) <= 0.3
     np.testing.assert_array_equal(found["b"], np.clip(W, -0.3, 0.3))

@@ -157,8 +157,23 @@ def _projected(leaves: list[Array], all_held: Sequence[Held]) -> list[Array]:
     return new
 
 
+def apply_constraints(model: PyTree, constraints: Sequence[Constraint]) -> PyTree:
+    """A model whose arrays satisfy constraints: each is the nearest one, or where its sets are not convex, a near one.
+
+    **Arguments:**
+
+    - `model`: any pytree.
+    - `constraints`: pairs `(where, set)`, as for [`train`][].
+
+    **Returns:** The model with every constrained array projected onto its sets.
+
+    **Raises:** `TypeError` for what is no pair of a function and a set, `ValueError` where the two do not fit.
+    """
+    return held_in(model, held(model, constraints))
+
+
 @with_own_promotion
-def apply_constraints(model: PyTree, all_held: Sequence[Held]) -> PyTree:
+def held_in(model: PyTree, all_held: Sequence[Held]) -> PyTree:
     """The model with every constrained array projected onto its sets."""
     if not all_held:
         return model

@@ -23,7 +23,7 @@ from .._program._canonical import lowered
 from .._program._sharding import constrained_as
 from ..rules._registry import registry_version
 from ._compiled import configuration, kept
-from ._constraints import Held, apply_constraints
+from ._constraints import Held, held_in
 from ._direction import AbstractDirection, Direction
 
 
@@ -63,7 +63,7 @@ class Step(eqx.Module):
         self, state: TrainState, number: Any, batch: Sequence[PyTree], key: Array
     ) -> tuple[TrainState, Float[Array, ""]]:
         """The next state, and the loss of this minibatch; `number` is that of the step, from 0."""
-        model = apply_constraints(self._combined(state), self.before)
+        model = held_in(self._combined(state), self.before)
         direction = self.direction(model, batch, key)
         after = model if self.updated is None else self.updated(model, direction.auxiliary)
         carried = None if self.updated is None else _others(after)[0]
@@ -78,7 +78,7 @@ class Step(eqx.Module):
         updates, optimizer = self.optimizer.update(moved, state.optimizer, state.parameters, value=value)
         updates = updates if coordinates is None else coordinates.applied(updates)
         model = self._with(eqx.apply_updates(state.parameters, updates), state)
-        parameters = eqx.filter(apply_constraints(model, self.after), eqx.is_inexact_array)
+        parameters = eqx.filter(held_in(model, self.after), eqx.is_inexact_array)
         ok = _all_finite((value, moved, cast(parameters, self.like))) & (state.bad_step < 0)
         bad = jnp.where(ok | (state.bad_step >= 0), state.bad_step, number)
         new, old = (parameters, optimizer, carried), (state.parameters, state.optimizer, state.carried)
@@ -87,7 +87,7 @@ class Step(eqx.Module):
 
     def model(self, state: TrainState) -> PyTree:
         """The model that a state stands for, which satisfies all constraints."""
-        return apply_constraints(self._combined(state), (*self.before, *self.after))
+        return held_in(self._combined(state), (*self.before, *self.after))
 
     def _combined(self, state: TrainState) -> PyTree:
         return self._with(cast(state.parameters, self.like), state)
@@ -105,7 +105,7 @@ def prepare(
 ) -> tuple[Step, TrainState]:
     """The step that trains a model, and the state to start from."""
     before, after = (tuple(one for one in held if one.is_discrete is flag) for flag in (True, False))
-    parameters, static = eqx.partition(apply_constraints(model, after), eqx.is_inexact_array)
+    parameters, static = eqx.partition(held_in(model, after), eqx.is_inexact_array)
     like = jtu.tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), parameters)
     wide = widened(parameters)
     updated = getattr(direction.loss, "updated", None)
