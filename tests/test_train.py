@@ -288,10 +288,14 @@ def test_prints_nothing(options, capsys):
     assert tuple(capsys.readouterr()) == ("", "")
 
 
-def test_progress_bar(capsys):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress(is_terminal, capsys, monkeypatch):
+    """A bar in a terminal; a line every few seconds, and one at the end, elsewhere."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     train(steps=3, progress=True)
     shown = capsys.readouterr()
-    assert shown.out == "" and "projection" in shown.err and "3/3" in shown.err and "loss" in shown.err
+    assert shown.out == "" and "projection" in shown.err and "loss" in shown.err
+    assert ("3/3" in shown.err) == is_terminal and ("step 3 of 3" in shown.err) != is_terminal
 
 
 @pytest.mark.parametrize("steps", [1, 7, 100, 3000])
