@@ -17,7 +17,7 @@ from hostile_inputs import INF, MODEL, NAN, NO_FLAG, NO_FUNCTION, NO_POSITIVE, C
 
 import eqxproj
 from eqxproj import losses, sets
-from eqxproj._compare import main
+from eqxproj._compare._command import main
 
 
 def cases_of_numbers() -> Iterator[Case]:
@@ -153,7 +153,9 @@ def cases_of_compare() -> Iterator[Case]:
             yield Case(f"compare {option} {value}", lambda o=option, v=value: compare(o, v), option)
     for option, value in (("--dataset", "nmist"), ("--solver", "newton"), ("--what", "3"), ("--batch-size", "99999")):
         yield Case(f"compare {option} {value}", lambda o=option, v=value: compare(o, v), option)
-    yield Case("compare --data-dir", lambda: compare("--dataset", "mnist", "--data-dir", "/no/such/folder"), "data_dir")
+    yield Case(
+        "compare --data-dir", lambda: compare("--dataset", "mnist", "--data-dir", "/no/such/folder"), "--data-dir"
+    )
 
 
 class Empty(nnx.Module):

@@ -77,5 +77,6 @@ def test_alternating_projections_hold_no_copies():
     assert written <= 3 * gradient
 
 
+@pytest.mark.slow
 def test_the_bound_would_catch_materialized_copies():
     assert _solver_step(Materialized())[1] > CUBE

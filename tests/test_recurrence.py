@@ -44,7 +44,7 @@ def arrays(tree):
     return jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_all_steps_at_once_move_as_the_unrolled_graph(reverse):
     """Two-color steps on the graph of a `scan` and on the graph of a Python loop, which has other identity nodes."""
     moved = []

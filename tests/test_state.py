@@ -29,7 +29,7 @@ def setting(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("count", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)), 7])
 def test_many_steps_are_single_steps(solver, count):
     problem, step, start = setting(solver)
     state = prepared(step, start)
