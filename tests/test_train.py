@@ -298,6 +298,16 @@ def test_progress(is_terminal, capsys, monkeypatch):
     assert ("3/3" in shown.err) == is_terminal and ("step 3 of 3" in shown.err) != is_terminal
 
 
+def test_an_optimizer_needs_no_hash():
+    class Update(list):
+        def __call__(self, *args, **kwargs):
+            return optax.sgd(0.1).update(*args, **kwargs)
+
+    without = optax.GradientTransformation(optax.sgd(0.1).init, Update())
+    plain = train(optimizer=optax.sgd(0.1), method="gradient")
+    assert eqx.tree_equal(train(optimizer=without, method="gradient").model, plain.model)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 100, 3000])
 def test_default_rate_warms_up_and_falls(steps):
     """With a constant gradient, a step of Adam is the rate."""

@@ -21,7 +21,16 @@ from .._numerics._promotion import with_own_promotion
 @functools.lru_cache(64)  # the same functions again, so that a step compiled with them is found
 @with_own_promotion
 def default_optimizer(steps: int) -> optax.GradientTransformation:
-    """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends."""
+    """Adam with a rate that suits most networks without a search: it warms up, stays, and falls when training ends.
+
+    **Arguments:**
+
+    - `steps`: how many steps it is for. In the first twentieth of them, 100 at most, the rate rises to 3e-3; over the
+        last four tenths it falls with a cosine to a hundredth of that.
+
+    **Returns:** An optax transformation, that of [`train`][] where none is given. The scale of the loss does not
+    matter.
+    """
     peak, warm, hold = 3e-3, min(100, steps // 20), 6 * steps // 10
     parts = [
         optax.linear_schedule(0.1 * peak, peak, warm),
@@ -90,7 +99,15 @@ def checked_optimizer(optimizer: Any, parameters: PyTree) -> optax.GradientTrans
 
 
 # The same functions again, so that a step compiled with them is found.
-_extended = functools.lru_cache(64)(optax.with_extra_args_support)
+_remembered = functools.lru_cache(64)(optax.with_extra_args_support)
+
+
+def _extended(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer as one that may be given further arguments."""
+    try:
+        return _remembered(optimizer)
+    except TypeError:  # it has no hash
+        return optax.with_extra_args_support(optimizer)
 
 
 @functools.lru_cache(64)
