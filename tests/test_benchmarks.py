@@ -88,15 +88,19 @@ def test_settings_are_chosen_by_their_sweeps(tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("discrete.py", ("--task", "sign-mlp", "hard-mixture"), ("sign-mlp", "hard-mixture")),
-        ("constraints.py", ("--task", "two_bits", "--seeds", "1"), ("constrained", "free", "projected at the end")),
-        ("linear_recurrence.py", ("--cell", "rnn"), ("gradient", "projection", "scan back", "scan both")),
+        ("discrete.py", ("--quick", "--task", "sign-mlp", "hard-mixture"), ("sign-mlp", "hard-mixture")),
+        (
+            "constraints.py",
+            ("--quick", "--task", "two_bits", "--seeds", "1"),
+            ("constrained", "free", "projected at the end"),
+        ),
+        ("linear_recurrence.py", ("--quick", "--cell", "rnn"), ("gradient", "projection", "scan back", "scan both")),
         ("convolutions.py", ("--repeats", "2", "--groups", "4"), ("4 groups", "to the kernel, in a loop", "cnn")),
-        ("time_parallel.py", ("--cell", "rnn"), ("gradient", "one step, flat", "displacement, 16 steps")),
+        ("time_parallel.py", ("--quick", "--cell", "rnn"), ("gradient", "one step, flat", "displacement, 16 steps")),
     ],
 )
 def test_a_benchmark_prints_its_table(name, arguments, words):
-    out = run(name, "--quick", *arguments)
+    out = run(name, *arguments)
     assert all(word in out for word in words)
 
 
