@@ -107,7 +107,8 @@ FEWER_LEVELS = {"scale": 1.0, "inputs": 8, "width": 2, "samples": 48}
 this one gains 40 to 50 % of what is left, not more."""
 
 OPTIONS = {name: FEWER_LEVELS for name in ("round", "floor", "ceil")}
-TRAINING = {name: {"steps": 1500, "rate": 3e-2} for name in ("top-1 gate", "top-1 gate by one_hot")}
+TRAINING = {name: {"steps": 1500, "rate": 3e-2} for name in ("top-1 gate", "top-1 gate by one_hot", "top-2 gate")}
+"""Gates that gradients reach learn by these alone, and take longer."""
 
 
 def row(name, step):
