@@ -5,8 +5,8 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import pytest
 import optax
+import pytest
 
 import eqxproj
 
