@@ -13,6 +13,8 @@ from tests.coverage import table
 from tests.coverage._row import Case, Row, extra
 from tests.coverage.all_rows import ROWS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEEP = eqxproj.Metric(grade=1e6, parameter=1e6)
 TAU = 1e-3
 SMOOTH = [row for row in ROWS if row.kind == "smooth"]
@@ -27,15 +29,6 @@ def some(rows, every: int):
     """Rows as parameters of a test: one in so many by default, the others with `-m slow`."""
     marks = [() if i % every == 0 else (pytest.mark.slow,) for i in range(len(rows))]
     return [pytest.param(row, id=names(row), marks=mark) for row, mark in zip(rows, marks)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Nearly all of the time is compilation, and these models are so small that slow code is fast enough."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def arrays(tree):

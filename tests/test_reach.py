@@ -1,7 +1,6 @@
 """Where a gradient reaches, a displacement is the gradient; elsewhere, jumps answer under noise."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -10,6 +9,8 @@ import pytest
 from jax import lax, nn
 
 import eqxproj
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 X, Y = jr.normal(jr.key(0), (12, 4)), jr.normal(jr.key(1), (12, 3))
 stop = lax.stop_gradient
@@ -162,14 +163,6 @@ MODELS = {
     branches: (dict(a=A, w=W, d=D), "w"),
 }
 """Losses, the shapes of their parameters, and which of these only an answer under noise reaches."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize("loss", MODELS, ids=lambda loss: loss.__name__)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 
+from .._program._effects import inner_programs
 from .._program._primitives import OWN_DERIVATIVE
 from .._program._slopes import slopes_of
 from ..rules._base import Noise
@@ -65,7 +66,7 @@ def jumps(node: Node) -> bool:
     """Whether a node may answer under noise: it jumps, or something in it does. A user's answer is no such answer."""
     if node.rule is None or node.kind == "objective" or _is_asked(node):
         return False
-    programs = () if node.equation is None else _programs(node.equation.params)
+    programs = () if node.equation is None else inner_programs(node.equation.params)
     return node.rule.is_discontinuous or any(name in _JUMPS for program in programs for name in _names(program))
 
 
@@ -79,19 +80,11 @@ def _is_users(name: str) -> bool:
     return name == "custom_projection" or is_registered(name)
 
 
-def _programs(params: Any) -> Iterator[Jaxpr]:
-    """The programs among the parameters of an operation."""
-    for value in params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(one, (ClosedJaxpr, Jaxpr)):
-                yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
-
-
 def _names(program: Jaxpr) -> Iterator[str]:
     """The operations of a program, and of those in it."""
     for equation in program.eqns:
         yield equation.primitive.name
-        for inner in _programs(equation.params):
+        for inner in inner_programs(equation.params):
             yield from _names(inner)
 
 
@@ -136,7 +129,7 @@ def _slopes(node: Node, shapes: dict[int, Any]) -> list[int]:
     if node.rule is not None and node.rule.has_slope is not None:
         return [-1 if node.rule.has_slope else 0] * len(node.edges)
     if node.equation is not None and not jumps(node):
-        inner = [name for program in _programs(node.equation.params) for name in _names(program)]
+        inner = [name for program in inner_programs(node.equation.params) for name in _names(program)]
         if any(map(_is_users, (node.equation.name, *inner))):
             return [-1] * len(node.edges)
     operands = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in node.function.operands]

@@ -24,6 +24,7 @@ import jax.tree_util as jtu
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array, PyTree
 
+from ._effects import inner_programs
 from ._equations import Equation, Program
 
 _CONVOLUTION = "conv_general_dilated"
@@ -62,10 +63,8 @@ def _evaluated(closed: ClosedJaxpr, shape: PyTree) -> Callable[..., Any]:
 
 
 def _has_convolution(equations: Sequence[Equation] | Sequence[JaxprEqn]) -> bool:
-    params = [value for e in equations for value in e.params.values()]
-    inner = [x for value in params for x in (value if isinstance(value, tuple) else (value,))]
     return any(e.primitive.name == _CONVOLUTION for e in equations) or any(
-        _has_convolution(x.eqns) for x in inner if isinstance(x, (ClosedJaxpr, Jaxpr))
+        _has_convolution(x.eqns) for e in equations for x in inner_programs(e.params)
     )
 
 

@@ -48,10 +48,12 @@ def silenced(value: Any) -> Any:
 
 def _silent(equation: JaxprEqn) -> JaxprEqn:
     """An equation with the jaxprs that it holds silenced; itself where it holds none."""
-    if not any(True for _ in _inner(equation.params)):
+    if not any(True for _ in inner_programs(equation.params)):
         return equation
     params = silenced(equation.params)
-    return equation.replace(params=params, effects=_remaining(equation.effects, (j.effects for j in _inner(params))))
+    return equation.replace(
+        params=params, effects=_remaining(equation.effects, (j.effects for j in inner_programs(params)))
+    )
 
 
 def _remaining(before: Iterable[Any], parts: Iterable[Iterable[Any]]) -> set[Any]:
@@ -60,7 +62,7 @@ def _remaining(before: Iterable[Any], parts: Iterable[Iterable[Any]]) -> set[Any
     return {effect for effect in before if effect in found or not _is_outward(effect)}
 
 
-def _inner(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+def inner_programs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
     """The jaxprs that the parameters of an equation hold."""
     for value in params.values():
         for x in value if isinstance(value, tuple) else (value,):
@@ -78,7 +80,7 @@ def check_derivative(
     - `bind`, `params`: the operation, from operands to results, and its parameters.
     - `operands`: their shapes. `moved`: which of them are unknown, and would have a tangent.
     """
-    inner = list(_inner(params))
+    inner = list(inner_programs(params))
     if inner and not any(map(_refuses, inner)):
         return
     _differentiate(bind, operands, moved)
@@ -89,7 +91,7 @@ def _refuses(jaxpr: Jaxpr) -> bool:
     for equation in jaxpr.eqns:
         if not acts(equation.effects):
             continue
-        inner = list(_inner(equation.params))
+        inner = list(inner_programs(equation.params))
         if any(map(_refuses, inner)):
             return True
         avals = [v.aval for v in equation.invars]

@@ -16,6 +16,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
+from ._complex import is_complex
 from ._equations import Equation, Variable
 
 _Function = Callable[..., list[Any]]
@@ -29,10 +30,6 @@ class Kept(Equation):
 
     def bind(self, *operands: Any) -> list[Any]:
         return self.function(*operands)
-
-
-def is_complex(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.complexfloating)
 
 
 def _is_inexact(dtype: Any) -> bool:

@@ -31,10 +31,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
 from ._calls import holds_only, inner_jaxpr
-from ._complex import in_pairs
+from ._complex import in_pairs, is_complex
 from ._effects import acts
 from ._equations import Equation, Fresh, Program, Variable, dependents, live
-from ._kept import Kept, is_complex, on_reals, with_closure
+from ._kept import Kept, on_reals, with_closure
 from ._primitives import ELEMENTWISE, OWN_DERIVATIVE
 from ._source import source_of
 

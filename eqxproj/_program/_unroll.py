@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as jp
 
 from ._custom import Call
+from ._effects import inner_programs
 from ._equations import Equation, Fresh, Program, Variable, dependents
 from ._fragment import residuals_of
 from ._normal_form import normal_form
@@ -122,12 +123,8 @@ def _loops(equations: Iterable[Any]) -> int:
     """How deep recurrences are nested. A batch of what can be run one by one alone is a recurrence itself."""
     depths = [0]
     for equation in equations:
-        params = equation.params.values()
-        inner = [
-            x for p in params for x in (p if isinstance(p, tuple) else (p,)) if isinstance(x, (ClosedJaxpr, Jaxpr))
-        ]
         own = 1 if equation.primitive.name == "scan" else 0
-        depths.append(own + max((_loops(x.eqns) for x in inner), default=0))
+        depths.append(own + max((_loops(x.eqns) for x in inner_programs(equation.params)), default=0))
     return max(depths)
 
 
