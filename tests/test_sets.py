@@ -11,6 +11,7 @@ import pytest
 import scipy.optimize
 from set_members import PATTERN, TWO_BITS, WIDER, error_of
 
+import eqxproj
 from eqxproj import sets
 
 LEVELS = (-1.0, 0.0, 0.25, 2.0)
