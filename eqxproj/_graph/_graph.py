@@ -208,23 +208,32 @@ class Graph:
 def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
     """Puts an identity node on every edge that joins two nodes of one color, until there is none.
 
-    Where only some of the values that an edge shows conflict, the others stay as they are.
+    There is one too on every edge between two nodes whose rules want it. Where only some of the values that an edge
+    shows conflict, the others stay as they are.
     """
+    for index, edge in enumerate(graph.edges):
+        if _wants_identities(graph.nodes[edge.consumer]):
+            graph = _split(graph, index, lambda producer, _: _wants_identities(producer), identity)
     for _ in range(len(graph.edges) + 1):
         if not graph.conflicts:
             return graph
-        graph = _split(graph, graph.conflicts[0], identity)
+        graph = _split(graph, graph.conflicts[0], lambda _, is_alike: is_alike, identity)
     raise AssertionError("two-coloring did not end")
 
 
-def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
-    """Puts an identity node on each value of an edge that has the color of the edge's consumer."""
+def _wants_identities(node: Node) -> bool:
+    return node.rule is not None and node.rule.meets_in_identities
+
+
+def _split(graph: Graph, index: int, picks: Callable[[Node, bool], bool], identity: AbstractRule) -> Graph:
+    """Puts an identity node on each value of an edge that `picks`, given its producer, and whether the colors agree."""
     edge = graph.edges[index]
     color, source = graph.colors[edge.consumer], graph.nodes[edge.consumer].source
     values, edges, nodes = list(graph.values), list(graph.edges), list(graph.nodes)
     sources: list[int] = []
     for value in edge.sources:
-        if graph.colors[graph.producers[value]] != color:
+        producer = graph.producers[value]
+        if not picks(graph.nodes[producer], graph.colors[producer] == color):
             sources.append(value)
             continue
         variable = graph.values[value]

@@ -117,7 +117,7 @@ def make_problem(
     forward pass that are known already. `sends` says for each argument whether the terms of the loss with this target
     send a gradient back; all do by default.
     """
-    graph = build(traced, data, not two_colors)
+    graph = build(traced, data, not two_colors, joins_thresholds=not metric.in_gradient_regime)
     if two_colors:
         graph = with_identities(graph, identity(graph.values[0]))
     env = forward(graph.program, [*traced.parameters, *traced.arguments], residuals)

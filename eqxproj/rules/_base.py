@@ -153,6 +153,8 @@ class AbstractRule(abc.ABC):
     answers_for_some: ClassVar[bool] = False
     """Whether the node has, of the outputs of its equation, only the floats that others read: those that `ctx.read`
     marks. No dual of zeros takes the place of what nothing is wanted of: a derivative may be infinite there."""
+    meets_in_identities: ClassVar[bool] = False
+    """Whether two such nodes, in two colors, are joined by an identity: its color is where their copies agree."""
 
     @property
     def is_discontinuous(self) -> bool:
