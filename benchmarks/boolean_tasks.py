@@ -9,9 +9,9 @@ The networks are layered, and every neuron reads all of the layer before it and 
   own, or with a probability of one half reads further ones too: one (and, or) or two (majority). Wires are negated at
   random.
 
-`sigma` sets the margin: neurons of $m$ inputs have weights with $|w|^2 = m$ and the margin $\\sqrt{m/\\sigma}$. A gate of
-weights $\\pm 1$ on $n$ inputs whose sum may be as small as one fits where $n \\le \\sigma$: 3 for gates of two inputs and a
-constant, and for majorities of three. An "or" of three has the squares of 1, 1, 1 and 2, which is 7.
+`sigma` sets the margin: neurons of $m$ inputs have weights with $|w|^2 = m$ and the margin $\\sqrt{m/\\sigma}$. A gate
+whose weights have the squares' sum $n$, and its inputs a sum of one at least, fits where $n \\le \\sigma$: 3 for gates of
+two inputs and a constant, and for majorities of three. An "or" of three has weights 1, 1, 1 and 2, hence 7.
 """
 
 from __future__ import annotations

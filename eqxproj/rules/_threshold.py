@@ -13,6 +13,7 @@ zero, stays short of the margin.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -64,7 +65,7 @@ class ThresholdNeuron(AbstractRule):
         return 1.0 if layout is None or position > 1 else layout.counts(position)
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
-        return [_neuron(ctx).step(_Sums(ctx, inputs).total())]
+        return [_Sums(ctx, inputs).step()]
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         s, back = jax.vjp(lambda *unknown: _Sums(ctx, unknown).total(), *inputs)
@@ -78,7 +79,7 @@ class ThresholdNeuron(AbstractRule):
                 f'`copies` is "none", but the `threshold` of a product ({sums.neuron.source or "unknown place"}) is '
                 'projected with a copy of weights and inputs for each neuron and item. Use `copies="neuron"`.'
             )
-        y = sums.neuron.step(sums.total())
+        y = sums.step()
         wanted = sums.rows(y + step(ctx.output_weights[0], duals[0]))
         up, down = sums.branch(1.0), sums.branch(-1.0)
         # The costs of y, kappa (1 - wanted)^2 and kappa (1 + wanted)^2, have a plain difference.
@@ -149,12 +150,15 @@ class _Sums:
         """The sums, in the shape of the output."""
         if self.form is None:
             return self.neuron.head(self.operands)
-        if self.stored is None or not self.is_bilinear:
-            z = self.form.f(self.a, self.w)
-        else:
-            u, v = self._squares()  # which the projection needs too
-            z = (0.25 * (u - v)).astype(self.a.dtype)
+        z = self.form.f(self.a, self.w)
         return self.head(z if self.stored is None else self.stored.to_output(z))
+
+    def step(self) -> Array:
+        """The outputs. Of stored copies, from what the projection needs too, so that they are read once for both."""
+        if self.stored is None or not self.is_bilinear:
+            return self.neuron.step(self.total())
+        u, v = self._squares
+        return self.neuron.step(self.head(self.stored.to_output((0.25 * (u - v)).astype(self.a.dtype))))
 
     def head(self, z: Array) -> Array:
         """The sums, from the products."""
@@ -206,14 +210,19 @@ class _Sums:
         stuck = (need > 0) & ~moves
         return _Branch(jnp.where(stuck, _NEVER, need * multiplier), side * multiplier)
 
+    @functools.cached_property
     def _squares(self) -> tuple[Array, Array]:
-        r"""$|q a + w/q|^2$ and $|q a - w/q|^2$, with $q^4 = \alpha/\omega$."""
+        r"""$|q a + w/q|^2$ and $|q a - w/q|^2$, with $q^4 = \alpha/\omega$. Stored copies are read once, for both."""
         assert self.form is not None
         form, a, w, tilt = self.form, self.a, self.w, self._tilt
-        known = form.f(a, w), form.sum_a(a * a), form.sum_w(w * w)  # dropped where copies are stored
-        one = jnp.asarray(1.0 / tilt, a.dtype)
-        u, v = (tilt * form.square_of_sum(a, w, c, known) for c in (one, -one))
         wide = jnp.promote_types(a.dtype, jnp.float32)
+        if self.stored is not None:
+            a, w, zero = a.astype(wide), w.astype(wide) / tilt, jnp.zeros((), wide)
+            squares = jnp.square(a + w), jnp.square(a - w)
+            u, v = jax.lax.reduce(squares, (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), (a.ndim - 1,))
+            return tilt * u, tilt * v
+        known, one = (form.f(a, w), form.sum_a(a * a), form.sum_w(w * w)), jnp.asarray(1.0 / tilt, a.dtype)
+        u, v = (tilt * form.square_of_sum(a, w, c, known) for c in (one, -one))
         return u.astype(wide), v.astype(wide)
 
     @property
@@ -227,7 +236,7 @@ class _Sums:
         return self.weights[0] ** 0.5 * self.weights[1] ** 0.5
 
     def _bilinear(self, side: float) -> _Branch:
-        form, neuron, (u, v) = self.form, self.neuron, self._squares()
+        form, neuron, (u, v) = self.form, self.neuron, self._squares
         assert form is not None
         factor = abs(neuron.factor)
         turn = side if neuron.factor > 0 else -side
@@ -235,7 +244,8 @@ class _Sums:
         if neuron.has_rest:
             rho = jnp.asarray(self._unit * self._looseness / factor**2, u.dtype)
             goal = goal - 4.0 * side / factor * self.rows(self.head(self._no_products()))
-        terms = form.sum_a(jnp.ones_like(self.a)).astype(u.dtype)
+        ones = self.a.shape[-1] if self.stored is not None else form.sum_a(jnp.ones_like(self.a))
+        terms = jnp.asarray(ones, u.dtype)
         reached = reach_margin(u, v, goal, rho, terms)
         multiplier = reached.t * (side * self._unit / factor)
         return _Branch(self._unit * reached.cost, multiplier, jnp.full_like(u, turn), reached)
@@ -276,8 +286,9 @@ class _Sums:
         w_by_a, w_by_w = omega * tilt * turn * (of_u + along - of_v), omega * (of_u - along + of_v)
         root = tilt**0.5
         a_by_ones, w_by_ones = alpha / root * ones, omega * root * turn * ones
-        a_by_a, a_by_w, w_by_a, w_by_w = (x.astype(dtype) for x in (a_by_a, a_by_w, w_by_a, w_by_w))
-        spread_a, spread_w = form.spread_a, form.spread_w
-        nu_a = self.a * spread_a(a_by_a) + form.back_a(a_by_w, self.w) + spread_a(a_by_ones.astype(dtype))
-        nu_w = self.w * spread_w(w_by_w) + form.back_w(self.a, w_by_a) + spread_w(w_by_ones.astype(dtype))
+        narrow = [x.astype(dtype) for x in (a_by_a, a_by_w, a_by_ones, w_by_a, w_by_w, w_by_ones)]
+        # Kept apart from what follows, or each of them would be computed again for every copy.
+        a_by_a, a_by_w, a_by_ones, w_by_a, w_by_w, w_by_ones = jax.lax.optimization_barrier(narrow)
+        nu_a = self.a * form.spread_a(a_by_a) + form.back_a(a_by_w, self.w) + form.spread_a(a_by_ones)
+        nu_w = self.w * form.spread_w(w_by_w) + form.back_w(self.a, w_by_a) + form.spread_w(w_by_ones)
         return nu_a, nu_w
