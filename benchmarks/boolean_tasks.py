@@ -10,8 +10,8 @@ The networks are layered, and every neuron reads all of the layer before it and 
   random.
 
 `sigma` sets the margin: neurons of $m$ inputs have weights with $|w|^2 = m$ and the margin $\\sqrt{m/\\sigma}$. A gate
-whose weights have the squares' sum $n$, and its inputs a sum of one at least, fits where $n \\le \\sigma$: 3 for gates of
-two inputs and a constant, and for majorities of three. An "or" of three has weights 1, 1, 1 and 2, hence 7.
+whose weights have squares that add up to $n$, and that sees sums of one at least, fits where $n \\le \\sigma$: 3 for
+gates of two inputs and a constant, and for majorities. An "or" of three has weights 1, 1, 1 and 2, hence 7.
 """
 
 from __future__ import annotations

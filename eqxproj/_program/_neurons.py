@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import Primitive
 from jaxtyping import Array
@@ -57,14 +58,27 @@ class Neuron(Equation):
         """Whether the sum is more than the product times its coefficient."""
         return self.product is None or any(e.name in ("add", "add_any", "sub") for e in self.inner)
 
-    @property
-    def moves(self) -> bool:
-        """Whether the elements of the product stand in another order in the sum, or in another shape."""
-        return any(e.name in ONE_TO_ONE for e in self.inner)
-
     def head(self, values: Sequence[Any]) -> Array:
         """The operand of the step, from the values of `reads`."""
         return evaluate(self.inner, {v.index: x for v, x in zip(self.reads, values, strict=True)})[self.sum.index]
+
+    def from_products(self, value: Array) -> Array:
+        """An array of the shape of the product, with each element where the sum has it."""
+        for equation in self._views:
+            (value,) = equation.bind(value)
+        return value
+
+    def to_products(self, value: Array) -> Array:
+        """The inverse of `from_products`."""
+        product = self.product
+        assert product is not None
+        like = jax.ShapeDtypeStruct(product.outputs[0].shape, value.dtype)
+        return jax.linear_transpose(self.from_products, like)(value)[0] if self._views else value
+
+    @property
+    def _views(self) -> list[Equation]:
+        """The views between the product and the sum, in order. All others are elementwise."""
+        return [e for e in self.inner if e.name in ONE_TO_ONE]
 
     def values(self, operands: Sequence[Any]) -> list[Any]:
         """The values of `reads`, from those of the inputs."""

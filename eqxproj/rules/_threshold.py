@@ -41,7 +41,7 @@ class ThresholdNeuron(AbstractRule):
     """The two answers of a `threshold` with the sum that leads to it."""
 
     label: ClassVar[str] = "threshold"
-    meets_in_identities: ClassVar[bool] = True
+    wants_concurrence: ClassVar[bool] = True
 
     @property
     def is_discontinuous(self) -> bool:
@@ -55,14 +55,23 @@ class ThresholdNeuron(AbstractRule):
         return "threshold neuron" if isinstance(equation, Neuron) and equation.product is not None else self.label
 
     def expand(self, ctx: Context, operand: int, value: Array) -> Array:
-        copies, position = _copies(ctx.equation, ctx.copies), _position(ctx.unknown, operand)
+        copies, position = _copies(ctx.equation, ctx.copies), _places(ctx.unknown)[operand]
         return value if copies is None or position > 1 else copies.expand(position, value)
 
     def copy_counts(
         self, equation: Equation | None, unknown: Sequence[bool], operand: int, copies: str
     ) -> float | np.ndarray:
-        layout, position = _copies(equation, copies), _position(unknown, operand)
+        layout, position = _copies(equation, copies), _places(unknown)[operand]
         return 1.0 if layout is None or position > 1 else layout.counts(position)
+
+    def gathered(self, ctx: Context, copies: Sequence[Array], outputs: Sequence[Array]) -> Array:
+        """One constraint a sum."""
+        neuron, layout = _neuron(ctx), _copies(ctx.equation, ctx.copies)
+        if neuron.product is None or layout is None:
+            return sum(copies, start=outputs[0])
+        of_product = [x.sum(-1) for x, i in zip(copies, _places(ctx.unknown), strict=True) if i < 2]
+        others = [x for x, i in zip(copies, _places(ctx.unknown), strict=True) if i > 1]
+        return sum(of_product, start=layout.from_output(neuron.to_products(sum(others, start=outputs[0]))))
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         return [_Sums(ctx, inputs).step()]
@@ -100,9 +109,9 @@ def _copies(equation: Equation | None, copies: str) -> Copies | None:
     return None if product is None or copies == "none" else Copies(product)
 
 
-def _position(unknown: Sequence[bool], operand: int) -> int:
-    """The position among all operands of one of the unknown ones."""
-    return [i for i, is_unknown in enumerate(unknown) if is_unknown][operand]
+def _places(unknown: Sequence[bool]) -> list[int]:
+    """The positions of the unknown operands among all of them."""
+    return [i for i, is_unknown in enumerate(unknown) if is_unknown]
 
 
 class _Branch(NamedTuple):
@@ -138,8 +147,7 @@ class _Sums:
             spread = self.stored.expand if self.stored is not None else lambda i, x: x
             self.a, self.w = (x if is_unknown else spread(i, x) for i, (x, is_unknown) in enumerate(both))
             self.form = form_of(self.neuron.product, self.a, self.w, is_stored=self.stored is not None)
-        places = [i for i, is_unknown in enumerate(ctx.unknown) if is_unknown]
-        self.weights = dict(zip(places, ctx.weights, strict=True))
+        self.weights = dict(zip(_places(ctx.unknown), ctx.weights, strict=True))
 
     @property
     def is_bilinear(self) -> bool:
@@ -170,23 +178,14 @@ class _Sums:
         value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
         if self.form is None or value.ndim == 0:
             return value
-        product = self.neuron.product
-        assert product is not None
-        if self.neuron.moves:  # a permutation, times the coefficient of the product
-            (out,) = product.outputs
-            back = jax.vjp(self.head, jnp.zeros(out.shape, out.dtype))[1]
-            value = back(value.astype(self.neuron.sum.dtype))[0].astype(value.dtype) / self.neuron.factor
+        value = self.neuron.to_products(value)
         return value if self.stored is None else self.stored.from_output(value)
 
     def output(self, rows: Array) -> Array:
         """The inverse of `rows`."""
         if self.form is None:
             return rows
-        value = rows if self.stored is None else self.stored.to_output(rows)
-        if self.neuron.moves:
-            zero = jnp.zeros(value.shape, self.operands[0].dtype)
-            value = jax.jvp(self.head, (zero,), (value.astype(zero.dtype),))[1] / self.neuron.factor
-        return value
+        return self.neuron.from_products(rows if self.stored is None else self.stored.to_output(rows))
 
     def branch(self, side: float) -> _Branch:
         """The nearest point where the sums have the sign `side`, and the margin."""
