@@ -147,7 +147,9 @@ def projections(task: Task, keys: jax.Array, steps: int | None, limit: float) ->
     def run(count: int, keys: jax.Array) -> list[jax.Array]:
         def solve(key):
             problem = eqxproj.feasibility_problem(loss, model, x, y, data="pinned", constraints=spheres)
-            return eqxproj.solve(problem, solver, steps=count, tol=task.tol, start="random", key=key).model.weights
+            return eqxproj.solve(
+                problem, solver, steps=count, tol=task.tol, start="random", key=key, every=50
+            ).model.weights
 
         return jax.vmap(solve)(keys)
 
