@@ -336,7 +336,8 @@ def test_margins_are_reached_from_anywhere(rho):
     goal = 10 ** rng.uniform(-2, 2, 20000) * (1 if rho is None else rng.choice([-1, 1], 20000))
     u, v, goal = (np.float32(x) for x in (u, v, goal))
     found = reach_margin(*map(jnp.asarray, (u, v, goal)), None if rho is None else jnp.float32(rho), 1.0)
-    t, grown, shrunk = (np.float64(x) for x in (found.t, found.of_u, found.of_v))
+    s = np.float64(found.s)
+    t, grown, shrunk = 1 - 1 / s, s - 1, s / (2 * s - 1) - 1
     missing = (np.float64(found.along_v) ** 2 * v + np.float64(found.along_ones) ** 2).clip(0)
     reached = u * (1 + grown) ** 2 + missing - v * (1 + shrunk) ** 2 + 4 * (rho or 0) * t
     size = np.abs(goal) + u + v + 4 * (rho or 0)

@@ -24,22 +24,20 @@ from jaxtyping import Array, Float
 
 from ._newton import bracketed_root
 
-_STEPS, _MOST = 5, 60
+_STEPS, _MOST = (4, 5), 60  # in single and in double precision; and inside a bracket
 _LEAST = 1e-12  # part of Z below which U counts as zero
 
 
 class Reached(NamedTuple):
-    r"""How $u$ and $v$ move: $u' = (1 + e)\,u + f v + h\,(1, \dots, 1)$ and $v' = v/(1+t)$, with what that costs.
+    r"""How $u$ and $v$ move: $u' = s u + f v + h\,(1, \dots, 1)$ and $v' = v s/(2s - 1)$, with what that costs.
 
-    Here $e, f, h$ are `of_u`, `along_v` and `along_ones`, and `of_v` is $1/(1 + t) - 1$; `cost` is
-    $|da|^2 + |dw|^2 + \rho t^2 = \tfrac12 (|u'-u|^2 + |v'-v|^2) + \rho t^2$.
+    Here $f, h$ are `along_v` and `along_ones`, and `cost` is $|da|^2 + |dw|^2 + \rho t^2$, where $|da|^2 + |dw|^2 =
+    \tfrac12 (|u'-u|^2 + |v'-v|^2)$.
     """
 
-    t: Array
-    of_u: Array
+    s: Array
     along_v: Array
     along_ones: Array
-    of_v: Array
     cost: Array
 
 
@@ -65,15 +63,14 @@ def reach_margin(
     u, v = jnp.where(short, square_u / z, 1.0), jnp.where(short, square_v / z, 0.0)
     r = None if rho is None else jnp.where(short, 4.0 * rho / z, 0.0)
     s = _root(jnp.maximum(u, _LEAST), v, r)
-    slow = 1.0 / (2.0 * s - 1.0)
-    t, of_u, of_v = 1.0 - 1.0 / s, s - 1.0, -(s - 1.0) * slow
+    grown, shrunk = s - 1.0, (s - 1.0) / (2.0 * s - 1.0)
     missing = jnp.where(u < _LEAST, s * s * (_LEAST - u) * z, 0.0)  # of the square of u'
     along = v * z > _LEAST * missing
     along_v = jnp.where(along, jnp.sqrt(missing / jnp.where(along, v * z, 1.0)), 0.0)
     along_ones = jnp.where(along, 0.0, jnp.sqrt(missing / terms))
-    moved = square_u * of_u * of_u + missing + square_v * of_v * of_v
-    cost = 0.5 * moved + (0.0 if rho is None else rho * t * t)
-    return Reached(t, of_u, along_v, along_ones, of_v, cost)
+    cost = 0.5 * (square_u * grown * grown + missing + square_v * shrunk * shrunk)
+    cost = cost if rho is None else cost + rho * jnp.square(grown / s)
+    return Reached(s, along_v, along_ones, cost)
 
 
 def _root(u: Array, v: Array, r: Array | None) -> Array:
@@ -93,7 +90,7 @@ def _root(u: Array, v: Array, r: Array | None) -> Array:
     if r is not None:
         rtol = 0.1 * float(jnp.finfo(u.dtype).eps) ** 0.5
         return bracketed_root(function, s, low, high, rtol=rtol, max_steps=_MOST)[0]
-    for _ in range(_STEPS):
+    for _ in range(_STEPS[u.dtype.itemsize > 4]):
         value, slope, _ = function(s)
         s = jnp.clip(s - value / slope, low, high)
     return s

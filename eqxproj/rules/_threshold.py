@@ -246,7 +246,7 @@ class _Sums:
         ones = self.a.shape[-1] if self.stored is not None else form.sum_a(jnp.ones_like(self.a))
         terms = jnp.asarray(ones, u.dtype)
         reached = reach_margin(u, v, goal, rho, terms)
-        multiplier = reached.t * (side * self._unit / factor)
+        multiplier = (1.0 - 1.0 / reached.s) * (side * self._unit / factor)
         return _Branch(self._unit * reached.cost, multiplier, jnp.full_like(u, turn), reached)
 
     def _no_products(self) -> Array:
@@ -280,14 +280,17 @@ class _Sums:
         form, found, turn = self.form, branch.reached, branch.turn
         assert form is not None and found is not None and turn is not None
         (alpha, omega), tilt, dtype = (self.weights[0], self.weights[1]), self._tilt, self.a.dtype
-        of_u, along, ones, of_v = (0.5 * x for x in (found.of_u, found.along_v, found.along_ones, found.of_v))
-        a_by_a, a_by_w = alpha * (of_u + along + of_v), alpha / tilt * turn * (of_u - along - of_v)
-        w_by_a, w_by_w = omega * tilt * turn * (of_u + along - of_v), omega * (of_u - along + of_v)
-        root = tilt**0.5
-        a_by_ones, w_by_ones = alpha / root * ones, omega * root * turn * ones
-        narrow = [x.astype(dtype) for x in (a_by_a, a_by_w, a_by_ones, w_by_a, w_by_w, w_by_ones)]
-        # Kept apart from what follows, or each of them would be computed again for every copy.
-        a_by_a, a_by_w, a_by_ones, w_by_a, w_by_w, w_by_ones = jax.lax.optimization_barrier(narrow)
+        root, grown, end = tilt**0.5, found.s - 1.0, 2.0 * found.s - 1.0
+        # A division stands last in each: so XLA computes it once, and not again for every copy.
+        along, ones = 0.5 * end * found.along_v, 0.5 * end * found.along_ones
+        even, odd = grown * grown, turn * found.s * grown
+        found = (
+            (alpha * (even + along), alpha / tilt * (odd - turn * along), alpha / root * ones),
+            (omega * (even - along), omega * tilt * (odd + turn * along), omega * root * turn * ones),
+        )
+        (a_by_a, a_by_w, a_by_ones), (w_by_w, w_by_a, w_by_ones) = (
+            [(x / end).astype(dtype) for x in f] for f in factors
+        )
         nu_a = self.a * form.spread_a(a_by_a) + form.back_a(a_by_w, self.w) + form.spread_a(a_by_ones)
         nu_w = self.w * form.spread_w(w_by_w) + form.back_w(self.a, w_by_a) + form.spread_w(w_by_ones)
         return nu_a, nu_w
