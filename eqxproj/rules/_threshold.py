@@ -284,13 +284,12 @@ class _Sums:
         # A division stands last in each: so XLA computes it once, and not again for every copy.
         along, ones = 0.5 * end * found.along_v, 0.5 * end * found.along_ones
         even, odd = grown * grown, turn * found.s * grown
-        found = (
+        factors = (
             (alpha * (even + along), alpha / tilt * (odd - turn * along), alpha / root * ones),
             (omega * (even - along), omega * tilt * (odd + turn * along), omega * root * turn * ones),
         )
-        (a_by_a, a_by_w, a_by_ones), (w_by_w, w_by_a, w_by_ones) = (
-            [(x / end).astype(dtype) for x in f] for f in factors
-        )
+        of_a, of_w = ([(x / end).astype(dtype) for x in of_one] for of_one in factors)
+        (a_by_a, a_by_w, a_by_ones), (w_by_w, w_by_a, w_by_ones) = of_a, of_w
         nu_a = self.a * form.spread_a(a_by_a) + form.back_a(a_by_w, self.w) + form.spread_a(a_by_ones)
         nu_w = self.w * form.spread_w(w_by_w) + form.back_w(self.a, w_by_a) + form.spread_w(w_by_ones)
         return nu_a, nu_w
