@@ -68,7 +68,7 @@ def automaton(steps: int, items: int, widths: tuple[int, ...]) -> Task:
 def circuit(depth: int, inputs: int, items: int = 512, wires: int = 32) -> Task:
     """A random circuit, whose gates read one wire, or `inputs` of them: two by and or or, three by majority."""
     rng = np.random.default_rng(depth)
-    x = rng.choice(np.float32([-1.0, 1.0]), (items + UNSEEN, wires))
+    x = rng.choice([-1.0, 1.0], (items + UNSEEN, wires)).astype(np.float32)
     y = x
     for _ in range(depth):
         y = _layer(y, inputs, rng)
@@ -79,7 +79,7 @@ def _layer(h: Bits, inputs: int, rng: np.random.Generator) -> Bits:
     own, columns = rng.permutation(h.shape[1]), []
     for wire in own:
         others = rng.choice(np.delete(np.arange(h.shape[1]), wire), inputs - 1, replace=False)
-        read = h[:, [wire, *others]] * rng.choice(np.float32([-1.0, 1.0]), inputs)
+        read = h[:, [wire, *others]] * rng.choice([-1.0, 1.0], inputs)
         # The constant of -1 makes an "and" of two wires, that of 1 an "or". Majorities have none.
         total = read.sum(1) + (rng.choice([-1.0, 1.0]) if inputs == 2 else 0.0)
         columns.append(np.sign(total) if rng.random() < 0.5 else read[:, 0])
