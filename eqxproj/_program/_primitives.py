@@ -8,7 +8,7 @@ ELEMENTWISE: frozenset[str] = frozenset(
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
     convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
     is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round
-    rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
+    rsqrt select_n sign sin sinh sqrt square sub tan tanh threshold xor
     """.split()
 )
 """One output element from one element of each operand."""

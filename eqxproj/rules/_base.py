@@ -155,7 +155,6 @@ class AbstractRule(abc.ABC):
     answers_for_some: ClassVar[bool] = False
     """Whether the node has, of the outputs of its equation, only the floats that others read: those that `ctx.read`
     marks. No dual of zeros takes the place of what nothing is wanted of: a derivative may be infinite there."""
-
     wants_concurrence: ClassVar[bool] = False
     """Whether solvers find solutions where all operations have one color, and what makes copies equal the other."""
 

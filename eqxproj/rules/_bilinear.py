@@ -179,17 +179,23 @@ def _read(ctx: Context, inputs: Sequence[Array]) -> tuple[BilinearForm, Copies |
     stored = _layout(equation, ctx.copies) if ctx.store_copies else None
     if stored is not None:
         a, w = (x if u else stored.expand(i, x) for i, (x, u) in enumerate(zip((a, w), ctx.unknown, strict=True)))
-        return CopyForm(a, w), stored, a, w
+    return form_of(equation, a, w, is_stored=stored is not None), stored, a, w
+
+
+def form_of(equation: Equation, a: Array, w: Array, *, is_stored: bool) -> BilinearForm:
+    """The bilinear map of an equation, on its two operands; where they are stored, on their copies."""
+    if is_stored:
+        return CopyForm(a, w)
 
     def f(a, w):
         return equation.bind(a, w)[0]
 
     if equation.name == "dot_general":
-        return DotForm(f, a, w, ctx.params["dimension_numbers"]), None, a, w
+        return DotForm(f, a, w, equation.params["dimension_numbers"])
     if equation.name == "mul":
-        return ElementForm(f, a, w), None, a, w
-    grouped = ctx.params["batch_group_count"] != 1
-    return BilinearForm(f, a, w) if grouped else ConvForm(f, a, w, ctx.params), None, a, w
+        return ElementForm(f, a, w)
+    grouped = equation.params["batch_group_count"] != 1
+    return BilinearForm(f, a, w) if grouped else ConvForm(f, a, w, equation.params)
 
 
 def _in_rows(ctx: Context, stored: Copies, dual: Array) -> tuple[Array, Scale, list[Scale]]:

@@ -68,7 +68,7 @@ def flattened_by(fragment: Fragment) -> tuple[str, ...]:
     return tuple({name: None for v in fragment.outputs for name in found.get(v.index, ())})
 
 
-FLAT = ("argmax", "argmin", "sign", "round", "floor", "ceil")
+FLAT = ("argmax", "argmin", "sign", "threshold", "round", "floor", "ceil")
 """Operations whose derivative JAX defines but which is zero or blind almost everywhere: no rule to solve with."""
 
 

@@ -249,7 +249,7 @@ def clear_kinds() -> None:
     _bounds_of.cache_clear()
 
 
-MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
+MAY_JUMP = ("sign", "threshold", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
 
 
 def relu_dual(s0: Array, dual: Array, kappa: Array, sigma: Array, q: Array) -> Array:
