@@ -94,11 +94,12 @@ def train(
     - `steps`: number of minibatches. `batch_size`: their samples; 256, or all of them if they are fewer, by default.
     - `key`: PRNG key of the shuffling and of the loss's `key`; `jax.random.key(0)` by default.
     - `solver`, `solver_steps`: the solver on each minibatch, and its steps from the forward pass; one cyclic sweep by
-        default. With another solver, training is in the projection regime: `metric`, `copies`, `tau` and
-        `solver_steps` follow from it and from the depth of the graph, and where no `optimizer` is given the new
-        parameters are the projection's, without rate or schedule. (So they are with a `metric` of a grade below 100.)
-    - `optimizer`: any optax transformation of the displacements; by default in the gradient regime Adam, its rate rising to 3e-3 at first and
-        falling with a cosine to a hundredth of that over the last four tenths of the `steps`.
+        default. Another solver, or a `metric` of a grade below 100, means the projection regime: `metric`, `copies`,
+        `tau` and `solver_steps` then follow from the solver and the depth of the graph.
+    - `optimizer`: any optax transformation of the displacements. In the projection regime there is none by default: the
+        new parameters are the projection's, without rate or schedule. In the gradient regime it is Adam, its rate
+        rising to 3e-3 at first and falling with a cosine to a hundredth of that over the last four tenths of the
+        `steps`.
     - `metric`, `copies`, `tau`, `noise`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
         [`filter_value_and_displacement`][].
     - `precondition`: whether the steps of layers are measured by how much they change the layers' outputs, given the

@@ -1,8 +1,9 @@
 r"""One constraint $Z = A W^T$ for a whole matrix product: its nearest point by two eigendecompositions.
 
 With weights $\alpha, \omega, \kappa$ and a multiplier $\Lambda$ the minimizer of
-$\alpha|A-A_0|^2 + \omega|W-W_0|^2 + \kappa|AW^T-Z_0|^2$ has $\alpha(A-A_0) = \Lambda W$, $\omega(W-W_0) = \Lambda^T A$
-and $\Lambda = \kappa(Z_0 - AW^T)$. With $\mu = \kappa(Z_0 - A_0W_0^T)$ and the moves $\delta A, \delta W$ that is
+$\alpha|A-A_0|^2 + \omega|W-W_0|^2 + \kappa|AW^T-Z_0|^2$ has $\alpha(A-A_0) = \Lambda W$,
+$\omega(W-W_0) = \Lambda^T A$ and $\Lambda = \kappa(Z_0 - AW^T)$. With $\mu = \kappa(Z_0 - A_0W_0^T)$ and the moves
+$\delta A, \delta W$ that is
 
 $$\Lambda + \frac{\kappa}{\omega} A A^T \Lambda + \frac{\kappa}{\alpha} \Lambda W W^T = \mu + \kappa\,\delta A\,\delta W^T .$$
 
