@@ -113,7 +113,7 @@ class GenericObjective(AbstractRule):
         return [v.index for _, factors in self.parts for v, _ in factors]
 
 
-_OUTER, _INNER, _HALVINGS, _ROUNDING = 12, 12, 8, 1e-6
+_OUTER, _INNER, _HALVINGS, _ROUNDING = 30, 50, 8, 1e-6  # most steps: all samples are one system, of as many curvatures
 
 
 def _prox(loss, start: list[Array]) -> list[Array]:
