@@ -3,7 +3,7 @@
     python benchmarks/paper.py --data-dir path/to/data [--task mnist higgs] [--solver DifferenceMap] [--seeds 3]
     python benchmarks/paper.py --quick         # a smoke run on the digits of the package
 
-Every solver is run as `eqxproj.train(..., solver=X())`, with nothing else said: the new parameters are the projection's,
+Every solver is run as `eqxproj.train(..., solver=X())`, with nothing else said: the parameters become the projection's,
 and there is no optimizer, rate or schedule. Beside them stand the defaults of `train`, and Adam with warm-up and cosine
 at the best of three peak rates by validation, both for the same number of minibatches. Batches have 256 samples.
 
