@@ -145,7 +145,7 @@ def make_problem(
         value=jnp.asarray(value),
         auxiliary=traced.auxiliary(rest),
         copy_counts=_all_copy_counts(graph, known, copies, metric, logs),
-        held=_held_values(traced, graph, all_held),
+        held=_held_parameters(traced, all_held),
         prepared={},
         graph=graph,
         metric=metric,
@@ -176,11 +176,10 @@ def _two_colored(graph: Graph, concurrence: bool | None) -> Graph:
     return with_identities(graph, rule)
 
 
-def _held_values(traced: Trace, graph: Graph, all_held: Sequence[Held]) -> dict[int, Held]:
-    """What is held in sets, by value. A parameter that the loss does not depend on has none."""
+def _held_parameters(traced: Trace, all_held: Sequence[Held]) -> dict[int, Held]:
+    """What is held in sets, by the number of the parameter."""
     sets = {one.position: one for one in all_held}
-    places = zip(traced.leaves, graph.parameters, strict=True)
-    return {value: sets[place] for place, value in places if place in sets and value is not None}
+    return {number: sets[place] for number, place in enumerate(traced.leaves) if place in sets}
 
 
 def _needed(node: Node) -> set[int]:
