@@ -354,3 +354,41 @@ def test_equal_is_a_hard_loss():
     assert problem.graph.hard
     moved = eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=60, tol=1e-6).model
     np.testing.assert_allclose(moved, t, atol=1e-5)
+
+
+def test_a_network_learns_an_exclusive_or():
+    """Relaxed reflect-reflect finds weights on spheres that make two neurons and a third compute it."""
+    x = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=2)))
+    y = -x[:, :1] * x[:, 1:]
+    model = [jnp.ones((2, 3)), jnp.ones((1, 3))]
+
+    def outputs(model, x):
+        for w in model:
+            x = eqxproj.threshold(jnp.concatenate([x, jnp.ones((len(x), 1))], 1) @ w.T, margin=1.0)
+        return x
+
+    def loss(model, x, y):
+        return jnp.sum(eqxproj.losses.equal(outputs(model, x), y))
+
+    spheres = [(lambda m, i=i: m[i], eqxproj.sets.Sphere(radius=3**0.5, axis=-1)) for i in range(2)]
+    problem = eqxproj.feasibility_problem(loss, model, x, y, data="pinned", constraints=spheres)
+    solver = eqxproj.RelaxedReflectReflect(0.2, reweight=1e-3)
+
+    @jax.jit
+    def solve(keys):
+        def one(key):
+            return eqxproj.solve(problem, solver, steps=3000, tol=1e-3, start="random", key=key, every=50)
+
+        found = jax.vmap(one)(keys)
+        return found.model, found.stats["gap"], found.stats["steps"]
+
+    weights, gaps, steps = solve(jax.random.split(jax.random.key(0), 8))
+    solved = np.asarray(steps) < 3000
+    assert solved.sum() >= 4
+    for i in np.flatnonzero(solved):
+        assert np.nanmin(gaps[i]) <= 1e-3
+        np.testing.assert_array_equal(outputs([w[i] for w in weights], x), y)
+        # Gates: all weights are alike, in size.
+        for w in weights:
+            np.testing.assert_allclose(np.linalg.norm(w[i], axis=-1), 3**0.5, rtol=1e-5)
+            np.testing.assert_allclose(np.abs(w[i]), 1.0, atol=0.01)
