@@ -356,6 +356,7 @@ def test_equal_is_a_hard_loss():
     np.testing.assert_allclose(moved, t, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_learns_an_exclusive_or():
     """Relaxed reflect-reflect finds weights on spheres that make two neurons and a third compute it."""
     x = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=2)))
