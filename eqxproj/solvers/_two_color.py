@@ -105,7 +105,8 @@ class RelaxedReflectReflect(AbstractGapSolver):
     - `beta`: in (0, 2].
     - `reweight`: $\rho$. After every iteration the weight of each constraint's copies moves by
         $g \leftarrow g + \rho\,(\mathrm{gap}^2 / \overline{\mathrm{gap}^2} - g)$: where the two projections are
-        far apart, constraints stiffen. Small: of the order of one over the number of iterations. Zero keeps all weights.
+        far apart, constraints stiffen. Small: of the order of one over the number of
+        iterations. Zero keeps all weights.
         It needs the unit metric, and a problem with `concurrence=True`.
     """
 
