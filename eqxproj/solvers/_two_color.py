@@ -125,6 +125,7 @@ class RelaxedReflectReflect(AbstractGapSolver):
         return self.beta
 
     def check(self, problem: FeasibilityProblem) -> None:
+        super().check(problem)
         if self.reweight:
             check_gains(problem, "reweight")
 
