@@ -69,9 +69,10 @@ class ThresholdNeuron(AbstractRule):
         neuron, layout = _neuron(ctx), _copies(ctx.equation, ctx.copies)
         if neuron.product is None or layout is None:
             return sum(copies, start=outputs[0])
-        of_product = [x.sum(-1) for x, i in zip(copies, _places(ctx.unknown), strict=True) if i < 2]
-        others = [x for x, i in zip(copies, _places(ctx.unknown), strict=True) if i > 1]
-        return sum(of_product, start=layout.from_output(neuron.to_products(sum(others, start=outputs[0]))))
+        places = _places(ctx.unknown)
+        of_products = [x for x, i in zip(copies, places, strict=True) if i < 2]
+        others = [x for x, i in zip(copies, places, strict=True) if i > 1]
+        return layout.from_output(neuron.to_products(sum(others, start=outputs[0]))) + sum(of_products).sum(-1)
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         return [_Sums(ctx, inputs).step()]
