@@ -11,7 +11,7 @@ import scipy.optimize
 
 import eqxproj
 from eqxproj._numerics._margin import reach_margin
-from eqxproj._problem._readers import context
+from eqxproj._problem._readers import context, copies_of
 
 MARGIN = 0.7
 
@@ -294,10 +294,43 @@ def test_equal_copies_need_not_be_stored():
         np.testing.assert_allclose(stored, summed, rtol=2e-4, atol=2e-5)
 
 
-def test_one_copy_for_all_is_an_error():
-    problem = problem_of(lambda m, x: step(x @ m.T), WEIGHT, X, copies="none")
-    with pytest.raises(ValueError, match='Use `copies="neuron"`'):
-        eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=1)
+def test_with_one_copy_for_all_a_product_stays_apart():
+    problem = problem_of(lambda m, x: step(x @ m.T - 0.1), WEIGHT, X, copies="none")
+    assert {"threshold", "bilinear"} <= set(rules_of(problem))
+    found = eqxproj.solve(problem, eqxproj.RelaxedReflectReflect(0.5), steps=300, tol=1e-4)
+    assert np.all(np.asarray(X @ found.model.T - 0.1) >= MARGIN - 1e-2)
+
+
+MORE = {
+    "two products": (lambda m, x: step((x @ m[0].T).T.reshape(3, 2) - (x @ m[1].T).reshape(3, 2)), (WEIGHT, WEIGHT)),
+    "a difference": (lambda m, x: step(m[0] - 2.0 * m[1][::-1]), (X, X)),
+}
+
+
+@pytest.mark.parametrize("name", ["linear", "reshaped", "one output", "convolution", *MORE])
+def test_gaps_and_gains_belong_to_one_neuron_and_item(name):
+    """What a constraint counts as its own is what its output depends on."""
+    problem = problem_of(*{**PATTERNS, **MORE}[name], X)
+    (index,) = [i for i, n in enumerate(problem.graph.nodes) if n.operation == "threshold_neuron"]
+    rule, ctx, rng = problem.graph.nodes[index].rule, context(problem, index, True), np.random.default_rng(0)
+    inputs = [
+        jnp.asarray(rng.normal(size=copies_of(problem, e).shape), jnp.float32) for e in problem.graph.nodes[index].edges
+    ]
+    (out,) = rule.evaluate(ctx, inputs)
+
+    def gathered(copies, outputs):
+        return rule.gathered(ctx, copies, outputs)
+
+    total = gathered(inputs, [out])
+    assert total.size == out.size
+    np.testing.assert_allclose(total.sum(), sum(x.sum() for x in (*inputs, out)), rtol=1e-4)
+    spread = jax.jit(jax.linear_transpose(gathered, inputs, [out]))
+    pullback = jax.jit(lambda mine: rule.pullback(ctx, inputs, [mine]))
+    for place in range(total.size):
+        copies, (mine,) = spread(jnp.zeros(total.size).at[place].set(1.0).reshape(total.shape))
+        assert mine.sum() == 1.0
+        for nu, mask in zip(pullback(mine), copies, strict=True):
+            assert np.any(np.asarray(nu) != 0) and not np.any(np.asarray(nu)[np.asarray(mask) == 0])
 
 
 def test_the_pullback_is_that_of_a_sign():

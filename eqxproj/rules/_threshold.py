@@ -7,8 +7,8 @@ where $y\,s$ is short of the margin the operands move until it is there. With tw
 is the root of `_numerics/_margin.py` for $q a$ and $w/q$, where $q^4 = \alpha/\omega$ makes their weights equal; else
 the sum is affine in the unknowns $x_i$, which move by $c_i \lambda/w_i$ with $\lambda = y (m - y s)/\sum_i c_i^2/w_i$.
 Every scalar product owns its operands, as in `_bilinear.py`. The constraint is that of Elser and Lal, arXiv 2602.17493,
-with weights and further terms added. Limits: `copies="neuron"`; a sum that nothing can move, as that of inputs that are
-zero, stays short of the margin.
+with weights and further terms added. Limits: with `copies="none"` a product is a node of its own, and the sum has one
+term; a sum that nothing can move, as that of inputs that are zero, stays short of the margin.
 """
 
 from __future__ import annotations
@@ -67,12 +67,11 @@ class ThresholdNeuron(AbstractRule):
     def gathered(self, ctx: Context, copies: Sequence[Array], outputs: Sequence[Array]) -> Array:
         """One constraint a sum."""
         neuron, layout = _neuron(ctx), _copies(ctx.equation, ctx.copies)
-        if neuron.product is None or layout is None:
-            return sum(copies, start=outputs[0])
-        places = _places(ctx.unknown)
-        of_products = [x for x, i in zip(copies, places, strict=True) if i < 2]
-        others = [x for x, i in zip(copies, places, strict=True) if i > 1]
-        return layout.from_output(neuron.to_products(sum(others, start=outputs[0]))) + sum(of_products).sum(-1)
+        own = outputs[0] + _in_place(ctx, copies) if neuron.coefficients else outputs[0]
+        if layout is None:
+            return own
+        of_products = (x for x, i in zip(copies, _places(ctx.unknown), strict=True) if i < 2)
+        return layout.from_output(neuron.to_products(own)) + jnp.sum(sum(of_products, start=jnp.zeros(())), -1)
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         return [_Sums(ctx, inputs).step()]
@@ -84,11 +83,6 @@ class ThresholdNeuron(AbstractRule):
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> Projected:
         sums = _Sums(ctx, inputs)
-        if ctx.copies == "none" and sums.form is not None:
-            raise ValueError(
-                f'`copies` is "none", but the `threshold` of a product ({sums.neuron.source or "unknown place"}) is '
-                'projected with a copy of weights and inputs for each neuron and item. Use `copies="neuron"`.'
-            )
         y = sums.step()
         wanted = sums.rows(y + step(ctx.output_weights[0], duals[0]))
         sides = sums.sides()
@@ -113,6 +107,17 @@ def _copies(equation: Equation | None, copies: str) -> Copies | None:
 def _places(unknown: Sequence[bool]) -> list[int]:
     """The positions of the unknown operands among all of them."""
     return [i for i, is_unknown in enumerate(unknown) if is_unknown]
+
+
+def _in_place(ctx: Context, copies: Sequence[Array]) -> Array:
+    """The sum of arrays of the shapes of the terms, with each element where the sum of the neuron has it."""
+    neuron, operands = _neuron(ctx), ctx.operands(copies)
+    first, count = 0 if neuron.product is None else 2, len(neuron.coefficients)
+    terms, known = operands[first : first + count], operands[first + count :]
+    products = [jnp.zeros(v.shape, v.dtype) for v in neuron.reads[: len(neuron.reads) - count - len(known)]]
+    plain = tuple(x / c for x, c in zip(terms, neuron.coefficients, strict=True))
+    zeros = tuple(map(jnp.zeros_like, terms))
+    return jax.jvp(lambda *x: neuron.head([*products, *x, *known]), zeros, plain)[1]
 
 
 class _Nearest(NamedTuple):
