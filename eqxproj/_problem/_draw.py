@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._graph._graph import Graph
-from ._folding import Box, Link, Picture, picture_of
+from ._folding import Block, Box, Link, Picture, picture_of
 from ._layout import Layout, Sizes, laid_out
 
 _PITCH, _HEIGHT = 0.74, 0.42  # inches: from row to row, and of a box
 _PAD, _BESIDE, _MARGIN = 0.1, 0.16, 0.25
-_TITLE, _SMALL = 8.5, 6.5  # points
+_TITLE, _SMALL, _TIMES = 8.5, 6.5, 11.0  # points
 _DPI, _PIXELS = 150, 60_000  # matplotlib draws up to 65,535 pixels a side
 _FILLS = ("#d6e6f5", "#fbe3c6")
 _LINES = ("#1f5a93", "#a65a10")
@@ -45,7 +45,8 @@ def drawn(graph: Graph, suffix: str) -> bytes:
     layout = laid_out(rows, sizes, downward)
     ends = [x + size.right for x, size in zip(layout.places, sizes, strict=True)]
     passing = [x for points in layout.points for x in points]
-    width, height = max([*ends, *passing, 3.6]), (max(rows) + 1) * _PITCH
+    room = max([_text_width(_times(block), _TIMES) for block in picture.blocks], default=0.0)
+    width, height = max([*ends, *passing, 3.6]) + room, (max(rows) + 1) * _PITCH
     legend = 0.7 if any(_WORDS[link] for _, _, link in picture.edges) else 0.45
     whole = (width + 2 * _MARGIN + 0.5, height + legend + 2 * _MARGIN)
     figure = Figure(figsize=whole)
@@ -55,7 +56,7 @@ def drawn(graph: Graph, suffix: str) -> bytes:
     axes.set_ylim(-height - _MARGIN, legend + _MARGIN)
     axes.set_axis_off()
     _draw_blocks(axes, picture, layout, sizes)
-    _draw_edges(axes, picture, layout, sizes)
+    _draw_edges(axes, picture, layout)
     for box, x in zip(picture.boxes, layout.places, strict=True):
         _draw_unit(axes, box, x)
     title = f"{len(graph.nodes)} nodes, {len(graph.edges)} edges; types are float32 where none is named"
@@ -131,33 +132,40 @@ def _patch(kind: str, color: int, x: float, y: float, width: float, height: floa
     return FancyBboxPatch(corner, width, height, boxstyle=style, fc=fill, ec=line, lw=weight, zorder=3)
 
 
-def _draw_edges(axes: Any, picture: Picture, layout: Layout, sizes: Sequence[Sizes]) -> None:
-    """The edges. Those that end at the same side of a box are spread along it, in the order in which they come."""
+def _draw_edges(axes: Any, picture: Picture, layout: Layout) -> None:
     boxes, places = picture.boxes, layout.places
-    arrivals: dict[tuple[int, bool], list[tuple[float, int]]] = {}
-    for number, (u, v, _) in enumerate(picture.edges):
-        points = layout.points[number]
-        is_down = boxes[u].row < boxes[v].row
-        last = (points[-1] if is_down else points[0]) if points else places[u]
-        arrivals.setdefault((v, is_down), []).append((last, number))
-    shift: dict[int, float] = {}
-    for (v, _), found in arrivals.items():
-        step = min(0.22, 0.7 * _width(boxes[v]) / len(found))
-        for k, (_, number) in enumerate(sorted(found)):
-            shift[number] = (k - (len(found) - 1) / 2) * step
+    shifts = _shifts(picture, layout)
     for number, (u, v, link) in enumerate(picture.edges):
-        points = layout.points[number]
         if boxes[u].row == boxes[v].row:
             _draw_arc(axes, boxes, places, u, v, link)
             continue
-        is_down = boxes[u].row < boxes[v].row
-        sign = 1 if is_down else -1
-        between = zip(points if is_down else points[::-1], range(boxes[u].row + sign, boxes[v].row, sign), strict=True)
-        way = [(places[u], _middle(boxes[u].row) - sign * _HEIGHT / 2)]
-        for x, row in between:
+        sign = 1 if boxes[u].row < boxes[v].row else -1
+        points = layout.points[number][::sign]
+        way = [(places[u] + shifts[u, sign, None], _middle(boxes[u].row) - sign * _HEIGHT / 2)]
+        for x, row in zip(points, range(boxes[u].row + sign, boxes[v].row, sign), strict=True):
             way += [(x, _middle(row) + sign * _HEIGHT / 2), (x, _middle(row) - sign * _HEIGHT / 2)]
-        way.append((places[v] + shift[number], _middle(boxes[v].row) + sign * _HEIGHT / 2))
+        way.append((places[v] + shifts[v, -sign, number], _middle(boxes[v].row) + sign * _HEIGHT / 2))
         _draw_way(axes, way, link)
+
+
+def _shifts(picture: Picture, layout: Layout) -> dict[tuple[int, int, int | None], float]:
+    """How far from the middle of a box, on its lower side (1) or upper side (-1), an edge ends; `None`: all begin.
+
+    They are spread along the side in the order in which they come, those upward on the right.
+    """
+    found: dict[tuple[int, int], set[tuple[bool, float, int | None]]] = {}
+    for number, (u, v, _) in enumerate(picture.edges):
+        if (rows := (picture.boxes[u].row, picture.boxes[v].row))[0] != rows[1]:
+            sign = 1 if rows[0] < rows[1] else -1
+            last = [layout.places[u], *layout.points[number][::sign]][-1]
+            found.setdefault((u, sign), set()).add((sign < 0, layout.places[u], None))
+            found.setdefault((v, -sign), set()).add((sign < 0, last, number))
+    shifts = {}
+    for (box, side), ends in found.items():
+        step = min(0.22, 0.7 * _width(picture.boxes[box]) / len(ends))
+        for k, (_, _, end) in enumerate(sorted(ends, key=lambda end: end[:2])):
+            shifts[box, side, end] = (k - (len(ends) - 1) / 2) * step
+    return shifts
 
 
 def _draw_way(axes: Any, way: Sequence[tuple[float, float]], link: Link) -> None:
@@ -212,7 +220,11 @@ def _draw_blocks(axes: Any, picture: Picture, layout: Layout, sizes: Sequence[Si
         frame = FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle=style, fc="#f4f4f4", ec="#999999")
         frame.set(linewidth=0.8, zorder=0)
         axes.add_patch(frame)
-        axes.text(right - 0.08, top - 0.08, f"× {block.times}", fontsize=11, ha="right", va="top", zorder=1)
+        axes.text(right + 0.06, (top + bottom) / 2, _times(block), fontsize=_TIMES, ha="left", va="center", zorder=1)
+
+
+def _times(block: Block) -> str:
+    return f"× {block.times}"
 
 
 def _draw_legend(axes: Any, picture: Picture, top: float) -> None:
@@ -233,7 +245,8 @@ def _draw_legend(axes: Any, picture: Picture, top: float) -> None:
             axes.text(x + 0.35, y, words, fontsize=_SMALL, va="center")
             x += 0.55 + _text_width(words, _SMALL)
     x, y = 0.0, y - 0.25
-    for link in dict.fromkeys(link for _, _, link in picture.edges if _WORDS[link]):
+    found = {link for _, _, link in picture.edges}
+    for link in (link for link, words in _WORDS.items() if words and link in found):
         color, style = _STYLES[link]
         axes.plot([x, x + 0.28], [y, y], color=color, ls=style, lw=1.0)
         axes.text(x + 0.35, y, _WORDS[link], fontsize=_SMALL, va="center")
