@@ -44,6 +44,9 @@ REDUCTIONS: frozenset[str] = frozenset(
 )
 """Reductions along axes, and what accumulates along one."""
 
+FLAT: tuple[str, ...] = ("argmax", "argmin", "sign", "threshold", "round", "floor", "ceil")
+"""Operations whose derivative JAX defines but which is zero or blind almost everywhere: no rule to solve with."""
+
 OWN_DERIVATIVE: tuple[str, ...] = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call")
 """Calls of functions with `jax.custom_vjp` or `jax.custom_jvp`."""
 

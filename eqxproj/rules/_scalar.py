@@ -34,8 +34,8 @@ from .._numerics._smooth import Bounds, bounds_of, smooth_dual
 from .._program._affine import AffineTerm as AffineTerm
 from .._program._equations import Equation, Variable
 from .._program._fragment import Fragment, OfOne
+from .._program._primitives import FLAT
 from ._base import AbstractRule, Context
-from ._local import FLAT
 
 Special = Literal["square", "round", "floor", "ceil"]
 

@@ -5,7 +5,8 @@ $\alpha|A-A_0|^2 + \omega|W-W_0|^2 + \kappa|AW^T-Z_0|^2$ has $\alpha(A-A_0) = \L
 $\omega(W-W_0) = \Lambda^T A$ and $\Lambda = \kappa(Z_0 - AW^T)$. With $\mu = \kappa(Z_0 - A_0W_0^T)$ and the moves
 $\delta A, \delta W$ that is
 
-$$\Lambda + \frac{\kappa}{\omega} A A^T \Lambda + \frac{\kappa}{\alpha} \Lambda W W^T = \mu + \kappa\,\delta A\,\delta W^T .$$
+$$\Lambda + \frac{\kappa}{\omega} A A^T \Lambda + \frac{\kappa}{\alpha} \Lambda W W^T
+= \mu + \kappa\,\delta A\,\delta W^T .$$
 
 At $A_0, W_0$ the left side is inverted exactly by the eigenvectors of $W_0W_0^T$ and of $A_0A_0^T$ or $A_0^TA_0$,
 whichever is smaller. As $A, W$ move, that inverse corrects $\Lambda$ until the equation holds. Limits: `dot_general` in
