@@ -122,7 +122,8 @@ def make_problem(
     forward pass that are known already. `sends` says for each argument whether the terms of the loss with this target
     send a gradient back; all do by default. `all_held` are the sets of parameters.
     """
-    graph = build(traced, data, not two_colors, joins_thresholds=not metric.in_gradient_regime)
+    joined = "products" if copies == "neuron" else "sums"
+    graph = build(traced, data, not two_colors, thresholds="apart" if metric.in_gradient_regime else joined)
     if two_colors:
         graph = _two_colored(graph, concurrence)
     graph = replace(graph, variant=(data, two_colors, concurrence))

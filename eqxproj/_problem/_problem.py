@@ -6,18 +6,21 @@ Solvers and the projector read it. It is a pytree, so that it may be made inside
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
+from .._files import check_packages, check_picture, write_whole
 from .._graph._graph import Graph, table
 from .._graph._reach import Reach, jumps, reach_of
 from .._metric import Metric, clamped
 from .._program._trace import Trace
 from ..rules._base import Noise
 from ._constraints import Held
+from ._draw import drawn
 from ._state import State
 
 Copies = Literal["neuron", "none"]
@@ -164,6 +167,25 @@ class FeasibilityProblem(eqx.Module):
         if unused:
             lines.append(f"Parameters that the loss does not depend on: {', '.join(unused)}.")
         return "\n".join([*lines, "Operations without a rule: none."])
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draws the graph of the problem, from the data at the top down to the objective.
+
+        A box is a node, with its operation and the shapes of its operands and outputs, in one of the two colors.
+        Parameters and pinned data are round, the objective has a heavy outline. What an edge shows one time step late
+        is dashed. In a graph of more than 40 nodes, equal branches side by side are one box, and a block of rows that
+        repeats is drawn once, in a frame that says how often.
+
+        **Arguments:**
+
+        - `path`: the file to write, one of `.png`, `.svg` and `.pdf`, in a folder that is there.
+
+        **Raises:** `TypeError`, `ValueError` and `FileNotFoundError` for an unusable path, and `ImportError` where
+        matplotlib or networkx is missing (`pip install 'eqxproj[plot]'`), all before anything is drawn.
+        """
+        target = check_picture(path)
+        check_packages("`problem.draw`", ("matplotlib", "networkx"))
+        write_whole(target, drawn(self.graph, target.suffix))
 
     def _explain_jumps(self) -> list[str]:
         """What the nodes with jumps answer in the gradient regime, whatever the metric is."""

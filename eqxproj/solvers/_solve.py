@@ -7,7 +7,9 @@ and does between the calls what a program cannot: errors that name a node, progr
 
 from __future__ import annotations
 
+import io
 import numbers
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -21,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._errors import NonFiniteError, as_number, check_flag, check_function, check_key, described
+from .._files import check_packages, check_picture, write_whole
 from .._numerics._promotion import with_own_promotion
 from .._problem._measures import Measures
 from .._problem._problem import FeasibilityProblem
@@ -28,6 +31,7 @@ from .._problem._state import State
 from .._progress import progress as shown_progress
 from ._base import AbstractSolver
 from ._iterate import Progress, advance, begin, finite_nodes, first_bad, program_of
+from ._plot import check_plotted, plotted
 from ._start import fits
 
 Callback = Callable[[int, Mapping[str, Any]], Any]
@@ -67,6 +71,33 @@ class Solution(eqx.Module):
     state: State
     stats: dict[str, Any]
     result: Any
+
+    def plot(self, path: str | os.PathLike[str] | None = None, problem: FeasibilityProblem | None = None) -> Any:
+        """Plots gap and violation over the steps, on a logarithmic scale.
+
+        **Arguments:**
+
+        - `path`: the file to write, one of `.png`, `.svg` and `.pdf`, in a folder that is there; by default none.
+        - `problem`: the problem that was solved. With it, a second picture shows the largest violation at the end, by
+            kind of node.
+
+        **Returns:**
+
+        The `matplotlib.figure.Figure`, which a notebook shows. It belongs to no window, so that nothing is to be closed.
+        Several runs, from a `vmap`, are one pale line each.
+
+        **Raises:** `TypeError`, `ValueError` and `FileNotFoundError` for unusable arguments, and `ImportError` where
+        matplotlib is missing (`pip install 'eqxproj[plot]'`).
+        """
+        target = None if path is None else check_picture(path)
+        check_plotted(self.stats, self.state, problem)
+        check_packages("`solution.plot`", ("matplotlib",))
+        figure = plotted(self.stats, self.state, problem)
+        if target is not None:
+            content = io.BytesIO()
+            figure.savefig(content, format=target.suffix.removeprefix(".").lower(), dpi=150)
+            write_whole(target, content.getvalue())
+        return figure
 
     def __repr__(self) -> str:
         last = {n: x[-1] for n, x in self.stats.items() if isinstance(x, np.ndarray) and x.ndim and len(x)}
