@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -208,4 +207,4 @@ def _written_back(problem: FeasibilityProblem, old: State, new: State, nodes: Se
             gap = spec.view.show(problem.known, [current(v) for v in spec.sources]) - shown(problem, new, edge)
             gap = expanded(problem, edge, gap) if new.store_copies else gap
             duals[edge] = gap * clamped(problem.log_weights[edge])
-    return eqx.tree_at(lambda s: s.duals, new, tuple(duals), is_leaf=lambda x: x is None)
+    return replace(new, duals=tuple(duals))
