@@ -85,14 +85,30 @@ def _returned(inside: Bool[Array, "*#shape"], x: Array, y: Array, dtype: jnp.dty
 
 
 def largest(x: Float[Array, "*batch n"], kept: int) -> Float[Array, "*batch n"]:
-    """The slice with all but its `kept` entries of largest absolute value (the first, among equals) set to zero."""
+    """The slice with all but its `kept` entries of largest absolute value (the first, among equals) set to zero.
+
+    Positive floats are ordered as the integers of the same bits are. So the bits of the least size that is kept are
+    found from the highest on: each is set where as many entries as wanted are no smaller then. That takes as many sums
+    as there are bits, and is faster than sorting.
+    """
     n = x.shape[-1]
     if kept >= n:
         return x
-    flat = x.reshape(-1, n)
-    order = jax.lax.top_k(jnp.abs(wide(flat)), kept)[1]
-    mask = jnp.zeros(flat.shape, bool).at[jnp.arange(flat.shape[0])[:, None], order].set(True)
-    return jnp.where(mask, flat, jnp.zeros_like(flat)).reshape(x.shape)
+    size = jnp.abs(wide(x))
+    integer = jnp.dtype(f"int{jnp.finfo(size.dtype).bits}")
+    order, high = jax.lax.bitcast_convert_type(size, integer), jnp.iinfo(integer).bits - 2
+
+    def count(which: Array) -> Array:
+        return jnp.sum(which, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    def lower(i: Array, least: Array) -> Array:
+        larger = least | (jnp.ones((), integer) << (high - i).astype(integer))
+        return jnp.where(count(order >= larger) >= kept, larger, least)
+
+    least = jax.lax.fori_loop(0, high + 1, lower, jnp.zeros((*x.shape[:-1], 1), integer))
+    above, equal = order > least, order == least
+    first = jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= kept - count(above)
+    return jnp.where(above | (equal & first), x, jnp.zeros_like(x))
 
 
 def _on_simplex(x: Float[Array, "*batch n"], total: float) -> Float[Array, "*batch n"]:
@@ -190,6 +206,15 @@ def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     first = jnp.where(jnp.arange(n) < top[:, None], first, n)
     begins = jnp.zeros(flat.shape, int).at[rows[:, None], first].set(1, mode="drop")
     return jnp.take_along_axis(means, jnp.cumsum(begins, axis=-1) - 1, axis=-1).reshape(x.shape)
+
+
+def equal(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """The nearest slice whose entries are equal: their mean, as the first entry and a mean of differences to it.
+
+    Equal entries have no differences, so that they stay as they are.
+    """
+    first = x[..., :1]
+    return jnp.broadcast_to(first + jnp.mean(x - first, axis=-1, keepdims=True), x.shape)
 
 
 def nearest_level(x: Float[Array, "*shape"], levels: Float[np.ndarray, "levels"]) -> Int[Array, "*shape"]:
@@ -312,3 +337,16 @@ def truncated(x: Float[Array, "m n"], rank: int, dtype: jnp.dtype) -> Float[Arra
     share = s / jnp.where(s[0] > 0, s[0], 1)  # whose squares are numbers at any scale
     inside = jnp.sum(share[rank:] ** 2) <= error**2 * jnp.sum(share**2)
     return _returned(inside, x, unit * _times(u[:, :rank] * s[:rank], v[:rank]), dtype)
+
+
+def clipped(x: Float[Array, "m n"], radius: float, dtype: jnp.dtype) -> Float[Array, "m n"]:
+    r"""The nearest matrix whose singular values are at most `radius`: the larger ones become the radius.
+
+    Rounding moves the singular values of the answer, all by about its relative error: they are clipped below the radius
+    by twice that.
+    """
+    unit = _unit(jnp.max(jnp.abs(x)))
+    u, s, v = _decomposed(x / unit)
+    most = radius / unit
+    clip = jnp.minimum(s, most * (1 - 2 * rounding(dtype)))
+    return _returned(s[0] <= most, x, unit * _times(u * clip, v), dtype)

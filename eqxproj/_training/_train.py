@@ -134,7 +134,7 @@ def train(
     all_held = held(model, constraints)
     options = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps")
     is_preconditioned = _check_precondition(precondition, optimizer, method)
-    excluded = frozenset(one.position for one in all_held) if is_preconditioned else None
+    excluded = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
     displacement = Displacement(loss, has_aux, options, excluded)
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
     optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
