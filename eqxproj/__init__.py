@@ -21,6 +21,7 @@ from ._errors import NonFiniteError as NonFiniteError
 from ._errors import TrainingInterrupted as TrainingInterrupted
 from ._errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
 from ._metric import Metric as Metric
+from ._problem._constraints import apply_constraints as apply_constraints
 from ._problem._make import feasibility_problem as feasibility_problem
 from ._problem._problem import FeasibilityProblem as FeasibilityProblem
 from ._problem._published import as_published as as_published
@@ -28,7 +29,6 @@ from ._problem._state import State as State
 from ._problem._state import combine as combine
 from ._program._custom import custom_loss as custom_loss
 from ._program._custom import custom_projection as custom_projection
-from ._training._constraints import apply_constraints as apply_constraints
 from ._training._displacement import filter_displacement as filter_displacement
 from ._training._displacement import filter_value_and_displacement as filter_value_and_displacement
 from ._training._optimizer import default_optimizer as default_optimizer
@@ -46,6 +46,7 @@ from .solvers import CyclicProjections as CyclicProjections
 from .solvers import DifferenceMap as DifferenceMap
 from .solvers import DouglasRachford as DouglasRachford
 from .solvers import RelaxedReflectReflect as RelaxedReflectReflect
+from .solvers._solve import RESULTS as RESULTS
 from .solvers._solve import Solution as Solution
 from .solvers._solve import solve as solve
 

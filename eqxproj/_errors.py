@@ -251,3 +251,26 @@ def _no_array(x: Any) -> str:
     if hasattr(x, "__array__"):
         return f"{name}. Pass numpy arrays: `np.asarray(x)`."
     return f"{name}. Pass numpy or JAX arrays, or (nested) tuples and dictionaries of them."
+
+
+def is_key(x: Any) -> bool:
+    """Whether a value is a PRNG key of the new kind."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def check_key(key: Any) -> Array:
+    """The key as one of the new kind, `jax.random.key(0)` where it is `None`.
+
+    **Raises:** `TypeError` for what is no key, `ValueError` for several.
+    """
+    key = jax.random.key(0) if key is None else key
+    wanted = "`key` must be one PRNG key such as `jax.random.key(0)`, got"
+    if not isinstance(key, jax.Array) or not (is_key(key) or key.dtype == np.uint32):
+        raise TypeError(f"{wanted} {described(key)}.")
+    if not is_key(key):
+        if key.ndim != 1:
+            raise ValueError(f"{wanted} an array of shape {key.shape}.")
+        key = jax.random.wrap_key_data(key)
+    if key.shape != ():
+        raise ValueError(f"{wanted} {key.size} of them. Choose one: `key[0]`.")
+    return key

@@ -12,7 +12,7 @@ import pytest
 
 import eqxproj
 from eqxproj import sets
-from eqxproj._training import _compiled
+from eqxproj._program import _compiled
 
 W, X = jnp.array([1.0, -2.0]), jnp.array([[0.5, 1.0], [2.0, -1.0], [0.3, 0.1]])
 

@@ -14,11 +14,11 @@ import optax
 import pytest
 
 import eqxproj
+from eqxproj._problem._constraints import held
 from eqxproj._problem._make import make_problem
 from eqxproj._program._normal_form import normal_form
 from eqxproj._program._recurrence import Recurrence
 from eqxproj._program._trace import trace
-from eqxproj._training._constraints import held
 from eqxproj._training._displacement import DEFAULT_METRIC
 from eqxproj._training._preconditioner import Preconditioner, preconditioner
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -91,6 +91,8 @@ class Graph:
     """The largest coefficient of a term of the loss: one over the batch size, where the loss is a mean."""
     hard: bool = False
     """Whether the objective is nothing but sets, which do not use tau."""
+    variant: Hashable = ()
+    """What beside its program the graph was built from."""
 
     @cached_property
     def producers(self) -> tuple[int, ...]:
@@ -213,18 +215,32 @@ def with_identities(graph: Graph, identity: AbstractRule) -> Graph:
     for _ in range(len(graph.edges) + 1):
         if not graph.conflicts:
             return graph
-        graph = _split(graph, graph.conflicts[0], identity)
+        index = graph.conflicts[0]
+        color = graph.colors[graph.edges[index].consumer]
+        same = {value for value, producer in enumerate(graph.producers) if graph.colors[producer] == color}
+        graph = _split(graph, index, identity, same)
     raise AssertionError("two-coloring did not end")
 
 
-def _split(graph: Graph, index: int, identity: AbstractRule) -> Graph:
-    """Puts an identity node on each value of an edge that has the color of the edge's consumer."""
+def with_concurrence(graph: Graph, identity: AbstractRule) -> Graph:
+    """Puts an identity node on every edge from one operation to another.
+
+    So all operations have one color. The other holds the objective, and what makes copies equal.
+    """
+    operations = {v for node in graph.nodes if node.kind == "operation" for v in node.outputs}
+    for index in [i for i, edge in enumerate(graph.edges) if graph.nodes[edge.consumer].kind == "operation"]:
+        graph = _split(graph, index, identity, operations)
+    return graph
+
+
+def _split(graph: Graph, index: int, identity: AbstractRule, split: Container[int]) -> Graph:
+    """Puts an identity node on each value of an edge that is to be `split`."""
     edge = graph.edges[index]
-    color, source = graph.colors[edge.consumer], graph.nodes[edge.consumer].source
+    source = graph.nodes[edge.consumer].source
     values, edges, nodes = list(graph.values), list(graph.edges), list(graph.nodes)
     sources: list[int] = []
     for value in edge.sources:
-        if graph.colors[graph.producers[value]] != color:
+        if value not in split:
             sources.append(value)
             continue
         variable = graph.values[value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -16,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from .._errors import as_number, check_flag, check_function, described
 from .._graph._build import build
-from .._graph._graph import Graph, Node, with_identities
+from .._graph._graph import Graph, Node, with_concurrence, with_identities
 from .._graph._reach import reach_of
 from .._graph._weights import edge_logs, reader_logs
 from .._metric import Metric, check_metric
@@ -28,6 +29,7 @@ from .._program._trace import Trace, trace
 from ..rules._base import Noise
 from ..rules._loss import checked_labels
 from ..rules._scalar import identity
+from ._constraints import Constraint, Held, check_common_points, held
 from ._problem import Copies, FeasibilityProblem
 from ._projector import Projector
 
@@ -110,16 +112,19 @@ def make_problem(
     residuals: Sequence[Array] = (),
     noise: Noise = "unreached",
     sends: Sequence[bool] = (),
+    all_held: Sequence[Held] = (),
+    concurrence: bool | None = None,
 ) -> FeasibilityProblem:
     """The problem of a traced loss; other arguments as for `feasibility_problem`.
 
     `offset` is the logarithm of the weight of the objective's own edges, `residuals` are results of products of the
     forward pass that are known already. `sends` says for each argument whether the terms of the loss with this target
-    send a gradient back; all do by default.
+    send a gradient back; all do by default. `all_held` are the sets of parameters.
     """
     graph = build(traced, data, not two_colors)
     if two_colors:
-        graph = with_identities(graph, identity(graph.values[0]))
+        graph = _two_colored(graph, concurrence)
+    graph = replace(graph, variant=(data, two_colors, concurrence))
     env = forward(graph.program, [*traced.parameters, *traced.arguments], residuals)
     needed = {i for edge in graph.edges for i in edge.view.known}
     for node in graph.nodes:
@@ -139,6 +144,7 @@ def make_problem(
         value=jnp.asarray(value),
         auxiliary=traced.auxiliary(rest),
         copy_counts=_all_copy_counts(graph, known, copies, metric, logs),
+        held=_held_values(traced, graph, all_held),
         graph=graph,
         metric=metric,
         copies=copies,
@@ -148,6 +154,23 @@ def make_problem(
         noise=noise,
         reach=reach_of(graph, noise if metric.in_gradient_regime else "everywhere", stopped),
     )
+
+
+def _two_colored(graph: Graph, concurrence: bool | None) -> Graph:
+    """A graph with two colors, by identity nodes; with `concurrence`, where rules want it, all operations in one."""
+    rule = identity(graph.values[0])
+    if concurrence is None:
+        concurrence = any(node.rule is not None and node.rule.wants_concurrence for node in graph.nodes)
+    if concurrence:
+        graph = with_concurrence(graph, rule)
+    return with_identities(graph, rule)
+
+
+def _held_values(traced: Trace, graph: Graph, all_held: Sequence[Held]) -> dict[int, Held]:
+    """What is held in sets, by value. A parameter that the loss does not depend on has none."""
+    sets = {one.position: one for one in all_held}
+    places = zip(traced.leaves, graph.parameters, strict=True)
+    return {value: sets[place] for place, value in places if place in sets and value is not None}
 
 
 def _needed(node: Node) -> set[int]:
@@ -173,8 +196,10 @@ def feasibility_problem(
     metric: Metric | None = None,
     data: Literal["constant", "pinned"] = "constant",
     two_colors: bool = True,
+    concurrence: bool | None = None,
     tau: float = RAW_TAU,
     noise: Noise = "unreached",
+    constraints: Sequence[Constraint] = (),
     has_aux: bool = False,
     kwargs: Mapping[str, Any] | None = None,
 ) -> FeasibilityProblem:
@@ -191,10 +216,14 @@ def feasibility_problem(
     - `data`: `"constant"`, or `"pinned"` for data as variables held in place.
     - `two_colors`: whether the graph gets two colors, by identity nodes and with a node for each time step of a
         recurrence. Cyclic solvers do without: nothing is added, and a recurrence is one node.
+    - `concurrence`: whether all operations get one color, and what makes copies equal the other ("divide and concur").
+        By default where the loss has a [`threshold`][]. Else colors alternate from the objective back.
     - `tau`: factor of one sample's loss in the prox of the objective. In the projection regime losses that are sets do
         not use it.
     - `noise`: in the gradient regime, where operations with jumps (signs, roundings, positions of maxima) answer under
         noise: `"unreached"`, for what no gradient reaches; `"everywhere"`, beside the gradient too; or `"never"`.
+    - `constraints`: pairs `(where, set)`, as for [`train`][]. All copies of such a parameter are equal, and in the set:
+        every projection onto the parameter's node ends there.
     - `has_aux`: whether the loss returns `(value, auxiliary)`.
     - `kwargs`: keyword arguments of the loss.
 
@@ -215,8 +244,14 @@ def feasibility_problem(
     metric = Metric() if metric is None else metric
     check_metric(metric)
     model, args, kwargs = on_automatic_mesh((model, args, dict(kwargs or {})))
+    if concurrence is not None:
+        check_flag("concurrence", concurrence)
+    all_held = held(model, constraints)
+    check_common_points(model, all_held)
     traced = trace(loss, model, args, kwargs, has_aux=has_aux)
-    problem = make_problem(traced, metric, copies, tau, data, two_colors, noise=noise)
+    problem = make_problem(
+        traced, metric, copies, tau, data, two_colors, noise=noise, all_held=all_held, concurrence=concurrence
+    )
     check_labels(labels_of(problem), args)
     return problem
 

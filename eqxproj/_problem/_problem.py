@@ -17,6 +17,7 @@ from .._graph._reach import Reach, jumps, reach_of
 from .._metric import Metric, clamped
 from .._program._trace import Trace
 from ..rules._base import Noise
+from ._constraints import Held
 from ._state import State
 
 Copies = Literal["neuron", "none"]
@@ -36,6 +37,11 @@ class AbstractProjector(abc.ABC):
         """The same, for solvers that go through layers one after another."""
         return self.project(problem, state, nodes)
 
+    def settled(self, problem: FeasibilityProblem, state: State) -> State:
+        """The state projected onto the parameters' nodes, no two of which share an edge."""
+        kinds = enumerate(node.kind for node in problem.graph.nodes)
+        return self.project(problem, state, [i for i, kind in kinds if kind == "parameter"])
+
 
 class FeasibilityProblem(eqx.Module):
     """Find parameters and states that satisfy the constraints of every operation.
@@ -46,6 +52,7 @@ class FeasibilityProblem(eqx.Module):
     - `copy_counts`: for each value how many copies of it its consumers own, those of the heaviest counting as one.
     - `log_weights`: the logarithm of the weight of each edge.
     - `noise`: where operations with jumps answer under noise. `reach`: where gradients and these answers go.
+    - `held`: for the values of some parameters, the sets that they are held in.
     - `outer_unit`: the unit of the duals, where the problem is part of another.
     """
 
@@ -56,6 +63,7 @@ class FeasibilityProblem(eqx.Module):
     value: Float[Array, ""]
     auxiliary: PyTree
     copy_counts: tuple[float | Array, ...]
+    held: dict[int, Held]
     graph: Graph = eqx.field(static=True)
     metric: Metric = eqx.field(static=True)
     copies: Copies = eqx.field(static=True)
@@ -89,6 +97,10 @@ class FeasibilityProblem(eqx.Module):
         nothing = (None,) * len(self.initial)
         stored = (store_copies or self.projector.stores_copies) and self.copies != "none"
         return State(self.forward, nothing, (None,) * len(self.graph.edges), (True,) * len(self.graph.nodes), stored)
+
+    def model(self, parameters: Sequence[Array]) -> PyTree:
+        """The model with these parameters, as a solver's `postprocess` returns them."""
+        return self.trace.rebuild(parameters)
 
     def edge_weight(self, edge: int) -> float:
         """The weight of an edge, clamped."""

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._metric import clamped_output
-from ..rules._base import AbstractRule, Context, as_duals, outputs_after
+from ..rules._base import AbstractRule, Context, as_duals, in_duals, outputs_after, step
+from ._gains import moved_identity, moved_parameter
 from ._problem import AbstractProjector, FeasibilityProblem
-from ._readers import collapsed, context, operand, output_weight, shown_marks, value_of
+from ._readers import collapsed, context, operand, output_weight, parameter_weight, shown_marks, value_of
 from ._state import State
 
 Incoming = dict[int, Array | None]
@@ -34,8 +35,18 @@ class Projector(AbstractProjector):
     stores_copies: bool = False
 
     def project(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
-        incoming = self.incoming(problem, state, nodes)
-        found = {n: self._answer(problem, state, n, incoming) for n in nodes}
+        weighted = {n for n in nodes if state.gains and problem.graph.colors[n] == 0}
+        incoming = self.incoming(problem, state, [n for n in nodes if n not in weighted])
+        for number in weighted:
+            node = problem.graph.nodes[number]
+            is_parameter = node.kind == "parameter"
+            incoming |= {v: moved_parameter(problem, state, v) if is_parameter else None for v in node.outputs}
+        found = {
+            n: moved_identity(problem, state, n)
+            if n in weighted and problem.graph.nodes[n].kind == "identity"
+            else self._answer(problem, state, n, incoming)
+            for n in nodes
+        }
         answers = {n: answer for n, answer in found.items() if answer is not None}
         return _written(problem, state, nodes, incoming, answers)
 
@@ -141,10 +152,12 @@ def _written(
     changed: set[int] = set()
     for number in nodes:
         node = graph.nodes[number]
-        if node.kind == "parameter" and (mu := incoming[node.outputs[0]]) is not None:
+        if node.kind == "parameter":
             (value,) = node.outputs
-            shifts[value] = _added(state.shifts[value], mu)
-            changed.add(value)
+            shift = _in_set(problem, value, _added(state.shifts[value], incoming[value]))
+            if shift is not state.shifts[value]:
+                shifts[value] = shift
+                changed.add(value)
         if number in answers:
             for edge, nu in zip(node.edges, answers[number][0], strict=True):
                 duals[edge] = _added(state.duals[edge], nu)
@@ -157,11 +170,25 @@ def _written(
     up_to_date = list(state.up_to_date) if tracked else [False] * len(graph.nodes)
     for number, is_new in ((n, tracked and n not in stale) for n in {*answers, *stale}):
         up_to_date[number] = is_new
-    return State(tuple(values), tuple(shifts), cleared, tuple(up_to_date), state.store_copies, state.is_last)
+    return replace(state, values=tuple(values), shifts=tuple(shifts), duals=cleared, up_to_date=tuple(up_to_date))
 
 
-def _added(before: Array | None, dual: Array) -> Array:
-    return dual if before is None else before + dual
+def _in_set(problem: FeasibilityProblem, value: int, shift: Array | None) -> Array | None:
+    """The dual of a parameter that is held in sets: to the point of them nearest to where `shift` leads.
+
+    Nearest in the weights of its copies, where these are the same for all entries.
+    """
+    held = problem.held.get(value)
+    if held is None:
+        return shift
+    weight, start = parameter_weight(problem, value), problem.initial[value]
+    assert start is not None
+    moved = start if shift is None else start + step(weight, shift).astype(start.dtype)
+    return in_duals(weight, held(moved) - start)
+
+
+def _added(before: Array | None, dual: Array | None) -> Array | None:
+    return before if dual is None else dual if before is None else before + dual
 
 
 def _cleared(

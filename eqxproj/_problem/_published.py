@@ -145,6 +145,10 @@ class PublishedProjector(Projector):
             seen = seen + (spec.view.transpose(problem.known, ones)[spec.sources.index(value)] > 0)
         return (written - output) * (seen / max(len(readers), 1))
 
+    def settled(self, problem: FeasibilityProblem, state: State) -> State:
+        """The state as it is: parameters are read where they were last written."""
+        return state
+
     def project_layer(self, problem: FeasibilityProblem, state: State, nodes: Sequence[int]) -> State:
         return _written_back(problem, state, self.project(problem, state, nodes), nodes)
 

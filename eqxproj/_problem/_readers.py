@@ -70,8 +70,13 @@ def moved_by(problem: FeasibilityProblem, state: State, value: int) -> Array | N
     shift = state.shifts[value]
     if shift is None:
         return None
+    return step(parameter_weight(problem, value), shift)
+
+
+def parameter_weight(problem: FeasibilityProblem, value: int) -> Scale:
+    """What leads from the dual of a parameter to how far it has moved."""
     scale, count = output_weight(problem, value)
-    return step(_positive(count) * clamped(scale), shift)
+    return _positive(count) * clamped(scale)
 
 
 def shown(problem: FeasibilityProblem, state: State, edge: int) -> Array:
@@ -86,6 +91,13 @@ def expanded(problem: FeasibilityProblem, edge: int, u: Array) -> Array:
     node = problem.graph.nodes[number]
     assert node.rule is not None
     return node.rule.expand(context(problem, number, True), node.edges.index(edge), u)
+
+
+def copies_of(problem: FeasibilityProblem, edge: int) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the copies that an edge holds where every copy is stored."""
+    variable = problem.graph.edges[edge].variable
+    like = jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+    return jax.eval_shape(lambda u: expanded(problem, edge, u), like)
 
 
 def shown_marks(problem: FeasibilityProblem, edge: int, marks: Sequence[Array], store_copies: bool) -> Array:
@@ -113,7 +125,7 @@ def collapsed(problem: FeasibilityProblem, state: State, edge: int) -> Array | N
     if dual is None or not state.store_copies:
         return dual
     variable = problem.graph.edges[edge].variable
-    like = jnp.zeros(variable.shape, variable.dtype)
-    if jax.eval_shape(lambda u: expanded(problem, edge, u), like).shape == like.shape:
+    if copies_of(problem, edge).shape == variable.shape:
         return dual
-    return jax.vjp(lambda u: expanded(problem, edge, u), like)[1](dual)[0]
+    like = jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+    return jax.linear_transpose(lambda u: expanded(problem, edge, u), like)(dual)[0]

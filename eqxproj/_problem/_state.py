@@ -12,7 +12,7 @@ sum of an operand's duals; `store_copies` marks a state that keeps every copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import equinox as eqx
@@ -33,6 +33,7 @@ class State:
     - `values`: for each value that a node puts out, the array it last wrote; `None` for parameters and data.
     - `shifts`: for each parameter the dual accumulated since the start; `None` elsewhere, and where it is zero.
     - `duals`: for each edge its dual, in the shape of the operand, or with `store_copies` of its copies.
+    - `gains`: for each node a factor of the weights of its copies, as reweighting moves them; empty without it.
     - `up_to_date`: for each node, whether its output is the function of its operands.
     - `is_last`: whether only parameters are read after this step: what nodes put out is not evaluated again.
     """
@@ -43,6 +44,7 @@ class State:
     up_to_date: tuple[bool, ...] = eqx.field(static=True)
     store_copies: bool = eqx.field(static=True)
     is_last: bool = eqx.field(static=True, default=False)
+    gains: tuple[_Entry, ...] = ()
 
     def __repr__(self) -> str:
         held = {n: sum(x is not None for x in getattr(self, n)) for n in ("values", "shifts", "duals")}
@@ -61,11 +63,11 @@ def iterate(step: Callable[[State], State], state: State, count: int) -> State:
     out then has the structure of the one that went in.
     """
     if count == 1:
-        return _filled(step(state), state)
+        return filled(step(state), state)
     start = prepared(step, state)
 
     def advance(_: Any, state: State) -> State:
-        return _filled(step(state), start)
+        return filled(step(state), start)
 
     if count > _UNROLLED:
         return jax.lax.fori_loop(0, count, advance, start)
@@ -77,26 +79,26 @@ def iterate(step: Callable[[State], State], state: State, count: int) -> State:
 
 def prepared(step: Callable[[State], State], state: State) -> State:
     """A state to iterate from: what no step moves stays `None`, and everything else is an array from the start."""
-    state = _filled(state, state)
+    state = filled(state, state)
     while True:
-        more = _filled(state, jax.eval_shape(step, state))
+        more = filled(state, jax.eval_shape(step, state))
         if jtu.tree_structure(more) == jtu.tree_structure(state):
             return state
         state = more
 
 
-def _filled(state: State, like: State) -> State:
+def filled(state: State, like: State) -> State:
     """The state with zeros where it has `None` and `like` has an array; no output is known to be up to date."""
 
     def fill(x, y):
         return jnp.zeros(y.shape, y.dtype) if x is None and y is not None else x
 
     shifts, duals = tuple(map(fill, state.shifts, like.shifts)), tuple(map(fill, state.duals, like.duals))
-    return State(state.values, shifts, duals, (False,) * len(state.up_to_date), state.store_copies)
+    return replace(state, shifts=shifts, duals=duals, up_to_date=(False,) * len(state.up_to_date), is_last=False)
 
 
 def combine(coefficients: Sequence[float], states: Sequence[State]) -> State:
-    """The affine combination of states; the coefficients add up to one."""
+    """The affine combination of states; the coefficients add up to one. The gains are those of the first."""
 
     def mix(*leaves):
         parts = [jnp.asarray(c, x.dtype) * x for c, x in zip(coefficients, leaves, strict=True) if x is not None]
@@ -104,4 +106,5 @@ def combine(coefficients: Sequence[float], states: Sequence[State]) -> State:
 
     groups = zip(*((s.values, s.shifts, s.duals) for s in states), strict=True)
     values, shifts, duals = (jtu.tree_map(mix, *group, is_leaf=lambda x: x is None) for group in groups)
-    return State(values, shifts, duals, (False,) * len(states[0].up_to_date), states[0].store_copies)
+    stale = (False,) * len(states[0].up_to_date)
+    return State(values, shifts, duals, stale, states[0].store_copies, gains=states[0].gains)

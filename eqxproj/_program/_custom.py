@@ -36,6 +36,7 @@ class Call:
 
     `rule(ctx, inputs, targets) -> [new inputs]`, or for a loss `rule(inputs, tau) -> displacement of the first input`.
     `each`: where this is a batch of calls, one of them. `dims`, `size`: where the inputs have the batch, and its size.
+    `origin`: what the two functions were made of; calls of equal origins do the same.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Call:
     each: Call | None = None
     dims: tuple[int | None, ...] = ()
     size: int = 0
+    origin: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return self.name
@@ -238,7 +240,9 @@ class CustomProjection(Generic[_P, _T]):
             kept = [n if unknown else o for n, o, unknown in zip(moved, inputs, ctx.unknown, strict=True)]
             return checked_arrays(kept, inputs, f"The projection of {self._name!r}")
 
-        flat = Call(self._name, function, rule, is_discontinuous=self.is_discontinuous)
+        fixed = jtu.tree_flatten(others)
+        origin = (call, self.rule, treedef, *fixed, tuple(named), len(positional))
+        flat = Call(self._name, function, rule, is_discontinuous=self.is_discontinuous, origin=origin)
         out = projection_p.bind(*map(jnp.asarray, leaves), call=flat)
         return jtu.tree_unflatten(out_treedef[0], out)
 
@@ -396,8 +400,9 @@ def custom_loss(
         moved = displacement(inputs[0], inputs[1], tau)
         return checked_arrays([moved], inputs[:1], f"The displacement of the loss {name!r}")[0]
 
+    call = Call(name, lambda *args: [value(*args)], rule, hard, origin=(value, displacement))
+
     def loss(predictions: Any, targets: Any) -> Array:
-        call = Call(name, lambda *args: [value(*args)], rule, hard)
         return loss_p.bind(jnp.asarray(predictions), jnp.asarray(targets), call=call)[0]
 
     return update_wrapper(loss, value, updated=())

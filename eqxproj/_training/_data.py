@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._errors import as_array, described
+from .._errors import as_array, is_key
 
 
 def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
@@ -63,10 +63,6 @@ def _check_container(data: Any, what: str) -> None:
         )
 
 
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _is_numbers(x: Any) -> bool:
     """Whether something is a (nested) list of numbers or text, to be read as one array."""
     leaves = jtu.tree_leaves(x) if isinstance(x, list) else ()
@@ -75,7 +71,7 @@ def _is_numbers(x: Any) -> bool:
 
 def _as_host(x: Any, name: str) -> np.ndarray:
     """An array on the host, in the precision that JAX computes with; `name` is that of the argument."""
-    if _is_key(x):
+    if is_key(x):
         raise ValueError(f"`{name}` holds PRNG keys. Give the loss an argument named `key` instead.")
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"`{name}` is a traced array: `train` runs outside of `jax.jit` and other transformations.")
@@ -126,24 +122,6 @@ def batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray]:
             pool = np.concatenate([pool, fresh, order[~np.isin(order, fresh)]])
         yield pool[:batch_size]
         pool = pool[batch_size:]
-
-
-def check_key(key: Any) -> Array:
-    """The key as one of the new kind, `jax.random.key(0)` where it is `None`.
-
-    **Raises:** `TypeError` for what is no key, `ValueError` for several.
-    """
-    key = jax.random.key(0) if key is None else key
-    wanted = "`key` must be one PRNG key such as `jax.random.key(0)`, got"
-    if not isinstance(key, jax.Array) or not (_is_key(key) or key.dtype == np.uint32):
-        raise TypeError(f"{wanted} {described(key)}.")
-    if not _is_key(key):
-        if key.ndim != 1:
-            raise ValueError(f"{wanted} an array of shape {key.shape}.")
-        key = jax.random.wrap_key_data(key)
-    if key.shape != ():
-        raise ValueError(f"{wanted} {key.size} of them. Choose one: `key[0]`.")
-    return key
 
 
 def take(data: Sequence[PyTree], rows: np.ndarray) -> tuple[PyTree, ...]:

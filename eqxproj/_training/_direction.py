@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, PyTree
 from .._graph._build import check_dependence
 from .._problem._make import Labels, check_labels, feasibility_problem, labels_of
 from .._problem._problem import FeasibilityProblem
+from .._program._compiled import jitted
 from .._program._trace import trace
 from ..rules._registry import registry_version
-from ..solvers._solve import finite_nodes, first_bad
-from ._compiled import jitted
+from ..solvers._iterate import finite_nodes, first_bad
 from ._displacement import DEFAULT_TAU, Options, displacement_of, run
 from ._preconditioner import Preconditioner, preconditioner
 

@@ -26,13 +26,13 @@ from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
 from .._problem._state import State, iterate
 from .._program._canonical import canonicalised
+from .._program._compiled import jitted
 from .._program._sharding import with_automatic_axes
 from .._program._trace import Trace, trace
 from ..rules._base import Noise
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
-from ._compiled import jitted
 from ._nnx import flax_for
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)

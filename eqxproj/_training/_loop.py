@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._errors import EvaluationError, NonFiniteError, TrainingInterrupted, described
-from ._compiled import jitted
+from .._program._compiled import jitted
+from .._progress import progress
 from ._data import take
-from ._progress import progress
 from ._step import Step, TrainState, compiled
 
 Pick = tuple[np.ndarray, Array]

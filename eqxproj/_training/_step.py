@@ -19,11 +19,11 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._numerics._promotion import with_own_promotion
+from .._problem._constraints import Held, held_in
 from .._program._canonical import lowered
+from .._program._compiled import configuration, kept
 from .._program._sharding import constrained_as
 from ..rules._registry import registry_version
-from ._compiled import configuration, kept
-from ._constraints import Held, held_in
 from ._direction import AbstractDirection, Direction
 
 

@@ -19,15 +19,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .._errors import ConstraintError, check_flag, check_function, described
+from .._errors import ConstraintError, check_flag, check_function, check_key, described
 from .._metric import Metric
+from .._problem._constraints import Constraint, check_common_points, held, outside
 from .._problem._problem import Copies
 from .._program._sharding import on_automatic_mesh, placed_as
 from ..rules._base import Noise
 from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive
-from ._constraints import Constraint, check_common_points, held, outside
-from ._data import batches, check_data, check_key, check_model, take
+from ._data import batches, check_data, check_model, take
 from ._direction import AbstractDirection, Displacement, Gradient, ValueAlone, key_argument
 from ._displacement import checked_options
 from ._loop import Evaluation, fit

@@ -154,6 +154,9 @@ class AbstractRule(abc.ABC):
     """Whether the node has, of the outputs of its equation, only the floats that others read: those that `ctx.read`
     marks. No dual of zeros takes the place of what nothing is wanted of: a derivative may be infinite there."""
 
+    wants_concurrence: ClassVar[bool] = False
+    """Whether solvers find solutions where all operations have one color, and what makes copies equal the other."""
+
     @property
     def is_discontinuous(self) -> bool:
         """Whether the output may jump where an operand hardly moves."""
@@ -217,6 +220,13 @@ class AbstractRule(abc.ABC):
     def expand(self, ctx: Context, operand: int, value: Array) -> Array:
         """The copies that the node owns of an operand: a linear map, the identity unless a rule owns several."""
         return value
+
+    def gathered(self, ctx: Context, copies: Sequence[Array], outputs: Sequence[Array]) -> Array:
+        """What is given for each copy of the operands and for each output, added up for each constraint of the node.
+
+        A node is one constraint, unless its rule says that it is many.
+        """
+        return sum((x.sum() for x in (*copies, *outputs)), start=jnp.asarray(0.0))
 
     def copy_counts(
         self, equation: Equation | None, unknown: Sequence[bool], operand: int, copies: str

@@ -55,6 +55,13 @@ class Bilinear(AbstractRule):
         layout = _layout(equation, copies)
         return 1.0 if layout is None else layout.counts(_position(unknown, operand))
 
+    def gathered(self, ctx: Context, copies: Sequence[Array], outputs: Sequence[Array]) -> Array:
+        """One constraint a scalar product."""
+        layout = _layout(ctx.equation, ctx.copies)
+        if layout is None:
+            return super().gathered(ctx, copies, outputs)
+        return sum((x.sum(-1) for x in copies), start=layout.from_output(outputs[0]))
+
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         form, stored, a, w = _read(ctx, inputs)
         out = form.f(a, w)

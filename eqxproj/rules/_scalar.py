@@ -110,6 +110,12 @@ class Scalar(AbstractRule):
             found.append((coefficient, math.prod(x.shape[axis] for axis in mine[0].axes), mine[0].axes))
         return found
 
+    def gathered(self, ctx: Context, copies: Sequence[Array], outputs: Sequence[Array]) -> Array:
+        """One constraint an element, unless the head adds up elements."""
+        if any(t.axes for t in self.terms):
+            return super().gathered(ctx, copies, outputs)
+        return sum(copies, start=outputs[0])
+
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         return self.phi(ctx.known, self.head(ctx.known, inputs))
 

@@ -6,12 +6,14 @@ import abc
 from typing import ClassVar
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from .._errors import as_number, described
+from .._problem._measures import Measures
 from .._problem._problem import FeasibilityProblem
 from .._problem._readers import value_of
 from .._problem._state import State, combine
+from ._start import random_start
 
 
 class AbstractSolver(eqx.Module):
@@ -26,9 +28,17 @@ class AbstractSolver(eqx.Module):
     store_copies: eqx.AbstractClassVar[bool]
     needs_two_colors: eqx.AbstractClassVar[bool]
 
-    def init(self, problem: FeasibilityProblem) -> State:
-        """The state to start from: the forward pass."""
-        return problem.start(self.store_copies)
+    @property
+    def gap_scale(self) -> float:
+        """How far a step goes, in units of the distance between the two projections that it is made of."""
+        return 1.0
+
+    def check(self, problem: FeasibilityProblem) -> None:  # noqa: B027
+        """Raises a `ValueError` where the solver cannot solve a problem. By default it can solve all."""
+
+    def init(self, problem: FeasibilityProblem, key: Array | None = None) -> State:
+        """The state to start from: the forward pass, or with a key one with random copies."""
+        return problem.start(self.store_copies) if key is None else random_start(problem, key, self.store_copies)
 
     @abc.abstractmethod
     def step(self, problem: FeasibilityProblem, state: State) -> State:
@@ -38,12 +48,17 @@ class AbstractSolver(eqx.Module):
         """One iteration after which nothing but the parameters is read: an algorithm may leave out all else."""
         return self.step(problem, state)
 
-    def terminate(self, change: Float[Array, ""], violation: Float[Array, ""], tol: float) -> Bool[Array, ""]:
+    def terminate(self, measures: Measures, tol: float | Array) -> Bool[Array, ""]:
         """Whether to stop: the state has stopped changing, or every constraint holds to the tolerance."""
-        return (change <= tol) | (violation <= tol)
+        return (measures.change <= tol) | (measures.violation <= tol)
+
+    def settled(self, problem: FeasibilityProblem, state: State) -> State:
+        """The state whose parameters are read at the end."""
+        return state
 
     def postprocess(self, problem: FeasibilityProblem, state: State) -> tuple[Array, ...]:
         """The parameters that the state stands for: their entries, or where they started if the loss ignores them."""
+        state = self.settled(problem, state)
         return tuple(
             start if value is None else value_of(problem, state, value)
             for start, value in zip(problem.trace.parameters, problem.graph.parameters, strict=True)
@@ -55,6 +70,18 @@ class AbstractCopyingSolver(AbstractSolver):
 
     store_copies: ClassVar[bool] = True
     needs_two_colors: ClassVar[bool] = True
+
+    def settled(self, problem: FeasibilityProblem, state: State) -> State:
+        """All copies of a parameter equal, and in its sets: the projection of the state onto the parameters' nodes."""
+        return problem.projector.settled(problem, state)
+
+
+class AbstractGapSolver(AbstractCopyingSolver):
+    """An algorithm at whose fixed points two projections agree, though the state itself satisfies no constraint."""
+
+    def terminate(self, measures: Measures, tol: float | Array) -> Bool[Array, ""]:
+        """Whether to stop: the two projections of a step are close, in the mean over the constraints."""
+        return measures.gap <= tol
 
 
 def check_number(name: str, value: float, low: float, high: float) -> float:

@@ -8,13 +8,17 @@ Sources: section 3 of arXiv 2506.05878; Elser, "Learning without loss" (2021).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import equinox as eqx
+from jaxtyping import Array
 
+from .._errors import as_number, described
+from .._problem._gains import check_gains, reweighted, unit_gains
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, combine
-from ._base import AbstractCopyingSolver, AbstractSolver, check_number, onto, reflect
+from ._base import AbstractCopyingSolver, AbstractGapSolver, AbstractSolver, check_number, onto, reflect
 
 _A, _B = 0, 1
 
@@ -32,11 +36,15 @@ class AlternatingProjections(AbstractSolver):
 class AlternatingReflections(AbstractCopyingSolver):
     r"""$x \leftarrow R_B R_A x$."""
 
+    @property
+    def gap_scale(self) -> float:
+        return 2.0
+
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         return reflect(problem, reflect(problem, state, _A), _B)
 
 
-class DouglasRachford(AbstractCopyingSolver):
+class DouglasRachford(AbstractGapSolver):
     r"""$x \leftarrow (1-\ell) x + \ell R_B R_A x$.
 
     **Arguments:**
@@ -49,12 +57,16 @@ class DouglasRachford(AbstractCopyingSolver):
     def __init__(self, relaxation: float = 0.5):
         self.relaxation = check_number("relaxation", relaxation, 0.0, 1.0)
 
+    @property
+    def gap_scale(self) -> float:
+        return 2.0 * self.relaxation
+
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         reflected = reflect(problem, reflect(problem, state, _A), _B)
         return combine((1.0 - self.relaxation, self.relaxation), (state, reflected))
 
 
-class DifferenceMap(AbstractCopyingSolver):
+class DifferenceMap(AbstractGapSolver):
     r"""$x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$; for $\beta = 1$, $x + P_A(2P_B x - x) - P_B x$.
 
     Here $f_A = (1-1/\beta)P_A + I/\beta$ and $f_B = (1+1/\beta)P_B - I/\beta$.
@@ -69,6 +81,10 @@ class DifferenceMap(AbstractCopyingSolver):
     def __init__(self, beta: float = 1.0):
         self.beta = check_number("beta", beta, 0.0, 2.0)
 
+    @property
+    def gap_scale(self) -> float:
+        return self.beta
+
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         beta = self.beta
         on_b = onto(problem, state, _B)
@@ -81,20 +97,42 @@ class DifferenceMap(AbstractCopyingSolver):
         return combine((1.0, beta, -beta), (state, onto(problem, f_b, _A), onto(problem, f_a, _B)))
 
 
-class RelaxedReflectReflect(AbstractCopyingSolver):
+class RelaxedReflectReflect(AbstractGapSolver):
     r"""$x \leftarrow x + \beta (P_B(2P_A x - x) - P_A x)$.
 
     **Arguments:**
 
     - `beta`: in (0, 2].
+    - `reweight`: $\rho$. After every iteration the weight of each constraint's copies moves by
+        $g \leftarrow g + \rho\,(\mathrm{gap}^2 / \overline{\mathrm{gap}^2} - g)$: where the two projections are
+        far apart, constraints stiffen. Small: of the order of one over the number of iterations. Zero keeps all weights.
+        It needs the unit metric, and a problem with `concurrence=True`.
     """
 
     beta: float = eqx.field(static=True)
+    reweight: float = eqx.field(static=True)
 
-    def __init__(self, beta: float = 0.5):
+    def __init__(self, beta: float = 0.5, reweight: float = 0.0):
         self.beta = check_number("beta", beta, 0.0, 2.0)
+        number = as_number(reweight)
+        if number is None or not 0 <= number < 1:
+            raise ValueError(f"`reweight` must be a number in [0, 1), got {described(reweight)}.")
+        self.reweight = number
+
+    @property
+    def gap_scale(self) -> float:
+        return self.beta
+
+    def check(self, problem: FeasibilityProblem) -> None:
+        if self.reweight:
+            check_gains(problem, "reweight")
+
+    def init(self, problem: FeasibilityProblem, key: Array | None = None) -> State:
+        state = super().init(problem, key)
+        return replace(state, gains=unit_gains(problem)) if self.reweight else state
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         on_a = onto(problem, state, _A)
-        reflected = combine((2.0, -1.0), (on_a, state))
-        return combine((1.0, self.beta, -self.beta), (state, onto(problem, reflected, _B), on_a))
+        on_b = onto(problem, combine((2.0, -1.0), (on_a, state)), _B)
+        new = combine((1.0, self.beta, -self.beta), (state, on_b, on_a))
+        return reweighted(problem, new, on_a, on_b, self.reweight) if self.reweight else new

@@ -23,8 +23,8 @@ class Lines:
         self._done, self._postfix = 0, ""
         self._start = self._last = time.monotonic()
 
-    def update(self) -> None:
-        self._done += 1
+    def update(self, steps: int = 1) -> None:
+        self._done += steps
         if time.monotonic() - self._last >= _SECONDS:
             self._print()
 
