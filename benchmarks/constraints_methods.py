@@ -29,7 +29,7 @@ from eqxproj import sets
 Where = Callable[[Any], Sequence[jax.Array]]
 Loss = Callable[..., Any]
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 PENALTIES = (0.01, 0.1, 1.0)
 
 
@@ -199,7 +199,9 @@ STRAIGHT_THROUGH = [_straight_through(rate) for rate in RATES]
 PRUNING = [_pruning(rate) for rate in RATES]
 PENALTY = [_penalty(rate, factor) for factor in PENALTIES for rate in RATES]
 QR = [_parametrised("QR", _orthonormal, lambda w: w, rate) for rate in RATES]
-POSITIVE_FUNCTION = [_parametrised(name, *pair, rate) for name, pair in POSITIVE.items() for rate in RATES]
+POSITIVE_FUNCTION = [
+    _parametrised(name, forward, inverse, rate) for name, (forward, inverse) in POSITIVE.items() for rate in RATES
+]
 FREE = [Setting("defaults, no constraint", lambda problem, _: Plan(problem.loss, {}))]
 
 

@@ -132,7 +132,9 @@ def test_sets_that_do_not_meet_are_an_error_of_the_call():
     apart = sets.Intersection(sets.Box(1.0, 2.0), sets.Box(-2.0, -1.0))
     with pytest.raises(Exception, match="no common point of its sets was found"):
         jax.block_until_ready(apart(jnp.zeros(3)))
-    with pytest.raises(ValueError, match=r"`constraints\[0\]` hold one array of shape \(2, 3\), but no value was found"):
+    with pytest.raises(
+        ValueError, match=r"`constraints\[0\]` hold one array of shape \(2, 3\), but no value was found"
+    ):
         train_two(constraints=[(lambda m: m["a"], apart)])
 
 

@@ -84,15 +84,14 @@ def _returned(inside: Bool[Array, "*#shape"], x: Array, y: Array, dtype: jnp.dty
     return jnp.where(inside, x, rounded(y, dtype))
 
 
-def largest(x: Float[Array, "*batch n"], kept: int) -> Float[Array, "*batch n"]:
+def largest(x: Float[Array, "*batch n"], kept: int | Int[Array, ""]) -> Float[Array, "*batch n"]:
     """The slice with all but its `kept` entries of largest absolute value (the first, among equals) set to zero.
 
     Positive floats are ordered as the integers of the same bits are. So the bits of the least size that is kept are
     found from the highest on: each is set where as many entries as wanted are no smaller then. That takes as many sums
     as there are bits, and is faster than sorting.
     """
-    n = x.shape[-1]
-    if kept >= n:
+    if isinstance(kept, int) and kept >= x.shape[-1]:
         return x
     size = jnp.abs(wide(x))
     integer = jnp.dtype(f"int{jnp.finfo(size.dtype).bits}")

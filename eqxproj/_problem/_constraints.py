@@ -7,7 +7,7 @@ common point where they are convex, and at one that is found by projecting in tu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -53,14 +53,19 @@ class Held(eqx.Module):
         """Whether steps move arrays that are kept for them, see `AbstractSet`."""
         return any(one.chosen.is_discrete for one in self.members)
 
-    def __call__(self, leaves: Sequence[Array]) -> dict[int, Array]:
-        """The arrays that are in all sets, by position among the leaves of a model."""
+    def __call__(self, leaves: Sequence[Array] | Mapping[int, Array]) -> dict[int, Array]:
+        """The arrays that are in all sets, by position, from those of a model."""
         if len(self.members) == 1:
             (one,) = self.members
             return dict(zip(one.positions, one([leaves[p] for p in one.positions]), strict=True))
         arrays = [leaves[p] for p in self.positions]
         found = common_point(joined(arrays), self._projections(arrays), all(m.chosen.is_convex for m in self.members))
         return dict(zip(self.positions, parted(found, [x.shape for x in arrays]), strict=True))
+
+    def alone(self, x: Array) -> Array:
+        """The nearest array, where only one is held."""
+        (position,) = self.positions
+        return self({position: x})[position]
 
     def is_apart(self, leaves: Sequence[Array]) -> Bool[Array, ""]:
         """Whether the arrays are outside of one of the sets."""

@@ -134,15 +134,15 @@ def train(
     all_held = held(model, constraints)
     options = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps")
     is_preconditioned = _check_precondition(precondition, optimizer, method)
-    excluded = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
-    displacement = Displacement(loss, has_aux, options, excluded)
+    fixed = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
+    displacement = Displacement(loss, has_aux, options, fixed)
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
     optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
     key = check_key(key)
     check_common_points(model, all_held)
     _check_first_value(direction, model, arrays, count)
     chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
-    step, state = prepare(model, direction, chain, all_held)
+    step, state = prepare(model, direction, chain, all_held, int(steps))
     rows = batches(count, batch_size, key)
     picks = ((picked, jax.random.fold_in(key, number)) for number, picked in enumerate(rows))
     trained, history = fit(step, state, arrays, picks, evaluation, progress)
