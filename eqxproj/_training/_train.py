@@ -106,9 +106,11 @@ def train(
         default) and after the last, in one call of each function of `evaluate`.
     - `evaluate`: name to `function(model, *eval_data) -> scalar`, which is compiled; the loss by default.
     - `constraints`: pairs `(where, set)`: `where(model)` picks an array, as in `equinox.tree_at`, and the array is
-        projected onto the set after every step, or, for discrete sets (`Sparse`, `Quantized`), before every step, from
-        an array that is kept for it. The returned model satisfies the constraints exactly. An array that several of
-        them pick is held in all of their sets.
+        projected onto the set after every step. For discrete sets (`Sparse`, `Quantized`) the steps move an array that
+        is kept for it, and the loss sees its projection: of more and more entries, those with the shortest way first,
+        and from six tenths of the steps on of all. Evaluations see models that satisfy the constraints exactly, and so
+        does the returned one. An array that several constraints pick is held in all of their sets; `sets.Together` holds
+        several arrays in one.
     - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
     - `progress`: show a progress bar.
 
