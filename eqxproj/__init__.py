@@ -29,6 +29,7 @@ from ._problem._state import State as State
 from ._problem._state import combine as combine
 from ._program._custom import custom_loss as custom_loss
 from ._program._custom import custom_projection as custom_projection
+from ._program._threshold import threshold as threshold
 from ._training._displacement import filter_displacement as filter_displacement
 from ._training._displacement import filter_value_and_displacement as filter_value_and_displacement
 from ._training._optimizer import default_optimizer as default_optimizer

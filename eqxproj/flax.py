@@ -290,7 +290,8 @@ class NNXModel(eqx.Module):
         difference = _difference(nnx.to_pure_dict(nnx.state(module)), nnx.to_pure_dict(nnx.state(own)))
         if difference:
             raise ValueError(
-                f"`module` must have the variables of the module that `from_nnx` was given, but {difference}."
+                "`module` must have the variables of the module that `from_nnx` was given, but this "
+                f"{type(module).__name__} has not: {difference}."
             )
         nnx.update(module, nnx.state(own, nnx.Not(nnx.RngState)))
 

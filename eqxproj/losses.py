@@ -32,6 +32,8 @@ from ._numerics._cross_entropy import cross_entropy_displacement, cross_entropy_
 from ._numerics._losses import (
     check_classes,
     check_signs,
+    equal_displacement,
+    equal_value,
     hinge_displacement,
     hinge_value,
     margin_displacement,
@@ -50,6 +52,7 @@ def _own(value: Callable[..., Array], displacement: Callable[..., Array], hard: 
 _margin = _own(margin_value, lambda logits, labels, tau: margin_displacement(logits, labels), hard=True)
 _cross_entropy = _own(cross_entropy_value, cross_entropy_displacement)
 _squared_error = _own(squared_error_value, squared_error_displacement)
+_equal = _own(equal_value, lambda predictions, targets, tau: equal_displacement(predictions, targets), hard=True)
 _hinge = _own(hinge_value, hinge_displacement)
 
 
@@ -139,6 +142,25 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike) -> Array:
     **Raises:** `ValueError` where the shapes differ, and for other dtypes.
     """
     return _squared_error(_array("predictions", predictions), _array("targets", targets))
+
+
+def equal(outputs: ArrayLike, targets: ArrayLike) -> Array:
+    r"""The constraint that the outputs equal the targets, as discrete outputs do or do not.
+
+    The value is the squared distance of each element, $\ell(y) = (y - t)^2$: zero exactly where the constraint holds.
+    The projection regime does not take the prox of this value, but puts the outputs at the targets: the constraint is
+    hard, whatever $\tau$ is. In the gradient regime it is the squared error.
+
+    **Arguments:**
+
+    - `outputs`: `Float[Array, "*shape"]`.
+    - `targets`: real numbers, `Num[Array, "*shape"]`.
+
+    **Returns:** $\ell$ for each element, `Float[Array, "*shape"]`.
+
+    **Raises:** `ValueError` where the shapes differ, and for other dtypes.
+    """
+    return _equal(_array("outputs", outputs), _array("targets", targets))
 
 
 def hinge(scores: ArrayLike, labels: ArrayLike) -> Array:

@@ -7,6 +7,7 @@ argument, or must give the right answer, which a function then checks.
 from __future__ import annotations
 
 import functools as ft
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,52 @@ NAN, INF = float("nan"), float("inf")
 
 @dataclass(frozen=True)
 class Case:
-    """A call, and the argument that its error must name; or, without one, what its answer must satisfy."""
+    """A call, and the argument that its error must name; or, without one, what its answer must satisfy.
+
+    `given` holds the value of the argument, if that is known: the error must say what it was.
+    """
 
     name: str
     call: Callable[[], Any]
     argument: str | None
     holds: Callable[[Any], Any] | None = None
+    given: tuple[Any, ...] = ()
+
+    def says_what_it_got(self, message: str) -> bool:
+        return not self.given or any(re.search(pattern, message) for pattern in names_of(self.given[0]))
+
+
+def _shown_of(value: np.ndarray | jax.Array) -> Iterator[str]:
+    """What a message may say of an array: its length, its range, what kinds of numbers it holds."""
+    yield from map(str, np.shape(value)[:1])
+    yield from ["masked"] if isinstance(value, np.ma.MaskedArray) else []
+    yield from ["complex"] if np.iscomplexobj(value) else []
+    if jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer):
+        numbers = np.asarray(value)
+        yield from [str(numbers.min()), str(numbers.max())] if numbers.size else []
+        yield from [] if np.isfinite(numbers).all() else ["NaN", "infinity"]
+
+
+def names_of(value: Any) -> Iterator[str]:
+    """What a message may call a value, as patterns: itself, its kind, its shape or type, or one of its parts."""
+    texts = [getattr(value, "__name__", type(value).__name__), type(value).__name__]
+    if not isinstance(value, Odd) and len(repr(value)) < 100:
+        texts.append(" ".join(repr(value).split()))
+    if isinstance(value, np.ndarray | jax.Array | pd.DataFrame | pd.Series):
+        texts += [str(np.shape(value)), str(getattr(value, "dtype", "DataFrame"))]
+    if isinstance(value, np.ndarray | jax.Array):
+        texts += _shown_of(value)
+    if isinstance(value, optax.GradientTransformation):
+        texts += ["raised", "returned"]  # what it did with updates
+    if isinstance(value, eqxproj.FeasibilityProblem):
+        texts.append(repr(value.metric))
+    if isinstance(value, dict) and not value:
+        texts.append("[]")
+    yield from (rf"(?<!\w)(?<!\d\.){re.escape(text)}(?!\w|\.\d)" for text in texts)
+    if isinstance(value, dict):
+        yield from (pattern for pair in value.items() for part in pair for pattern in names_of(part))
+    elif isinstance(value, list | tuple | set):
+        yield from (pattern for part in value for pattern in names_of(part))
 
 
 def loss(p, x, y):
@@ -86,7 +127,7 @@ def each(call: Callable[..., Any], argument: str, *values: Any, named: str = "",
     label = getattr(call, "__name__", str(call))
     for value in values:
         bound = ft.partial(call, **{argument: value}, **more)
-        yield Case(f"{label}({argument}={shown(value)})", bound, named or argument)
+        yield Case(f"{label}({argument}={shown(value)})", bound, named or argument, given=(value,))
 
 
 def right(name: str, call: Callable[[], Any], holds: Callable[[Any], Any]) -> Case:

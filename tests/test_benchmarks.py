@@ -98,6 +98,7 @@ def test_settings_are_chosen_by_their_sweeps(tmp_path):
                 "| two-of-four | straight-through |",
             ),
         ),
+        ("boolean.py", ("--quick",), ("multiplier", "projections", "relu-l1", "sign", "default")),
         ("linear_recurrence.py", ("--quick", "--cell", "rnn"), ("gradient", "projection", "scan back", "scan both")),
         ("convolutions.py", ("--repeats", "2", "--groups", "4"), ("4 groups", "to the kernel, in a loop", "cnn")),
         ("time_parallel.py", ("--quick", "--cell", "rnn"), ("gradient", "one step, flat", "displacement, 16 steps")),

@@ -41,7 +41,8 @@ def outcome(case: Case) -> tuple[str, str]:
         if case.argument is None:
             return "wrong", said
         named = case.argument if case.argument.startswith("--") else f"`{case.argument}"
-        return ("clear" if named in str(error) else "unclear"), said
+        is_clear = named in str(error) and case.says_what_it_got(" ".join(str(error).split()))
+        return ("clear" if is_clear else "unclear"), said
     except Exception as error:  # every other one is a finding
         return "wrong", f"{type(error).__name__}: {error}"
     if case.holds is None:

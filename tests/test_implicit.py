@@ -128,14 +128,14 @@ def least(m, x):
     return optx.least_squares(gap, optx.LevenbergMarquardt(1e-6, 1e-6), jnp.zeros(2), args=(m.mlp, x)).value
 
 
-def ode(adjoint=None, adaptive=True):
+def ode(adjoint=None, adaptive=True, steps=32, solver=None):
     """A neural ordinary differential equation."""
     options = {} if adjoint is None else {"adjoint": adjoint}
-    solver = diffrax.Tsit5() if adaptive else diffrax.Euler()
+    solver = solver or (diffrax.Tsit5() if adaptive else diffrax.Euler())
     controller = diffrax.PIDController(rtol=1e-3, atol=1e-5) if adaptive else diffrax.ConstantStepSize()
 
     def solution(m, x):
-        kinds = {"stepsize_controller": controller, "max_steps": 32 if adaptive else 4, **options}
+        kinds = {"stepsize_controller": controller, "max_steps": steps if adaptive else 4, **options}
         return diffrax.diffeqsolve(diffrax.ODETerm(m), solver, 0.0, 1.0, 0.25, x, **kinds).ys[-1]
 
     return solution
@@ -149,6 +149,10 @@ IMPLICIT = {
     "least squares": least,
     "neural ODE": ode(),
     "neural ODE, direct": ode(diffrax.DirectAdjoint(), adaptive=False),
+    "neural ODE, direct and adaptive": ode(diffrax.DirectAdjoint(), steps=64),
+    "neural ODE, backward": ode(diffrax.BacksolveAdjoint(), steps=64),
+    "neural ODE, implicit adjoint": ode(diffrax.ImplicitAdjoint(), steps=64),
+    "stiff neural ODE": ode(solver=diffrax.Kvaerno5()),
 }
 
 

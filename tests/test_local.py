@@ -176,6 +176,23 @@ def test_prox_of_huber(tau):
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_prox_of_the_cosine_distance(tau):
+    """Each sample has a curvature of its own, of 0.1 to 100; the angles are so small that there is one minimum."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(24, 3))
+    z = np.geomspace(0.1, 3.0, 24)[:, None] * (y + 0.3 * rng.normal(size=y.shape))
+    got = prox(lambda z, y: optax.cosine_distance(z, y, epsilon=1e-6).mean(), *map(jnp.float32, (z, y)), tau=tau)
+    for zi, yi, di in zip(z, y, got, strict=True):
+
+        def cost(d, zi=zi, yi=yi):
+            w = zi + d
+            return 0.5 * d @ d + tau * (1 - w @ yi / np.linalg.norm(w) / np.linalg.norm(yi))
+
+        best = scipy.optimize.minimize(cost, np.zeros(3), method="BFGS", options={"gtol": 1e-9})
+        np.testing.assert_allclose(di, best.x, atol=1e-4 * np.abs(got).max())
+
+
 def test_small_prox_is_a_gradient_step():
     z = jnp.asarray([[0.3, -1.0, 2.0], [4.0, 0.1, -0.2]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,21 @@ def with_jvp(function, slope):
     made = jax.custom_jvp(function)
     made.defjvp(lambda primals, tangents: (made(*primals), slope(*primals, *tangents)))
     return made
+
+
+def by_parts(function, slope):
+    made = jax.custom_jvp(function)
+    made.defjvps(slope)
+    return made
+
+
+class Tripled:
+    def __call__(self, primals, tangents):
+        return jnp.sin(*primals), 3 * tangents[0]
+
+
+by_object = jax.custom_jvp(jnp.sin)
+by_object.defjvp(Tripled())
 
 
 def beside(aux):
@@ -60,6 +76,10 @@ BY_JVP = {
         lambda v: jax.nn.one_hot(jnp.argmax(v), 4), lambda v, t: jax.jvp(jax.nn.softmax, (v,), (t,))[1]
     ),
     "beside positions": lambda u: signs(u)[0],
+    "of a function of JAX": with_jvp(jnp.sin, lambda v, t: 3 * t),
+    "of a function of JAX, by parts": by_parts(jnp.sin, lambda t, y, v: 3 * t),
+    "of an activation": by_parts(jax.nn.relu, lambda t, y, v: t),
+    "by an object": by_object,
 }
 
 
@@ -127,14 +147,102 @@ def test_a_derivative_may_close_over_what_the_loss_makes(f):
     assert_is_gradient(loss, MODEL, X, Y)
 
 
-def test_to_close_over_a_parameter_is_an_error_as_under_the_gradient():
-    def loss(m, x):
-        return jnp.mean(jax.jit(lambda u: closing_vjp(u, m["c"][0]))(x @ m["a"]) ** 2)
+def hidden_vjp(u, held):
+    """Closes over an array in its derivative alone."""
+    f = jax.custom_vjp(jnp.sin)
+    f.defvjp(lambda u: (jnp.sin(u), None), lambda _, g: (g * jnp.cos(held),))
+    return f(u)
 
+
+def hidden_jvp(u, held):
+    return with_jvp(jnp.sin, lambda u, t: t * jnp.cos(held))(u)
+
+
+def looped(f, s, m, x, kind):
+    """A loop of at most four steps, of which three are taken."""
+    step = lambda c: (f(c[0] @ m["a"] + x, s), c[1] + 1)  # noqa: E731
+    return eqxi.while_loop(lambda c: c[1] < 3, step, (x, 0), max_steps=4, kind=kind)[0]
+
+
+def recurrent(f, s, m, x):
+    """A recurrence that nothing unknown enters, so that its carry is unknown from the second step on."""
+    return jax.lax.scan(lambda h, r: (f(jnp.tanh(r @ m["a"] + 0.3 * h), s), h), jnp.zeros(4), x)[1]
+
+
+WITHIN = {
+    "scan": recurrent,
+    "map": lambda f, s, m, x: jax.lax.map(lambda r: f(r @ m["a"], s), x),
+    "loop": lambda f, s, m, x: jax.lax.fori_loop(0, 3, lambda _, h: f(h @ m["a"] + x, s), x),
+    "bounded": lambda *args: looped(*args, kind="bounded"),
+    "checkpointed": lambda *args: looped(*args, kind="checkpointed"),
+    "cond": lambda f, s, m, x: jax.lax.cond(x[0, 0] > -9, lambda u: f(u, s), jnp.sin, x @ m["a"]),
+    "switch": lambda f, s, m, x: jax.lax.switch(7, [jnp.sin, lambda u: f(u, s)], x @ m["a"]),
+    "branches in a map": lambda f, s, m, x: jax.lax.map(
+        lambda r: jax.lax.cond(r[0] > 0, lambda u: f(u, s), jnp.sin, r @ m["a"]), x
+    ),
+    "map in a map": lambda f, s, m, x: jax.lax.map(
+        lambda r: jax.lax.map(lambda u: f(u * jnp.ones(4), s)[0], r @ m["a"]), x
+    ),
+    "map in a branch": lambda f, s, m, x: jax.lax.cond(
+        x[0, 0] > -9, lambda u: jax.lax.map(lambda r: f(r, s), u), jnp.sin, x @ m["a"]
+    ),
+    "calls": lambda f, s, m, x: jax.checkpoint(
+        lambda x: jax.lax.map(jax.checkpoint(jax.jit(lambda r: f(r @ m["a"], s))), x)
+    )(x),
+    "samples": lambda f, s, m, x: jax.vmap(
+        lambda r: jax.lax.scan(lambda h, _: (f(h @ m["a"] + r, s), None), jnp.zeros(4), None, length=3)[0]
+    )(x),
+    "complex": lambda f, s, m, x: jnp.abs(
+        jax.lax.scan(lambda c, r: (c * jnp.exp(1j * f(r @ m["a"], s)), None), jnp.ones(4) + 0j, x)[0] + x
+    ),
+}
+CLOSING = [closing_vjp, closing_jvp, hidden_vjp, hidden_jvp]
+
+
+def within(place, f, held):
+    return lambda m, x, y: jnp.mean((WITHIN[place](f, held(m, x, y), m, x) @ m["b"] - y) ** 2)
+
+
+def assert_is_gradient_of_known_data(loss):
+    """The gradient outside of a `jit`: inside of one, JAX refuses what is closed over in the body of a loop."""
+    wanted, found = jax.grad(loss)(MODEL, X, Y), eqxproj.filter_displacement(loss)(MODEL, X, Y)
+    for name, g in wanted.items():
+        np.testing.assert_allclose(found[name], g, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(g))))
+    assert float(jnp.max(jnp.abs(wanted["a"]))) > 0
+
+
+@pytest.mark.parametrize("place", ["scan", "branches in a map", "checkpointed"])
+@pytest.mark.parametrize("f", [closing_vjp, hidden_jvp])
+def test_a_derivative_in_a_loop_may_close_over_what_is_made_outside(place, f):
+    assert_is_gradient_of_known_data(within(place, f, lambda m, x, y: jnp.sin(2 * y[0])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", WITHIN)
+@pytest.mark.parametrize("f", CLOSING)
+def test_a_derivative_in_any_control_flow_may_close_over_data(place, f):
+    assert_is_gradient_of_known_data(within(place, f, lambda m, x, y: y[0]))
+    assert_is_gradient_of_known_data(within(place, f, lambda m, x, y: jnp.sin(x[0] @ jax.lax.stop_gradient(m["c"]))))
+
+
+@pytest.mark.parametrize("f", CLOSING)
+@pytest.mark.parametrize("place", [None, "scan", "cond"])
+def test_to_close_over_a_parameter_is_an_error_as_under_the_gradient(place, f):
+    def outermost(m, x, y):
+        return jnp.mean(jax.jit(lambda u: f(u, m["c"][0]))(x @ m["a"]) ** 2)
+
+    loss = within(place, f, lambda m, x, y: jnp.sin(m["c"][0])) if place else outermost
     with pytest.raises(Exception, match="."):
-        jax.grad(loss)(MODEL, X)
-    with pytest.raises(ValueError, match="closes over an array that depends on parameters"):
-        eqxproj.filter_displacement(loss)(MODEL, X)
+        jax.grad(loss)(MODEL, X, Y)
+    with pytest.raises(ValueError, match=r"closes over an array that depends on parameters, float32\[4\]"):
+        eqxproj.filter_displacement(loss)(MODEL, X, Y)
+
+
+@pytest.mark.parametrize("f", CLOSING)
+@pytest.mark.parametrize("place", ["scan", "cond"])
+def test_a_mask_that_parameters_make_is_closed_over_as_it_is(place, f):
+    """It has no derivative, and JAX takes it."""
+    assert_is_gradient_of_known_data(within(place, f, lambda m, x, y: (m["c"][0] > 0) + jnp.sign(m["c"][1])))
 
 
 def rules_of(f):

@@ -11,9 +11,9 @@ from scipy.special import erf
 from test_piecewise import brute_force, objective
 
 from eqxproj._numerics._smooth import bounds_of, smooth_dual
-from eqxproj._program._fragment import OfOne
+from eqxproj._program._fragment import Fragment, OfOne
 from eqxproj._program._normal_form import normal_form
-from eqxproj.rules._scalar import Fragment, Scalar
+from eqxproj.rules._scalar import Scalar
 
 
 def sigmoid(s):

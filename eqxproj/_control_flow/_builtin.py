@@ -11,6 +11,7 @@ from ..rules._custom import Custom
 from ..rules._derivative import CustomDerivative
 from ..rules._loss import CustomObjective
 from ..rules._maximum import Maximum
+from ..rules._threshold import ThresholdNeuron
 from ._branch import Branch
 from ._scan import Scan
 
@@ -18,6 +19,7 @@ BUILTIN: Mapping[str, AbstractRule] = {
     **dict.fromkeys(("dot_general", "conv_general_dilated", "mul"), Bilinear()),
     **dict.fromkeys(("max", "min", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"), Maximum()),
     **dict.fromkeys(OWN_DERIVATIVE, CustomDerivative()),
+    "threshold_neuron": ThresholdNeuron(),
     "scan": Scan(),
     "cond": Branch(),
     "custom_projection": Custom(),

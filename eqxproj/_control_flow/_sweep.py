@@ -22,7 +22,6 @@ from .._problem._make import make_problem
 from .._problem._problem import FeasibilityProblem
 from .._program._custom import custom_loss
 from .._program._equations import Equation, dependents
-from .._program._normal_form import normal_form
 from .._program._trace import Trace, trace
 from ..rules._base import Context
 from ..solvers._cyclic import CyclicProjections
@@ -46,9 +45,10 @@ def sweep(
     says for each output whether its dual is a gradient.
     """
     zeros = [jnp.zeros_like(x) for x in inputs]
-    if not depends(function, inputs):
+    traced = _traced(function, inputs, duals, is_parameter) if inputs else None
+    if traced is None or not _depends(traced):
         return zeros
-    problem = problem_of(function, inputs, duals, is_parameter, ctx, residuals, reached)
+    problem = _problem_of(traced, ctx, residuals, reached)
     solver = CyclicProjections()
     state = solver.last_step(problem, solver.init(problem))
     shifts = [None if v is None else state.shifts[v] for v in problem.graph.parameters]
@@ -62,11 +62,12 @@ def problem_of(
     is_parameter: Sequence[bool],
     ctx: Context,
     residuals: Sequence[Array] = (),
-    reached: Sequence[bool] = (),
 ) -> FeasibilityProblem:
     """The problem that [`sweep`][] runs through, of the same arguments. The inputs are its parameters, in order."""
+    return _problem_of(_traced(function, inputs, duals, is_parameter), ctx, residuals, ())
 
-    traced = _traced(function, inputs, duals, is_parameter)
+
+def _problem_of(traced: Trace, ctx: Context, residuals: Sequence[Array], reached: Sequence[bool]) -> FeasibilityProblem:
     problem = make_problem(
         traced,
         ctx.metric,
@@ -83,22 +84,29 @@ def problem_of(
 
 
 def _traced(
-    function: Callable[..., Sequence[Array]], inputs: Sequence[Array], duals: Sequence[Array], likes: Sequence[bool]
+    function: Callable[..., Sequence[Array]],
+    inputs: Sequence[Array],
+    duals: Sequence[Array] | None,
+    likes: Sequence[bool],
 ) -> Trace:
-    r"""The loss $-\sum_k \langle \mu_k, y_k \rangle$ of the inputs. `likes` says which of them are parameters."""
+    r"""The loss $-\sum_k \langle \mu_k, y_k \rangle$ of the inputs. `likes` says which of them are parameters.
 
-    def loss(values: Sequence[Array], duals: Sequence[Array]) -> Array:
+    Without `duals` they are ones.
+    """
+
+    def loss(values: Sequence[Array], duals: Sequence[Array] | None) -> Array:
         outputs = function(*values)
+        duals = [jnp.ones_like(y) for y in outputs] if duals is None else duals
         return sum((jnp.sum(_linear(y, mu)) for y, mu in zip(outputs, duals, strict=True)), start=jnp.asarray(0.0))
 
-    return trace(loss, list(inputs), (list(duals),), is_parameter=likes)
+    return trace(loss, list(inputs), (None if duals is None else list(duals),), is_parameter=likes)
 
 
-def depends(function: Callable[..., Sequence[Array]], inputs: Sequence[Array]) -> bool:
-    """Whether any output of a function depends on its inputs."""
-    program = normal_form(jax.make_jaxpr(lambda *values: tuple(function(*values)))(*inputs))
-    found = dependents(program.equations, program.inputs)
-    return any(v.index in found for v in program.outputs)
+def _depends(traced: Trace) -> bool:
+    """Whether the value of a loss depends on its parameters."""
+    program = traced.program
+    found = dependents(program.equations, program.inputs[: len(traced.parameters)])
+    return program.outputs[0].index in found
 
 
 def _offset(ctx: Context) -> float:
@@ -118,8 +126,9 @@ def missing_in(
 
     def built(*operands: Array) -> None:
         function, inputs = part(*operands)
-        if depends(function, inputs):
-            build(_traced(function, inputs, function(*inputs), [False] * len(inputs)), in_order=True)
+        traced = _traced(function, inputs, None, [False] * len(inputs)) if inputs else None
+        if traced is not None and _depends(traced):
+            build(traced, in_order=True)
 
     try:
         jax.eval_shape(built, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs))

@@ -15,6 +15,7 @@ from .._errors import Unsupported, UnsupportedPrimitiveError
 from .._program._composites import with_composites
 from .._program._effects import check_derivative
 from .._program._equations import Variable, dependents, live
+from .._program._neurons import with_neurons
 from .._program._trace import Trace
 from ._fusion import Fusion, is_view, takes_precedence
 from ._graph import Edge, Graph, Node
@@ -44,11 +45,12 @@ def _check_effects(program: LiveProgram) -> None:
             check_derivative(equation.bind, equation.params, shapes, [v.index in unknown for v in equation.inputs])
 
 
-def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph:
+def build(trace: Trace, data: str = "constant", in_order: bool = False, *, joins_thresholds: bool = False) -> Graph:
     """Builds the factor graph of a traced loss, which is not two-colored yet.
 
     `data` is `"constant"` (known), or `"pinned"` (a variable that is held in place). With `in_order` a recurrence is
-    one node, which goes through time in order; its steps are nodes otherwise. Raises an `UnsupportedPrimitiveError`
+    one node, which goes through time in order; its steps are nodes otherwise. With `joins_thresholds`, for the
+    projection regime, a `threshold` is one node with the sum that leads to it. Raises an `UnsupportedPrimitiveError`
     naming every operation without a rule.
     """
     if data not in ("constant", "pinned"):
@@ -59,7 +61,7 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph
     objective = split_objective(program)
     if data == "pinned":
         program = pin(program, objective)
-    builder = _Builder(trace, program, _fused(program, objective))
+    builder = _Builder(trace, program, _fused(program, objective, joins_thresholds))
     for draft in objective.drafts(program):
         builder.add(draft)
     builder.add_producers()
@@ -76,7 +78,7 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False) -> Graph
     )
 
 
-def _fused(program: LiveProgram, objective: Objective) -> Fusion:
+def _fused(program: LiveProgram, objective: Objective, joins_thresholds: bool) -> Fusion:
     """The fusion of what lies before the objective."""
     ends = objective.boundary(program.unknown)
     ends += [v for e in objective.custom_equations for v in program.unknown_inputs(e)]
@@ -84,6 +86,8 @@ def _fused(program: LiveProgram, objective: Objective) -> Fusion:
     custom = set(objective.custom_equations)
     before = [e for e in program.equations if e not in custom]
     equations = with_composites(live(before, ends), program.unknown, ends, takes_precedence)
+    if joins_thresholds:
+        equations = with_neurons(equations, program.unknown, program.program.static, ends, takes_precedence)
     views = {v.index for e in equations if is_view(e, program.unknown) for v in e.outputs}
     kept = frozenset(v.index for v in (*ends, *program.parameters, *program.pinned))
     return Fusion(program.program, equations, program.unknown, kept - views, ends)

@@ -82,9 +82,8 @@ def _primitive(equation: Equation, fusion: Fusion) -> Draft:
 
 def _reached(equation: Equation, unknown: Sequence[bool], outputs: Sequence[Variable]) -> tuple[bool, ...]:
     """Which unknown operands the derivative of a call asks for: one that only checks others passes nothing to them."""
-    moving = [i for i, is_unknown in enumerate(unknown) if is_unknown]
-    held = range(equation.params.get("num_consts", 0))
-    places = moving if any(i in held for i in moving) else reached(equation, moving, outputs)
+    held = equation.params.get("num_consts", 0)  # nothing is passed on to what the function closes over
+    places = reached(equation, [i for i, is_unknown in enumerate(unknown) if is_unknown and i >= held], outputs)
     return tuple(i in places for i in range(len(unknown)))
 
 

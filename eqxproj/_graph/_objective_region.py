@@ -14,8 +14,9 @@ import numpy as np
 
 from .._program._equations import Equation, Variable, live
 from .._program._fragment import Fragment
+from .._program._primitives import FLAT
 from .._program._terms import Term, terms
-from ..rules._local import FLAT, has_derivative
+from ..rules._local import has_derivative
 from ..rules._loss import CustomObjective, GenericObjective
 from ..rules._registry import RULES
 from ..rules._selection import POSITIONS

@@ -18,10 +18,9 @@ import jax
 from jax.extend.core import Jaxpr
 
 from .._program._effects import inner_programs
-from .._program._primitives import OWN_DERIVATIVE
+from .._program._primitives import FLAT, OWN_DERIVATIVE
 from .._program._slopes import slopes_of
 from ..rules._base import Noise
-from ..rules._local import FLAT
 from ..rules._registry import is_registered
 from ..rules._scalar import MAY_JUMP
 from ..rules._selection import POSITIONS

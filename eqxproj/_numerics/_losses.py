@@ -138,6 +138,17 @@ def squared_error_displacement(
     return (twice / (1 + twice) * (t - p)).astype(dtype)
 
 
+def equal_displacement(predictions: Float[Array, "*shape"], targets: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """From the predictions to the targets."""
+    p, dtype = floating("predictions", predictions)
+    return (_targets(targets, p.shape, p.dtype) - p).astype(dtype)
+
+
+def equal_value(predictions: Float[Array, "*shape"], targets: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    r"""$(p - t)^2$ for each element: the squared distance to the targets."""
+    return squared_error_value(predictions, targets)
+
+
 def _hinge_labels(labels: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, bool]:
     """The labels, and whether they name classes."""
     array = jnp.asarray(labels)

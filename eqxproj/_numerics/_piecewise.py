@@ -281,6 +281,10 @@ def _sign(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
     return _compare(args[0], PiecewiseAffine.constant(0.0))
 
 
+def _threshold(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
+    return _pointwise((_sign(args),), lambda sign: 1.0 if sign >= 0 else -1.0)
+
+
 def _clamp(args: Sequence[PiecewiseAffine]) -> PiecewiseAffine:
     low, x, high = args
     return _extremum(-1.0)((_extremum(1.0)((x, low)), high))
@@ -311,6 +315,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "min": _extremum(-1.0),
     "abs": lambda args: _product((_sign(args), args[0])),
     "sign": _sign,
+    "threshold": _threshold,
     "clamp": _clamp,
     "select_n": _select,
     **{name: _comparison(getattr(operator, name)) for name in ("eq", "ne", "lt", "le", "gt", "ge")},

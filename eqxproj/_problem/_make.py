@@ -32,6 +32,7 @@ from ..rules._scalar import identity
 from ._constraints import Constraint, Held, check_common_points, held
 from ._problem import Copies, FeasibilityProblem
 from ._projector import Projector
+from ._readers import context
 
 
 def _copy_counts(graph: Graph, known: Mapping[int, Any], copies: Copies, edge: int, value: int) -> float | Array:
@@ -121,7 +122,7 @@ def make_problem(
     forward pass that are known already. `sends` says for each argument whether the terms of the loss with this target
     send a gradient back; all do by default. `all_held` are the sets of parameters.
     """
-    graph = build(traced, data, not two_colors)
+    graph = build(traced, data, not two_colors, joins_thresholds=not metric.in_gradient_regime)
     if two_colors:
         graph = _two_colored(graph, concurrence)
     graph = replace(graph, variant=(data, two_colors, concurrence))
@@ -136,7 +137,7 @@ def make_problem(
     arguments = traced.program.inputs[len(traced.parameters) :]
     stopped = {v.index for v, is_sent in zip(arguments, sends, strict=False) if not is_sent}
     value, *rest = (env[v.index] for v in graph.program.outputs)
-    return FeasibilityProblem(
+    problem = FeasibilityProblem(
         trace=traced,
         known=known,
         initial=tuple(x if given else None for x, given in zip(values, is_given, strict=True)),
@@ -145,6 +146,7 @@ def make_problem(
         auxiliary=traced.auxiliary(rest),
         copy_counts=_all_copy_counts(graph, known, copies, metric, logs),
         held=_held_values(traced, graph, all_held),
+        prepared={},
         graph=graph,
         metric=metric,
         copies=copies,
@@ -154,6 +156,14 @@ def make_problem(
         noise=noise,
         reach=reach_of(graph, noise if metric.in_gradient_regime else "everywhere", stopped),
     )
+    return problem if metric.in_gradient_regime else replace(problem, prepared=_prepared(problem))
+
+
+def _prepared(problem: FeasibilityProblem) -> dict[int, Any]:
+    """What the rules of the nodes compute in advance, for the projection regime."""
+    rules = {i: node.rule for i, node in enumerate(problem.graph.nodes) if node.rule is not None}
+    found = {i: rule.prepare(context(problem, i, False)) for i, rule in rules.items()}
+    return {i: made for i, made in found.items() if made is not None}
 
 
 def _two_colored(graph: Graph, concurrence: bool | None) -> Graph:

@@ -53,6 +53,7 @@ class FeasibilityProblem(eqx.Module):
     - `log_weights`: the logarithm of the weight of each edge.
     - `noise`: where operations with jumps answer under noise. `reach`: where gradients and these answers go.
     - `held`: for the values of some parameters, the sets that they are held in.
+    - `prepared`: what the rules of some nodes have computed in advance.
     - `outer_unit`: the unit of the duals, where the problem is part of another.
     """
 
@@ -64,6 +65,7 @@ class FeasibilityProblem(eqx.Module):
     auxiliary: PyTree
     copy_counts: tuple[float | Array, ...]
     held: dict[int, Held]
+    prepared: dict[int, PyTree]
     graph: Graph = eqx.field(static=True)
     metric: Metric = eqx.field(static=True)
     copies: Copies = eqx.field(static=True)

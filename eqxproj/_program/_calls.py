@@ -9,7 +9,8 @@ to differ in rounding alone, and a derivative that differs in a few places only 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import CellType, FunctionType
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from ._primitives import ELEMENTWISE, OWN_DERIVATIVE, REDUCTIONS, VIEWS
 
 _CALLS = ("jit", "pjit", "custom_jvp_call", "remat2", "checkpoint", "remat")
 _CALLS += ("closed_call", "core_call", "eval_jaxpr")  # the last is the name of `closed_call` from JAX 0.11.1 on
+_WRAPPED = ("f", "fun", "func", "jvp")  # how objects call the functions that they wrap
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 _POINTS, _SCALES = 96, (0.3, 1.0, 3.0)  # at least so many numbers of each scale
@@ -67,16 +69,39 @@ def is_transposable(function: Callable[..., Any], operands: Sequence[Any], known
 
 def _has_plain_derivative(equation: Any, jaxpr: Jaxpr, consts: Sequence[Any]) -> bool:
     """Whether the derivative of a `custom_jvp` is that of what the function does."""
-    if _is_of_jax(jaxpr):
+    if _is_of_jax(equation, jaxpr):
         return _is_differentiable(jaxpr, consts)
     cheap = holds_only(jaxpr, ELEMENTWISE | VIEWS | REDUCTIONS)
     return cheap and _is_same_derivative(equation, jaxpr, consts)
 
 
-def _is_of_jax(jaxpr: Jaxpr) -> bool:
-    """Whether a function is JAX's own, and not a user's or another library's."""
+def _is_of_jax(equation: Any, jaxpr: Jaxpr) -> bool:
+    """Whether a function and its derivative are JAX's own, and neither is a user's or another library's."""
     source = getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None)
-    return isinstance(source, str) and _JAX in source
+    if not isinstance(source, str) or _JAX not in source:
+        return False
+    seen: dict[int, Any] = {}
+    rules = [x for name, x in equation.params.items() if name not in _INNER]
+    return all(f.__code__.co_filename.startswith(_JAX) for f in _functions(rules, seen))
+
+
+def _functions(value: Any, seen: dict[int, Any]) -> Iterator[FunctionType]:
+    """The functions that a callable is made of: those that it wraps, closes over, or is called by."""
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    if isinstance(value, FunctionType):
+        yield value
+        parts = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+    elif isinstance(value, tuple | list):
+        parts = value
+    elif callable(value) or hasattr(value, "f"):
+        parts = [type(value).__call__] if callable(value) else []
+        parts += [getattr(value, name) for name in _WRAPPED if hasattr(value, name)]
+    else:
+        return
+    for part in parts:
+        yield from _functions(part, seen)
 
 
 def _is_differentiable(jaxpr: Jaxpr, consts: Sequence[Any]) -> bool:

@@ -7,13 +7,16 @@ two real results of one complex function are two nodes, each of which evaluates 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from jaxtyping import Array
+
+_Function = Callable[..., Sequence[Any]]
 
 
 def is_complex(dtype: Any) -> bool:
@@ -31,27 +34,44 @@ def joined(arrays: Sequence[Array], flags: Sequence[bool]) -> list[Array]:
     return [jax.lax.complex(next(rest), next(rest)) if flag else next(rest) for flag in flags]
 
 
-def in_pairs(equation: JaxprEqn, counts: tuple[int, int] | None) -> ClosedJaxpr | None:
-    """What a `scan` or `cond` computes, by one of real arrays; `None` where all of its operands and results are real.
+def in_pairs(
+    equation: JaxprEqn, counts: tuple[int, int] | None, programs: Sequence[_Function] = (), held: Sequence[Any] = ()
+) -> ClosedJaxpr | None:
+    """What a `scan` or `cond` computes, by one of real arrays; `None` where there is nothing to change.
 
-    `counts` are the numbers of constants and of carries of a `scan`, `None` for a `cond`.
+    **Arguments:**
+
+    - `equation`: the `scan` or `cond`.
+    - `counts`: the numbers of constants and of carries of a `scan`, `None` for a `cond`.
+    - `programs`: functions in the place of its body or branches, each from what is `held` and its operands to its
+        results; by default those of the equation.
+    - `held`: what the programs read beside their operands. The result has operands for it, after all others.
     """
     inputs, outputs = ([v.aval for v in variables] for variables in (equation.invars, equation.outvars))
-    if not any(is_complex(a.dtype) for a in (*inputs, *outputs)):  # pyright: ignore[reportAttributeAccessIssue]
+    if not programs and not any(is_complex(a.dtype) for a in (*inputs, *outputs)):  # pyright: ignore[reportAttributeAccessIssue]
         return None
     flags = [is_complex(a.dtype) for a in outputs]  # pyright: ignore[reportAttributeAccessIssue]
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]  # pyright: ignore[reportAttributeAccessIssue]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*inputs, *held)]  # pyright: ignore[reportAttributeAccessIssue]
+    params = equation.params
+    own = [params["jaxpr"]] if counts is not None else params["branches"]
 
-    def function(*operands: Array) -> list[Array]:
+    def function(*values: Array) -> list[Array]:
+        operands, further = values[: len(inputs)], values[len(inputs) :]
+        chosen = [partial(f, further) for f in programs] or [jaxpr_as_fun(p) for p in own]
         if counts is None:
-            return _cond(equation.params, operands, flags)
-        return _scan(equation.params, *counts, operands, flags)
+            return _cond(chosen, operands, flags)
+        return _scan(chosen[0], params, *counts, operands, flags)
 
     return jax.make_jaxpr(function)(*shapes)
 
 
 def _scan(
-    params: Mapping[str, Any], constants: int, carries: int, operands: Sequence[Array], flags: Sequence[bool]
+    function: _Function,
+    params: Mapping[str, Any],
+    constants: int,
+    carries: int,
+    operands: Sequence[Array],
+    flags: Sequence[bool],
 ) -> list[Array]:
     kinds = [is_complex(x.dtype) for x in operands]
     held, start, xs = (
@@ -60,7 +80,7 @@ def _scan(
     )
 
     def body(carry, x):
-        out = jaxpr_as_fun(params["jaxpr"])(*joined([*held, *carry, *x], kinds))
+        out = function(*joined([*held, *carry, *x], kinds))
         return pairs(out[:carries]), pairs(out[carries:])
 
     options = {"length": params["length"], "reverse": params["reverse"], "unroll": params["unroll"]}
@@ -68,11 +88,11 @@ def _scan(
     return joined([*last, *ys], flags)
 
 
-def _cond(params: Mapping[str, Any], operands: Sequence[Array], flags: Sequence[bool]) -> list[Array]:
+def _cond(branches: Sequence[_Function], operands: Sequence[Array], flags: Sequence[bool]) -> list[Array]:
     index, *rest = operands
     kinds = [is_complex(x.dtype) for x in rest]
 
     def real(branch):
-        return lambda *parts: pairs(jaxpr_as_fun(branch)(*joined(parts, kinds)))
+        return lambda *parts: pairs(branch(*joined(parts, kinds)))
 
-    return joined(jax.lax.switch(index, [real(b) for b in params["branches"]], *pairs(rest)), flags)
+    return joined(jax.lax.switch(index, [real(b) for b in branches], *pairs(rest)), flags)

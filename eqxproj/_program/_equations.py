@@ -32,6 +32,11 @@ class Variable:
         """Whether the value is real. Other variables, complex ones too, are read through and never become values."""
         return jnp.issubdtype(self.dtype, jnp.floating)
 
+    @property
+    def is_inexact(self) -> bool:
+        """Whether the value is real or complex, and may have a derivative."""
+        return jnp.issubdtype(self.dtype, jnp.inexact)
+
     def describe(self) -> str:
         """The dtype and the shape, as `explain()` prints them."""
         return f"{np.dtype(self.dtype).name if self.dtype != jax.dtypes.float0 else 'float0'}{list(self.shape)}"

@@ -1,8 +1,8 @@
 """Calls that are kept whole for a derivative of their own, as functions of real arrays that close over nothing.
 
 Transforms a call of a `jax.custom_vjp` or `jax.custom_jvp` into a function of its operands and of what its derivative
-closes over. Limits: what the derivative closes over must be made in the loss itself, not in the body of a loop, a
-branch or a `vmap`; JAX takes nothing else either.
+closes over. Limits: what the derivative closes over must be made around the loop, the branch or the `vmap` in which the
+function is called; JAX takes nothing else either.
 """
 
 from __future__ import annotations
@@ -83,7 +83,17 @@ def with_closure(
 
 
 def reached(call: Equation, moving: Sequence[int], outputs: Sequence[Variable]) -> list[int]:
-    """Those of the places `moving` of operands that some of the outputs have a derivative by."""
+    """Those of the places `moving` of operands that some of the outputs have a derivative by.
+
+    All of them where that depends on which move: a derivative may ask so, by symbolic zeros.
+    """
+    found = _passing(call, moving, outputs)
+    return found if len(found) == len(moving) or _passing(call, found, outputs) == found else list(moving)
+
+
+def _passing(call: Equation, moving: Sequence[int], outputs: Sequence[Variable]) -> list[int]:
+    if not moving:
+        return []
     places = [i for i, v in enumerate(call.outputs) if v in outputs]
     closed = pulled(lambda *x: [call.bind(*x)[i] for i in places], moving, _shapes(call.inputs), _shapes(outputs))
     if closed is None:

@@ -8,7 +8,8 @@ In the normal form,
 - calls (`jit`, `remat2`, `closed_call`) are inlined; constants are the program's own, and each call has variables of
   its own;
 - a `custom_vjp_call` stays whole, and so does a `custom_jvp_call` whose derivative is not that of what it does; their
-  operands and outputs are real, and what their derivative closes over is an operand;
+  operands and outputs are real, and what their derivative closes over is an operand, also of the `scan` or `cond`
+  around them;
 - implicit broadcasting of elementwise operations is a `broadcast_in_dim`;
 - a short `scan` of elementwise operations over constants, as in JAX's special functions, is unrolled, so that such a
   function is elementwise throughout;
@@ -20,22 +21,25 @@ In the normal form,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as jp
 
 from ._calls import holds_only, inner_jaxpr
 from ._complex import in_pairs, is_complex
-from ._effects import acts
+from ._effects import acts, inner_programs
 from ._equations import Equation, Fresh, Program, Variable, dependents, live
+from ._fragment import evaluate
 from ._kept import Kept, on_reals, with_closure
-from ._primitives import ELEMENTWISE, OWN_DERIVATIVE
+from ._primitives import ELEMENTWISE, FLAT, OWN_DERIVATIVE
 from ._source import source_of
 
 _ALIASES = ("copy", "copy_p", "name", "device_put", "optimization_barrier")
@@ -46,11 +50,18 @@ _UNROLLED = 32  # steps up to which a `scan` of elementwise operations is unroll
 class _Builder:
     """Walks through nested jaxprs and collects the equations, constants and known numbers of a program."""
 
-    def __init__(self, unknown: Sequence[Variable], fresh: Fresh) -> None:
+    def __init__(
+        self,
+        unknown: Iterable[int],
+        fresh: Fresh,
+        seen: Mapping[Any, Variable] = MappingProxyType({}),
+        moved: Iterable[int] | None = None,
+    ):
         self.equations: list[Equation] = []
         self.fresh = fresh
-        self.unknown = {v.index for v in unknown}
-        self.seen: dict[Any, Variable] = {}
+        self.unknown = set(unknown)
+        self.moved = set(self.unknown if moved is None else moved)  # those that have a derivative by unknowns
+        self.seen = dict(seen)  # the variables of all jaxprs that were walked through, and of those around them
         self.parts: dict[int, tuple[Variable, ...]] = {}  # the real and the imaginary part of what is made of them
 
     def _literal(self, literal: Any) -> Variable:
@@ -62,6 +73,9 @@ class _Builder:
     def _append(self, equation: Equation) -> None:
         self.equations.append(equation)
         self.unknown |= dependents([equation], [v for v in equation.inputs if v.index in self.unknown])
+        if equation.name not in FLAT:
+            found = dependents([equation], [v for v in equation.inputs if v.index in self.moved])
+            self.moved |= {v.index for v in equation.outputs if v.index in found and v.is_inexact}
 
     def _emit(
         self,
@@ -119,9 +133,12 @@ class _Builder:
         if name in ("real", "imag") and operands[0].index in self.parts:
             return [self.parts[operands[0].index][name == "imag"]]
         if name in ("scan", "cond"):
-            real = in_pairs(equation, scan_counts(equation.params) if name == "scan" else None)
+            counts = scan_counts(equation.params) if name == "scan" else None
+            programs = self._programs(equation, operands, counts)
+            held = _read_from_outside(programs)
+            real = in_pairs(equation, counts, [_function(p, held) for p in programs] if held else (), held)
             if real is not None:
-                return self.walk(real.jaxpr, real.consts, operands, source)
+                return self.walk(real.jaxpr, real.consts, [*operands, *held], source)
         polynomial = self._polynomial(equation, operands, source) if name == "scan" else None
         if polynomial is not None:
             return polynomial
@@ -139,6 +156,7 @@ class _Builder:
         primitive = equation.primitive if closed is None else jp.custom_vjp_call_p
         plain = Equation(equation.primitive, equation.params, (), (), "").bind
         function, held = (plain, []) if closed is None else closed
+        self._check_closure(equation, [*operands[: equation.params.get("num_consts", 0)], *held], source)
         operands = [*operands, *held]
         inputs = [part for v in operands for part in self._parts(v, source)]
         avals = [v.aval for v in equation.outvars]
@@ -154,6 +172,54 @@ class _Builder:
             joins = jp.complex_p if len(parts) == 2 else None if parts[0].is_float else jp.stop_gradient_p
             found += parts if joins is None else self._emit(joins, {}, parts, [aval], source)
         return found
+
+    def _check_closure(self, equation: Any, held: Sequence[Variable], source: str) -> None:
+        """Raises a `ValueError` where a call closes over what has a derivative by parameters."""
+        moved = [v for v in held if v.index in self.moved]
+        if moved:
+            kind = "custom_jvp" if equation.primitive.name == "custom_jvp_call" else "custom_vjp"
+            raise ValueError(
+                f"The function with a `jax.{kind}` at {source} closes over an array that depends on parameters, "
+                f"{moved[0].describe()}. Its derivative says nothing of that array, and JAX refuses to differentiate "
+                "it too: pass the array as an argument, or close over `jax.lax.stop_gradient` of it."
+            )
+
+    def _programs(self, equation: Any, operands: Sequence[Variable], counts: tuple[int, int] | None) -> list[Program]:
+        """The body or branches of a `scan` or `cond`, where they hold calls with a derivative of their own.
+
+        They read what such a derivative closes over, variables of this program, beside their own operands.
+        """
+        closed = [equation.params["jaxpr"]] if counts is not None else equation.params["branches"]
+        if not self.unknown or not any(_has_own_derivative(c.jaxpr) for c in closed):
+            return []
+        unknown = [v.index in self.unknown for v in operands]
+        if counts is None:
+            return [self._program(c, operands[1:], unknown[1:])[0] for c in closed]
+        constants, carries = counts
+        while True:  # carries may become unknown on the way
+            program, reached = self._program(closed[0], operands, unknown)
+            through = [False] * constants + reached[:carries] + [False] * (len(unknown) - constants - carries)
+            more = [a or b for a, b in zip(unknown, through, strict=True)]
+            if more == unknown:
+                return [program]
+            unknown = more
+
+    def _program(
+        self, closed: ClosedJaxpr, operands: Sequence[Variable], unknown: Sequence[bool]
+    ) -> tuple[Program, list[bool]]:
+        """An inner program, given what it is called with, and what of that is unknown; and which of its outputs are.
+
+        A carry may be unknown though what the first step is given is not.
+        """
+        fresh = Fresh(self.fresh.count)
+        inputs = [fresh.variable(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
+        seeds = [(v.index, o.index) for v, o, u in zip(inputs, operands, unknown, strict=True) if u]
+        moved = {v for v, o in seeds if o in self.moved or o not in self.unknown}
+        builder = _Builder(self.unknown | {v for v, _ in seeds}, fresh, self.seen, self.moved | moved)
+        outputs = builder.walk(closed.jaxpr, closed.consts, inputs)
+        equations = live(builder.equations, outputs, with_effects=True)
+        program = Program(tuple(inputs), equations, tuple(outputs), fresh.constants, fresh.static)
+        return program, [v.index in builder.unknown for v in outputs]
 
     def _parts(self, variable: Variable, source: str) -> list[Variable]:
         """The real and the imaginary part of a complex variable; any other as it is."""
@@ -194,6 +260,36 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(constants), len(carries)
 
 
+def _has_own_derivative(jaxpr: Jaxpr) -> bool:
+    """Whether a call is kept whole for its own derivative, in a jaxpr or in those that it holds."""
+    return any(
+        (e.primitive.name in OWN_DERIVATIVE and inner_jaxpr(e) is None)
+        or any(map(_has_own_derivative, inner_programs(e.params)))
+        for e in jaxpr.eqns
+    )
+
+
+def _read_from_outside(programs: Sequence[Program]) -> list[Variable]:
+    """The variables that inner programs read beside their own."""
+    found: dict[Variable, None] = {}
+    for program in programs:
+        own = {v.index for v in (*program.inputs, *(v for e in program.equations for v in e.outputs))}
+        read = [*(v for e in program.equations for v in e.inputs), *program.outputs]
+        found.update((v, None) for v in read if v.index not in own and v.index not in program.constants)
+    return list(found)
+
+
+def _function(program: Program, held: Sequence[Variable]) -> Callable[..., list[Any]]:
+    """A program as a function of the values of what it reads from outside, and of its inputs."""
+
+    def function(further: Sequence[Any], *inputs: Any) -> list[Any]:
+        given = zip((*held, *program.inputs), (*further, *inputs), strict=True)
+        found = evaluate(program.equations, {**program.constants, **{v.index: x for v, x in given}})
+        return [jnp.asarray(found[v.index]) for v in program.outputs]
+
+    return function
+
+
 def _turned(equations: Sequence[Equation], outputs: Sequence[Variable]) -> tuple[Equation, ...]:
     """The equations, without transposes of products that are read nowhere else: the operands are exchanged instead."""
     reads = Counter(v.index for v in (*outputs, *(v for e in equations for v in e.inputs)))
@@ -228,7 +324,7 @@ def normal_form(jaxpr: ClosedJaxpr, unknowns: int = 0) -> Program:
     """
     fresh = Fresh()
     inputs = [fresh.variable(v.aval.shape, v.aval.dtype) for v in jaxpr.jaxpr.invars]  # pyright: ignore[reportAttributeAccessIssue]
-    builder = _Builder(inputs[:unknowns], fresh)
+    builder = _Builder((v.index for v in inputs[:unknowns]), fresh)
     outputs = builder.walk(jaxpr.jaxpr, jaxpr.consts, inputs)
     equations = _turned(live(builder.equations, outputs, with_effects=True), outputs)
     return Program(tuple(inputs), equations, tuple(outputs), fresh.constants, fresh.static)

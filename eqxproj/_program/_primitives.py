@@ -8,7 +8,7 @@ ELEMENTWISE: frozenset[str] = frozenset(
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
     convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
     is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round
-    rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
+    rsqrt select_n sign sin sinh sqrt square sub tan tanh threshold xor
     """.split()
 )
 """One output element from one element of each operand."""
@@ -43,6 +43,9 @@ REDUCTIONS: frozenset[str] = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp".split()
 )
 """Reductions along axes, and what accumulates along one."""
+
+FLAT: tuple[str, ...] = ("argmax", "argmin", "sign", "threshold", "round", "floor", "ceil")
+"""Operations whose derivative JAX defines but which is zero or blind almost everywhere: no rule to solve with."""
 
 OWN_DERIVATIVE: tuple[str, ...] = ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call")
 """Calls of functions with `jax.custom_vjp` or `jax.custom_jvp`."""

@@ -141,6 +141,7 @@ def trace(
         _check_value(value)
         return jnp.asarray(value), _as_arrays(aux)
 
+    unknowns = 0 if is_parameter is not None else len(pairs(leaves))  # an inner program closes over nothing
     jaxpr, (_, aux), (_, aux_static) = eqx.filter_make_jaxpr(checked)(pairs(leaves), arrays)
     return Trace(
         parameters=tuple(pairs(leaves)),
@@ -148,7 +149,7 @@ def trace(
         static_model=static_model,
         treedef=treedef,
         names=tuple(part for name, flag in zip(names, pair, strict=True) for part in _parts(name, flag)),
-        program=normal_form(jaxpr, len(pairs(leaves))),
+        program=normal_form(jaxpr, unknowns),
         aux_treedef=jtu.tree_structure(aux),
         aux_static=aux_static,
         is_parameter=tuple(f for f, is_pair in zip(flags, pair, strict=True) for f in (f,) * (1 + is_pair)),

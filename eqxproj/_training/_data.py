@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .._errors import as_array, is_key
+from .._errors import as_array, described, is_key
 
 
 def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
@@ -34,7 +34,7 @@ def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
             raise ValueError(f"`{name}` must be an array with one entry a sample along its first axis; got {array!r}.")
         lengths[name] = array.shape[0]
     if not lengths:
-        raise ValueError(f"`{what}` holds no array.")
+        raise ValueError(f"`{what}` must hold arrays, got {described(data)}.")
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{k} has {n}" for k, n in lengths.items())
         raise ValueError(f"The arrays of `{what}` must have one length, one entry a sample; {listed}.")

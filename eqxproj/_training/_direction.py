@@ -23,8 +23,9 @@ from .._program._compiled import jitted
 from .._program._trace import trace
 from ..rules._registry import registry_version
 from ..solvers._iterate import finite_nodes, first_bad
-from ._displacement import DEFAULT_TAU, Options, displacement_of, run
+from ._displacement import DEFAULT_TAU, Options, displacement_of
 from ._preconditioner import Preconditioner, preconditioner
+from ._regime import warn_of_few
 
 
 class Direction(NamedTuple):
@@ -98,9 +99,10 @@ class Displacement(AbstractDirection):
 
     def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
         problem = self._problem(model, batch, key)
-        state = run(problem, self.options.solver, self.options.steps)
+        state = self.options.state(problem)
         coordinates = None if self.fixed is None else preconditioner(problem, self.fixed)
-        return Direction(problem.value, displacement_of(problem, state, False), coordinates, problem.auxiliary)
+        moved = displacement_of(problem, state, self.options.raw)
+        return Direction(problem.value, moved, coordinates, problem.auxiliary)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
         first = _FirstValue(self.loss, self.has_aux, self.options)
@@ -114,7 +116,7 @@ class Displacement(AbstractDirection):
         on_the_way = [i for i in problem.graph.forward_order if not started[i]]
         if on_the_way or not bool(jnp.isfinite(problem.value)):
             return problem.describe([*on_the_way, problem.graph.objectives[0]][0])
-        state = run(problem, self.options.solver, self.options.steps)
+        state = self.options.state(problem)
         bad = first_bad(problem, jax.device_get(finite_nodes(problem, state)))
         return "the optimizer's update" if bad is None else problem.describe(bad)
 
@@ -178,4 +180,6 @@ class _FirstValue(eqx.Module):
             has_aux=self.has_aux,
             kwargs=key_argument(self.loss, jax.random.key(0)),
         )
+        if self.options.steps is not None:
+            warn_of_few(problem, self.options.solver, self.options.steps)
         return problem.value, labels_of(problem)

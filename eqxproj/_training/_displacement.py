@@ -34,6 +34,7 @@ from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
 from ._nnx import flax_for
+from ._regime import sweeps
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
 """The metric of the gradient regime: so steep that a displacement is the gradient where there is one, at any depth.
@@ -55,14 +56,18 @@ a loss that computes in float16, where small duals are rounded to zero (duals ar
 
 @dataclass(frozen=True)
 class Options:
-    """How a displacement is computed: the solver, its number of steps, and the problem that it runs on."""
+    """How a displacement is computed: the solver, its number of steps, and the problem that it runs on.
+
+    `steps` is `None` where it follows from the depth of the graph. With `raw`, a displacement is taken off as it is.
+    """
 
     solver: AbstractSolver
-    steps: int
+    steps: int | None
     metric: Metric
     copies: Copies
     tau: float | None
     noise: Noise
+    raw: bool = False
 
     def problem(self, traced: Trace) -> FeasibilityProblem:
         """The problem of a traced loss, whose tau by default is small in the gradient regime, except in float16."""
@@ -71,39 +76,48 @@ class Options:
             variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
             small = self.metric.in_gradient_regime and not any(v.dtype == jnp.float16 for v in variables)
             tau = DEFAULT_TAU if small else LARGE_TAU
-        return make_problem(
+        problem = make_problem(
             traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors, noise=self.noise
         )
+        self.solver.check(problem)
+        return problem
+
+    def state(self, problem: FeasibilityProblem) -> State:
+        """The state after all steps."""
+        steps = sweeps(problem, self.solver) if self.steps is None else self.steps
+        return run(problem, self.solver, steps)
 
 
 def checked_options(
     solver: AbstractSolver | None,
-    steps: int,
+    steps: int | None,
     metric: Metric | None,
     copies: Copies | None,
     tau: float | None,
     noise: Noise,
     steps_name: str = "steps",
+    raw: bool = False,
 ) -> Options:
     """Options from those of a user, checked. `None` means the default; `steps_name` is the user's name of `steps`."""
     solver = CyclicProjections() if solver is None else solver
     metric = DEFAULT_METRIC if metric is None else metric
     copies = "neuron" if copies is None else copies
     check_solver(solver)
-    check_positive(steps_name, steps)
+    if steps is not None:
+        check_positive(steps_name, steps)
     check_metric(metric)
     check_copies(copies)
     check_noise(noise)
     if tau is not None:
         check_tau(tau)
-    return Options(solver, steps, metric, copies, tau, noise)
+    return Options(solver, steps, metric, copies, tau, noise, raw)
 
 
 @with_own_promotion
 def run(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> State:
     """`steps` steps of a solver from the forward pass."""
     step = solver.last_step if steps == 1 else solver.step
-    return iterate(ft.partial(step, problem), solver.init(problem), steps)
+    return solver.settled(problem, iterate(ft.partial(step, problem), solver.init(problem), steps))
 
 
 @with_own_promotion
@@ -202,7 +216,7 @@ class _Compute(eqx.Module):
     def _answer(self, given: tuple[PyTree, tuple[Any, ...], dict[str, Any]]) -> tuple[Any, PyTree]:
         traced = trace(self.loss, *given, has_aux=self.has_aux)
         problem = self.chosen.problem(traced)
-        state = canonicalised(lambda: run(problem, self.chosen.solver, self.chosen.steps), traced.program)
+        state = canonicalised(lambda: self.chosen.state(problem), traced.program)
         moved = displacement_of(problem, state, self.raw)
         return ((problem.value, problem.auxiliary) if self.has_aux else problem.value), moved
 

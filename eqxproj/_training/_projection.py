@@ -112,7 +112,8 @@ def projection(
         wanted, got = eqx.filter(out, eqx.is_inexact_array), eqx.filter(target, eqx.is_array_like)
         shapes = [jtu.tree_map(jnp.shape, t) for t in (wanted, got)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"`target` must be shaped like the output of `f`: wanted {shapes[0]}, got {shapes[1]}.")
+            found = described(target) if shapes[1] is None else f"{type(target).__name__} of shape {shapes[1]}"
+            raise ValueError(f"`target` must be shaped like the output of `f`: wanted {shapes[0]}, got {found}.")
         kinds = zip(jtu.tree_leaves(got), jtu.tree_leaves(wanted), strict=True)
         if any(jnp.iscomplexobj(t) and not jnp.iscomplexobj(o) for t, o in kinds):
             raise TypeError("`target` must be real where the output of `f` is, but it holds complex numbers.")

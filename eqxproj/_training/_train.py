@@ -20,19 +20,20 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._errors import ConstraintError, check_flag, check_function, check_key, described
-from .._metric import Metric
+from .._metric import Metric, check_metric
 from .._problem._constraints import Constraint, check_common_points, held, outside
 from .._problem._problem import Copies
 from .._program._sharding import on_automatic_mesh, placed_as
 from ..rules._base import Noise
-from ..solvers import AbstractSolver
-from ..solvers._solve import check_positive
+from ..solvers import AbstractSolver, CyclicProjections
+from ..solvers._solve import check_positive, check_solver
 from ._data import batches, check_data, check_model, take
 from ._direction import AbstractDirection, Displacement, Gradient, ValueAlone, key_argument
-from ._displacement import checked_options
+from ._displacement import Options, checked_options
 from ._loop import Evaluation, fit
 from ._nnx import takes_nnx
 from ._optimizer import checked_optimizer, default_optimizer
+from ._regime import in_projection_regime, settings
 from ._step import prepare, widened
 
 Metrics = Mapping[str, Callable[..., Any]]
@@ -70,7 +71,7 @@ def train(
     copies: Copies | None = None,
     tau: float | None = None,
     noise: Noise = "unreached",
-    solver_steps: int = 1,
+    solver_steps: int | None = None,
     precondition: bool | None = None,
     method: Literal["projection", "gradient"] = "projection",
     eval_data: Sequence[Any] | None = None,
@@ -93,9 +94,12 @@ def train(
     - `steps`: number of minibatches. `batch_size`: their samples; 256, or all of them if they are fewer, by default.
     - `key`: PRNG key of the shuffling and of the loss's `key`; `jax.random.key(0)` by default.
     - `solver`, `solver_steps`: the solver on each minibatch, and its steps from the forward pass; one cyclic sweep by
-        default.
-    - `optimizer`: any optax transformation of the displacements; by default Adam, its rate rising to 3e-3 at first and
-        falling with a cosine to a hundredth of that over the last four tenths of the `steps`.
+        default. Another solver, or a `metric` of a grade below 100, means the projection regime: `metric`, `copies`,
+        `tau` and `solver_steps` then follow from the solver and the depth of the graph.
+    - `optimizer`: any optax transformation of the displacements. In the projection regime there is none by default: the
+        new parameters are the projection's, without rate or schedule. In the gradient regime it is Adam, its rate
+        rising to 3e-3 at first and falling with a cosine to a hundredth of that over the last four tenths of the
+        `steps`.
     - `metric`, `copies`, `tau`, `noise`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
         [`filter_value_and_displacement`][].
     - `precondition`: whether the steps of layers are measured by how much they change the layers' outputs, given the
@@ -134,7 +138,8 @@ def train(
     check_model(model)
     given, model = model, on_automatic_mesh(model)
     all_held = held(model, constraints)
-    options = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps")
+    options = _options(solver, solver_steps, metric, copies, tau, noise, replaces=optimizer is None)
+    optimizer = optax.sgd(1.0) if options.raw and method == "projection" else optimizer
     is_preconditioned = _check_precondition(precondition, optimizer, method)
     fixed = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
     displacement = Displacement(loss, has_aux, options, fixed)
@@ -151,6 +156,29 @@ def train(
     if names := outside(trained, all_held):
         raise ConstraintError(names, trained, history)
     return TrainResult(placed_as(trained, given), history)
+
+
+def _options(
+    solver: AbstractSolver | None,
+    solver_steps: int | None,
+    metric: Metric | None,
+    copies: Copies | None,
+    tau: float | None,
+    noise: Noise,
+    replaces: bool,
+) -> Options:
+    """The options of the displacement. In the projection regime it may be the projection that `replaces` parameters."""
+    if solver is not None:
+        check_solver(solver)
+    if metric is not None:
+        check_metric(metric)
+    if not in_projection_regime(solver, metric):
+        steps = 1 if solver_steps is None else solver_steps
+        return checked_options(solver, steps, metric, copies, tau, noise, "solver_steps")
+    own = settings(CyclicProjections() if solver is None else solver)
+    metric, copies = metric or own.metric, copies or own.copies
+    tau = own.tau if tau is None and replaces else tau
+    return checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps", replaces)
 
 
 def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:

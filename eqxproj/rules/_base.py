@@ -57,6 +57,7 @@ class Context:
     - `residuals_hold`: whether the operands are those of the forward pass, so that its residuals can be used.
     - `noise`: for a pullback, whether jumps answer under noise; with `"never"` by the derivative, as JAX defines it.
     - `reached`: for each output, whether its dual is a gradient. A node that is a program needs it.
+    - `prepared`: what the rule's `prepare` returned.
     """
 
     function: Callable[..., list[Array]]
@@ -77,6 +78,7 @@ class Context:
     residuals_hold: bool = False
     noise: Noise = "everywhere"
     reached: tuple[bool, ...] = ()
+    prepared: Any = None
 
     @classmethod
     def plain(cls, unknown: Sequence[bool] = ()) -> Context:
@@ -153,7 +155,6 @@ class AbstractRule(abc.ABC):
     answers_for_some: ClassVar[bool] = False
     """Whether the node has, of the outputs of its equation, only the floats that others read: those that `ctx.read`
     marks. No dual of zeros takes the place of what nothing is wanted of: a derivative may be infinite there."""
-
     wants_concurrence: ClassVar[bool] = False
     """Whether solvers find solutions where all operations have one color, and what makes copies equal the other."""
 
@@ -212,6 +213,10 @@ class AbstractRule(abc.ABC):
     def describe(self, equation: Equation | None) -> str:
         """What `explain()` prints in the column of the rule."""
         return self.label
+
+    def prepare(self, ctx: Context) -> Any:
+        """What projections need that depends on known values alone, as arrays; computed once, and then in `ctx`."""
+        return None
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         """The function of these operands, which hold one entry a copy where the context says so."""

@@ -31,6 +31,7 @@ from ._base import AbstractRule, Context, Projected, Scale, step, transposed
 from ._bilinear_forms import BilinearForm, ConvForm, CopyForm, DotForm, ElementForm
 from ._copies import Copies
 from ._local import nearest_locally
+from ._whole import is_small, nearest_whole
 
 
 class Bilinear(AbstractRule):
@@ -61,6 +62,10 @@ class Bilinear(AbstractRule):
         if layout is None:
             return super().gathered(ctx, copies, outputs)
         return sum((x.sum(-1) for x in copies), start=layout.from_output(outputs[0]))
+
+    def prepare(self, ctx: Context) -> Array | None:
+        is_whole = ctx.copies == "none" and ctx.equation is not None and ctx.equation.name == "dot_general"
+        return _known_inverse(ctx) if is_whole else None
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         form, stored, a, w = _read(ctx, inputs)
@@ -174,17 +179,23 @@ def _read(ctx: Context, inputs: Sequence[Array]) -> tuple[BilinearForm, Copies |
     stored = _layout(equation, ctx.copies) if ctx.store_copies else None
     if stored is not None:
         a, w = (x if u else stored.expand(i, x) for i, (x, u) in enumerate(zip((a, w), ctx.unknown, strict=True)))
-        return CopyForm(a, w), stored, a, w
+    return form_of(equation, a, w, is_stored=stored is not None), stored, a, w
+
+
+def form_of(equation: Equation, a: Array, w: Array, *, is_stored: bool) -> BilinearForm:
+    """The bilinear map of an equation, on its two operands; where they are stored, on their copies."""
+    if is_stored:
+        return CopyForm(a, w)
 
     def f(a, w):
         return equation.bind(a, w)[0]
 
     if equation.name == "dot_general":
-        return DotForm(f, a, w, ctx.params["dimension_numbers"]), None, a, w
+        return DotForm(f, a, w, equation.params["dimension_numbers"])
     if equation.name == "mul":
-        return ElementForm(f, a, w), None, a, w
-    grouped = ctx.params["batch_group_count"] != 1
-    return BilinearForm(f, a, w) if grouped else ConvForm(f, a, w, ctx.params), None, a, w
+        return ElementForm(f, a, w)
+    grouped = equation.params["batch_group_count"] != 1
+    return BilinearForm(f, a, w) if grouped else ConvForm(f, a, w, equation.params)
 
 
 def _in_rows(ctx: Context, stored: Copies, dual: Array) -> tuple[Array, Scale, list[Scale]]:
@@ -212,26 +223,48 @@ _DIRECT = 1024
 
 
 def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
-    r"""One constraint for the whole product.
-
-    Where one operand is known, with $G$ the scalar products of its rows, $(1 + \kappa/w\, G)\lambda = \mu$ by a
-    Cholesky factor. The sum of the eigenvalues, times the precision, is added to the diagonal, so that rounding does
-    not make it fail.
-    """
+    """One constraint for the whole product: by eigenvectors (`_whole.py`), by [`_known_inverse`][], or locally."""
+    assert ctx.equation is not None
+    layout, plain = Copies(ctx.equation), _is_plain(ctx, duals[0])
+    if plain and all(ctx.unknown) and is_small(layout):
+        return nearest_whole(ctx, layout, inputs, duals)
+    inverse = ctx.prepared if ctx.prepared is not None else _known_inverse(ctx)
+    if inverse is None:
+        return nearest_locally(ctx, inputs, duals)
     form, _, a, w = _read(ctx, inputs)
+    assert isinstance(form, DotForm)
+    first = ctx.unknown[0]
+    multiplier = form.along(lambda mu: inverse @ mu, duals[0].astype(inverse.dtype), first=not first)
+    return [_back(form, a, w, multiplier, first)]
+
+
+def _is_plain(ctx: Context, output: Array) -> bool:
+    """Whether a product has a direct solver: of matrices, in a dtype that LAPACK knows, with one weight an operand."""
+    is_matrix = ctx.equation is not None and ctx.equation.name == "dot_general"
+    return is_matrix and jnp.ndim(ctx.ratios[0][0]) == 0 and output.dtype in (jnp.float32, jnp.float64)
+
+
+def _known_inverse(ctx: Context) -> Array | None:
+    r"""The inverse of $1 + \kappa/w\, G$, where one operand is known, with $G$ the scalar products of its rows.
+
+    Its product with $\mu$ is the multiplier. The sum of the eigenvalues, times the precision, is added to the diagonal,
+    so that rounding does not make the Cholesky factor fail. `None` where there are too many rows.
+    """
+    assert ctx.equation is not None
+    out = ctx.equation.outputs[0]
+    if all(ctx.unknown) or not _is_plain(ctx, jnp.zeros(out.shape, out.dtype)):
+        return None
+    unknown = [v for v, is_unknown in zip(ctx.equation.inputs, ctx.unknown, strict=True) if is_unknown]
+    form, _, a, w = _read(ctx, [jnp.zeros(v.shape, v.dtype) for v in unknown])
     first = ctx.unknown[0]
     known = w if first else a
-    plain = jnp.ndim(ctx.ratios[0][0]) == 0 and known.dtype in (jnp.float32, jnp.float64)
-    if all(ctx.unknown) or not plain or not isinstance(form, DotForm) or form.rows(known, not first) > _DIRECT:
-        return nearest_locally(ctx, inputs, duals)
+    if not isinstance(form, DotForm) or form.rows(known, not first) > _DIRECT:
+        return None
     gram = form.gram(known, first=not first) * ctx.ratios[0][0]
     total = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    matrix = gram + (1.0 + jnp.finfo(known.dtype).eps * total) * jnp.eye(gram.shape[-1], dtype=known.dtype)
-    factor = jax.scipy.linalg.cho_factor(matrix, lower=True)[0]
-    multiplier = form.along(
-        lambda mu: jax.scipy.linalg.cho_solve((factor, True), mu), duals[0].astype(known.dtype), first=not first
-    )
-    return [_back(form, a, w, multiplier, first)]
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=known.dtype), gram.shape)
+    matrix = gram + (1.0 + jnp.finfo(known.dtype).eps * total) * eye
+    return jax.scipy.linalg.cho_solve((jax.scipy.linalg.cho_factor(matrix, lower=True)[0], True), eye)
 
 
 def _parted(

@@ -63,6 +63,17 @@ class Copies:
         patches = jnp.transpose(patches, (self.out[0], *self.out[2:], self.out[1]))
         return jnp.swapaxes(patches.reshape(self.rows, self.groups, -1), 0, 1)
 
+    @property
+    def inner(self) -> int:
+        """How many products a scalar product adds up."""
+        return math.prod(self.shapes[0]) // max(self.groups * self.rows, 1)
+
+    def from_matrix(self, operand: int, matrix: Array) -> Array:
+        """The inverse of `matrix`, for a `dot_general`."""
+        dims = (*self.batch[operand], *self.free[operand], *self.contract[operand])
+        laid = matrix.reshape([self.shapes[operand][d] for d in dims])
+        return jnp.transpose(laid, np.argsort(dims).tolist())
+
     def expand(self, operand: int, value: Array) -> Array:
         """The copies of an operand."""
         matrix = self.matrix(operand, value)

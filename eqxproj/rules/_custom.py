@@ -23,7 +23,7 @@ from .._program._normal_form import normal_form
 from ._base import AbstractRule, Context, Scale
 from ._points import Point, of_small_steps, of_whole_step
 
-_JUMPS = frozenset(("sign", "floor", "ceil", "round", "argmax", "argmin"))
+_JUMPS = frozenset(("sign", "threshold", "floor", "ceil", "round", "argmax", "argmin"))
 
 
 class AbstractUserRule(AbstractRule):

@@ -24,9 +24,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._errors import Unsupported
 from .._numerics._conjugate_gradients import inner
-from .._program._equations import Equation
 from ._base import AbstractRule, Context, transposed
 from ._local import largest, nearest_locally
 
@@ -37,16 +35,6 @@ class CustomDerivative(AbstractRule):
     label: ClassVar[str] = "its own derivative"
     takes_precedence: ClassVar[bool] = True
     answers_for_some: ClassVar[bool] = True
-
-    def missing(self, equation: Equation, unknown: Sequence[bool]) -> Sequence[Unsupported]:
-        held = equation.params.get("num_consts", 0) if equation.name != "custom_jvp_call" else 0
-        if any(unknown[:held]):
-            raise ValueError(
-                f"The function with a `jax.custom_vjp` at {equation.source} closes over an array that depends on "
-                "parameters. Its derivative says nothing of that array, and JAX refuses to differentiate it too: pass "
-                "the array as an argument, or close over `jax.lax.stop_gradient` of it."
-            )
-        return ()
 
     def pullback(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         return transposed(self, ctx, inputs, duals)

@@ -26,7 +26,7 @@ from .._numerics._newton import descend
 from .._program._calls import is_transposable
 from .._program._equations import Equation, Program
 from .._program._fragment import Fragment
-from .._program._primitives import ELEMENTWISE, REDUCTIONS, VIEWS
+from .._program._primitives import ELEMENTWISE, FLAT, REDUCTIONS, VIEWS
 from ._base import AbstractRule, Context, Scale, step, transposed
 
 _OUTER, _HALVINGS, _SMALL, _SAME = 6, 5, 1e-3, 1e-4
@@ -66,10 +66,6 @@ def flattened_by(fragment: Fragment) -> tuple[str, ...]:
             names[equation.name] = None
         found.update((v.index, names) for v in equation.outputs if v.dtype != jnp.bool_)
     return tuple({name: None for v in fragment.outputs for name in found.get(v.index, ())})
-
-
-FLAT = ("argmax", "argmin", "sign", "round", "floor", "ceil")
-"""Operations whose derivative JAX defines but which is zero or blind almost everywhere: no rule to solve with."""
 
 
 def _shapes(program: Program):

@@ -113,7 +113,8 @@ class GenericObjective(AbstractRule):
         return [v.index for _, factors in self.parts for v, _ in factors]
 
 
-_OUTER, _INNER, _HALVINGS, _ROUNDING = 12, 12, 8, 1e-6
+# All samples are one system. Their curvatures may nearly cancel along a step, which is then far too long.
+_OUTER, _INNER, _HALVINGS, _ROUNDING = 30, 50, 30, 1e-6
 
 
 def _prox(loss, start: list[Array]) -> list[Array]:

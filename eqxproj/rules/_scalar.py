@@ -34,8 +34,8 @@ from .._numerics._smooth import Bounds, bounds_of, smooth_dual
 from .._program._affine import AffineTerm as AffineTerm
 from .._program._equations import Equation, Variable
 from .._program._fragment import Fragment, OfOne
+from .._program._primitives import FLAT
 from ._base import AbstractRule, Context
-from ._local import FLAT
 
 Special = Literal["square", "round", "floor", "ceil"]
 
@@ -249,7 +249,7 @@ def clear_kinds() -> None:
     _bounds_of.cache_clear()
 
 
-MAY_JUMP = ("sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
+MAY_JUMP = ("sign", "threshold", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne", "is_finite", "rem")
 
 
 def relu_dual(s0: Array, dual: Array, kappa: Array, sigma: Array, q: Array) -> Array:

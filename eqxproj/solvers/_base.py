@@ -23,10 +23,13 @@ class AbstractSolver(eqx.Module):
         does not.
     - `needs_two_colors`: whether it projects nodes together that may share no edge, so that the graph must get two
         colors. A sweep through the layers does not.
+    - `is_cyclic`: whether a step goes through all layers, so that signals reach every node in it. A step that projects
+        onto one color and then onto the other brings them two nodes farther.
     """
 
     store_copies: eqx.AbstractClassVar[bool]
     needs_two_colors: eqx.AbstractClassVar[bool]
+    is_cyclic: ClassVar[bool] = False
 
     @property
     def gap_scale(self) -> float:
@@ -70,6 +73,16 @@ class AbstractCopyingSolver(AbstractSolver):
 
     store_copies: ClassVar[bool] = True
     needs_two_colors: ClassVar[bool] = True
+
+    def check(self, problem: FeasibilityProblem) -> None:
+        branches = any(len(edges) > 1 for edges in problem.graph.readers)
+        if problem.metric.in_gradient_regime and branches:
+            raise ValueError(
+                f"{type(self).__name__} reflects projections, but in the gradient regime, where `metric` is "
+                f"{problem.metric}, nodes answer by their pullback: where values have several readers, its duals would "
+                "grow from step to step. Take a grade below 100, such as `eqxproj.Metric(1.0, 1000.0)`, or "
+                "`AlternatingProjections`."
+            )
 
     def settled(self, problem: FeasibilityProblem, state: State) -> State:
         """All copies of a parameter equal, and in its sets: the projection of the state onto the parameters' nodes."""

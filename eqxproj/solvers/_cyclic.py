@@ -23,6 +23,7 @@ class CyclicProjections(AbstractSolver):
 
     store_copies: ClassVar[bool] = False
     needs_two_colors: ClassVar[bool] = False
+    is_cyclic: ClassVar[bool] = True
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         project = problem.project_layer  # each look-up of a module's method goes through all of its arrays
@@ -36,6 +37,8 @@ class CyclicProjections(AbstractSolver):
 
 class CyclicDouglasRachford(AbstractCopyingSolver):
     r"""$x \leftarrow D_n \cdots D_1 x$ with $D_i = (I + R_{i+1} R_i)/2$, the layers taken cyclically."""
+
+    is_cyclic: ClassVar[bool] = True
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         layers, project = problem.graph.layers, problem.project_layer

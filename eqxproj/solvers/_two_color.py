@@ -105,7 +105,8 @@ class RelaxedReflectReflect(AbstractGapSolver):
     - `beta`: in (0, 2].
     - `reweight`: $\rho$. After every iteration the weight of each constraint's copies moves by
         $g \leftarrow g + \rho\,(\mathrm{gap}^2 / \overline{\mathrm{gap}^2} - g)$: where the two projections are
-        far apart, constraints stiffen. Small: of the order of one over the number of iterations. Zero keeps all weights.
+        far apart, constraints stiffen. Small: of the order of one over the number of
+        iterations. Zero keeps all weights.
         It needs the unit metric, and a problem with `concurrence=True`.
     """
 
@@ -124,6 +125,7 @@ class RelaxedReflectReflect(AbstractGapSolver):
         return self.beta
 
     def check(self, problem: FeasibilityProblem) -> None:
+        super().check(problem)
         if self.reweight:
             check_gains(problem, "reweight")
 

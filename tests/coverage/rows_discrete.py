@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax, nn
 
+import eqxproj
+
 from ._row import Case, Row
 
 GROUP = "discrete"
@@ -82,6 +84,7 @@ def dispatched(h, table, x):
 
 STEPS = {
     "sign": lambda h, table, x: jnp.sign(h),
+    "threshold": lambda h, table, x: eqxproj.threshold(h, margin=0.5),
     "round": lambda h, table, x: jnp.round(h),
     "floor": lambda h, table, x: jnp.floor(h),
     "ceil": lambda h, table, x: jnp.ceil(h),

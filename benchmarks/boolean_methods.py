@@ -1,0 +1,179 @@
+"""Ways to learn a network on bits: by projections, and by gradients. All starts of one method run at once, by `vmap`.
+
+- `projections`: every neuron and item is one constraint with a margin, and all of them hold at once where relaxed
+  reflect-reflect ends. It starts from random copies of everything.
+- `relu`, `relu-l1`: hidden layers of relus, by AdamW. `sign`, `sign-l1`: hidden layers of signs, by Adam, straight
+  through: with the derivative of the identity between -1 and 1. `default`: the same signs, by `eqxproj.train` and
+  nothing else. The last three and `relu-l1` have a penalty on the absolute values of all weights.
+
+Methods of gradients take all items at each step, a logistic loss, rates that rise and fall (a cosine) around the peak
+of 1e-3, and end layers of plain sums.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from boolean_tasks import Task
+
+import eqxproj
+
+Hidden = Literal["threshold", "relu", "sign", "through"]
+L1 = 1e-5
+
+
+class Network(eqx.Module):
+    """Layers whose neurons read the layer before and a constant; one row of weights a neuron."""
+
+    weights: list[jax.Array]
+    hidden: Hidden = eqx.field(static=True)
+    sigma: float = eqx.field(static=True)
+
+    def __init__(self, task: Task, hidden: Hidden, key: jax.Array):
+        sizes = list(zip(task.widths, task.widths[1:], strict=False))
+        keys = jax.random.split(key, len(sizes))
+        normal = [jax.random.normal(k, (b, a + 1)) for k, (a, b) in zip(keys, sizes, strict=True)]
+        self.weights = [w * np.sqrt(2 / w.shape[1]) for w in normal]
+        self.hidden, self.sigma = hidden, task.sigma
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The outputs of one item: bits, or with gradients numbers with the signs of the bits."""
+        for i, w in enumerate(self.weights):
+            x = w @ jnp.append(x, 1.0)
+            if self.hidden == "threshold":
+                x = eqxproj.threshold(x, margin=np.sqrt(w.shape[1] / self.sigma))
+            elif i < len(self.weights) - 1:
+                x = {"relu": jax.nn.relu, "sign": jnp.sign, "through": _through}[self.hidden](x)
+        return x
+
+
+def _through(s: jax.Array) -> jax.Array:
+    smooth = jnp.clip(s, -1.0, 1.0)
+    return smooth + jax.lax.stop_gradient(jnp.where(s >= 0, 1.0, -1.0) - smooth)
+
+
+class Found(NamedTuple):
+    """Networks, their leaves stacked, one a start; the seconds that they took, without compilation; and the steps."""
+
+    networks: Network
+    seconds: float
+    steps: int
+
+
+def logistic(network: Network, x: jax.Array, y: jax.Array, *, l1: float) -> jax.Array:
+    """The mean logistic loss of all bits, and a penalty."""
+    penalty = sum(jnp.sum(jnp.abs(w)) for w in network.weights) if l1 else 0.0
+    return jnp.mean(jax.nn.softplus(-y * jax.vmap(network)(x))) + l1 * penalty
+
+
+def affordable(run: Callable[[int], Any], steps: int, limit: float, probe: int) -> int:
+    """At most `steps`, and no more than take `limit` seconds at the pace of a few, after compilation."""
+    jax.block_until_ready(run(1))
+    start = time.perf_counter()
+    jax.block_until_ready(run(probe))
+    return int(max(probe, min(steps, limit * probe / (time.perf_counter() - start))))
+
+
+def gradients(
+    task: Task, hidden: Hidden, l1: float, decay: float, keys: jax.Array, steps: int | None, limit: float
+) -> Found:
+    """Adam or AdamW on all items at once."""
+    x, y = map(jnp.asarray, task.learned)
+    networks = eqx.filter_vmap(lambda key: Network(task, hidden, key))(keys)
+    arrays, rest = eqx.partition(networks, eqx.is_array)
+
+    @eqx.filter_jit
+    def run(count: jax.Array, total: jax.Array) -> Any:
+        def rate(step):
+            return 1e-3 * jnp.minimum(step / (0.02 * total + 1), 0.5 * (1 + jnp.cos(jnp.pi * step / total)))
+
+        optimizer = optax.adamw(rate, weight_decay=decay)
+
+        def of_one(parameters):
+            def step(_, carry):
+                p, state = carry
+                gradient = jax.grad(lambda p: logistic(eqx.combine(p, rest), x, y, l1=l1))(p)
+                updates, state = optimizer.update(gradient, state, p)
+                return optax.apply_updates(p, updates), state
+
+            return jax.lax.fori_loop(0, count, step, (parameters, optimizer.init(parameters)))[0]
+
+        return jax.vmap(of_one)(arrays)
+
+    most = affordable(lambda n: run(jnp.asarray(n), jnp.asarray(60_000)), steps or 60_000, limit, 50)
+    start = time.perf_counter()
+    found = jax.block_until_ready(run(jnp.asarray(most), jnp.asarray(most)))
+    return Found(eqx.combine(found, rest), time.perf_counter() - start, most)
+
+
+def default(task: Task, l1: float, keys: jax.Array, steps: int | None, limit: float) -> Found:
+    """The defaults of `eqxproj.train`, one start after another."""
+    found, seconds, most = [], 0.0, steps or 4000
+    loss = partial(logistic, l1=l1)
+    for number, key in enumerate(keys):
+        batch = min(256, len(task.learned[0]))
+        fit = partial(eqxproj.train, Network(task, "sign", key), task.learned, loss, batch_size=batch, key=key)
+        if not number:
+            most = affordable(lambda n, fit=fit: fit(steps=n).model.weights, most, limit / len(keys), 50)
+        result = fit(steps=most)
+        seconds += float(result.history["seconds"][-1])
+        found.append(result.model)
+    return Found(jax.tree.map(lambda *w: jnp.stack(w), *found), seconds, most)
+
+
+def projections(task: Task, keys: jax.Array, steps: int | None, limit: float) -> Found:
+    """Relaxed reflect-reflect on the constraints of all neurons and items, from random starts."""
+    x, y = map(jnp.asarray, task.learned)
+    model = Network(task, "threshold", jax.random.key(0))
+
+    def loss(network, x, y):
+        return jnp.sum(eqxproj.losses.equal(jax.vmap(network)(x), y))
+
+    def row_of(i: int) -> tuple[Callable[[Network], Any], eqxproj.sets.AbstractSet]:
+        size = np.sqrt(model.weights[i].shape[1])
+        return lambda network: network.weights[i], eqxproj.sets.Sphere(radius=float(size), axis=-1)
+
+    solver = eqxproj.RelaxedReflectReflect(beta=0.2, reweight=1e-3)
+    spheres = [row_of(i) for i in range(len(model.weights))]
+
+    def run(count: int, keys: jax.Array) -> list[jax.Array]:
+        def solve(key):
+            problem = eqxproj.feasibility_problem(loss, model, x, y, data="pinned", constraints=spheres)
+            return eqxproj.solve(
+                problem, solver, steps=count, tol=task.tol, start="random", key=key, every=50
+            ).model.weights
+
+        return jax.vmap(solve)(keys)
+
+    compiled = jax.jit(run, static_argnums=0)
+    most = affordable(lambda n: compiled(max(n, 20), keys), steps or 200_000, limit, 20)
+    program = compiled.lower(most, keys).compile()
+    start = time.perf_counter()
+    weights = jax.block_until_ready(program(keys))
+    return Found(eqx.tree_at(lambda n: n.weights, model, weights), time.perf_counter() - start, most)
+
+
+METHODS: dict[str, Callable[..., Found]] = {
+    "projections": projections,
+    "relu": partial(gradients, hidden="relu", l1=0.0, decay=1e-2),
+    "relu-l1": partial(gradients, hidden="relu", l1=L1, decay=1e-2),
+    "sign": partial(gradients, hidden="through", l1=0.0, decay=0.0),
+    "sign-l1": partial(gradients, hidden="through", l1=L1, decay=0.0),
+    "default": partial(default, l1=L1),
+}
+"""Called with `task`, `keys` (one a start), `steps` (`None` for what each takes by itself) and `limit` in seconds."""
+
+
+def exact(networks: Network, items: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The parts of bits and of items that are exact, one of each a start."""
+    x, y = map(jnp.asarray, items)
+    right = eqx.filter_vmap(lambda n: (jax.vmap(n)(x) > 0) == (y > 0))(networks)
+    return np.asarray(right.mean((1, 2))), np.asarray(right.all(2).mean(1))
