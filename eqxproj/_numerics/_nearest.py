@@ -362,8 +362,8 @@ def clipped(x: Float[Array, "m n"], radius: float, dtype: jnp.dtype) -> Float[Ar
     r"""The nearest matrix whose singular values are at most `radius`: the larger ones become the radius.
 
     With $X X^T = U \Sigma^2 U^T$ it is $X - U (1 - r \Sigma^{-1})_+ U^T X$, where no singular value is much larger than
-    the radius $r$, as after a step from the ball. Rounding moves the singular values of the answer, all by about its relative error: they are clipped
-    below the radius by twice that.
+    the radius $r$, as after a step from the ball. Rounding moves the singular values of the answer, all by about its
+    relative error: they are clipped below the radius by twice that.
     """
     if x.shape[0] > x.shape[1]:
         return clipped(x.T, radius, dtype).T

@@ -113,8 +113,8 @@ def train(
         projected onto the set after every step. For discrete sets (`Sparse`, `Quantized`) the steps move an array that
         is kept for it, and the loss sees its projection: of more and more entries, those with the shortest way first,
         and from six tenths of the steps on of all. Evaluations see models that satisfy the constraints exactly, and so
-        does the returned one. An array that several constraints pick is held in all of their sets; `sets.Together` holds
-        several arrays in one.
+        does the returned one. An array that several constraints pick is held in all of their sets; `sets.Together`
+        holds several arrays in one.
     - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
     - `progress`: show a progress bar.
 

@@ -14,10 +14,11 @@ class AbstractSet(eqx.Module):
 
     A set of your own derives from it, and needs `__call__` alone. `is_discrete` says how `train` holds an array in the
     set. With `False`, it projects the array after every step. With `True`, the steps move an array that is kept for it,
-    and the model is shown its projection, which at first changes only the entries with the shortest way. Set it to `True` where the set consists of separate pieces
-    (levels, patterns of zeros): a step from one piece toward another is shorter than the gap, and a projection after
-    each step would undo every one. `is_convex` says how an array is held in several sets at once: at the nearest common
-    point where all of them are convex, and at one found by projecting in turn otherwise.
+    and the model is shown its projection, which at first changes only the entries with the shortest way. Set it to
+    `True` where the set consists of separate pieces (levels, patterns of zeros): a step from one piece toward another
+    is shorter than the gap, and a projection after each step would undo every one. `is_convex` says how an array is
+    held in several sets at once: at the nearest common point where all of them are convex, and at one found by
+    projecting in turn otherwise.
 
     !!! example
 
