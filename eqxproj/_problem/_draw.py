@@ -246,7 +246,8 @@ def _draw_legend(axes: Any, picture: Picture, top: float) -> None:
             x += 0.55 + _text_width(words, _SMALL)
     x, y = 0.0, y - 0.25
     found = {link for _, _, link in picture.edges}
-    for link in (link for link, words in _WORDS.items() if words and link in found):
+    legend: list[Link] = [link for link, words in _WORDS.items() if words and link in found]
+    for link in legend:
         color, style = _STYLES[link]
         axes.plot([x, x + 0.28], [y, y], color=color, ls=style, lw=1.0)
         axes.text(x + 0.35, y, _WORDS[link], fontsize=_SMALL, va="center")

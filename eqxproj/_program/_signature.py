@@ -83,7 +83,7 @@ class _Reader:
         return (v.index, v.shape, str(v.dtype))
 
 
-def _content(value: Any) -> Hashable:
+def _content(value: Any) -> tuple[Hashable, ...]:
     """A number or an array of numpy to the last bit, which its text does not always show."""
     array = np.asarray(value)
     data = array.tobytes()
