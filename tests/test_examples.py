@@ -75,3 +75,8 @@ def test_without_matplotlib_an_example_says_so_and_draws_nothing(tmp_path, monke
     side_by_side.draw(tmp_path / "none.png", "title", "accuracy", {})
     assert "matplotlib is missing" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_projections_find_a_circuit_from_its_table():
+    assert _load("boolean").main(["--steps", "4000"]) >= 1
