@@ -5,8 +5,8 @@
 
 What is learned stands in `boolean_tasks.py`, how in `boolean_methods.py`. Printed are, for items that were not learned
 from, the parts of bits and of items that are exact: the mean over the starts, and in brackets the standard deviation.
-The seconds are those of all starts of a method together, which run at once (those of `default` in turn). A method takes
-the steps that it needs by itself, but no more than fit into `--limit` seconds.
+The seconds, without compilation, are those of all starts of a method together, which run at once; those of `default`
+run in turn. A method takes its own number of steps, but no more than fit into `--limit` seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from boolean_methods import METHODS, exact
+from boolean_methods import METHODS, STEPS, exact
 from boolean_tasks import TASKS, Task
 from shared import write
 
@@ -24,7 +24,7 @@ from shared import write
 def row(task: Task, method: str, seeds: int, steps: int | None, limit: float) -> dict[str, Any]:
     """One line of the table."""
     keys = jax.random.split(jax.random.key(1), seeds)
-    found = METHODS[method](task=task, keys=keys, steps=steps, limit=limit)
+    found = METHODS[method](task, keys, steps or STEPS.get(method, 60_000), limit)
     learned, (bits, items) = exact(found.networks, task.learned)[0], exact(found.networks, task.unseen)
     figures = {"learned_bits": learned, "bits": bits, "items": items}
     return {"steps": found.steps, "seconds": found.seconds, **{k: v.tolist() for k, v in figures.items()}}

@@ -74,16 +74,14 @@ def logistic(network: Network, x: jax.Array, y: jax.Array, *, l1: float) -> jax.
     return jnp.mean(jax.nn.softplus(-y * jax.vmap(network)(x))) + l1 * penalty
 
 
-def affordable(run: Callable[[int], Any], steps: int, limit: float, probe: int) -> int:
+def affordable(seconds: Callable[[int], float], steps: int, limit: float, probe: int = 50) -> int:
     """At most `steps`, and no more than take `limit` seconds at the pace of a few, after compilation."""
-    jax.block_until_ready(run(1))
-    start = time.perf_counter()
-    jax.block_until_ready(run(probe))
-    return int(max(probe, min(steps, limit * probe / (time.perf_counter() - start))))
+    seconds(1)
+    return int(max(probe, min(steps, limit * probe / seconds(probe))))
 
 
 def gradients(
-    task: Task, hidden: Hidden, l1: float, decay: float, keys: jax.Array, steps: int | None, limit: float
+    task: Task, keys: jax.Array, steps: int, limit: float, *, hidden: Hidden, l1: float, decay: float
 ) -> Found:
     """Adam or AdamW on all items at once."""
     x, y = map(jnp.asarray, task.learned)
@@ -108,57 +106,76 @@ def gradients(
 
         return jax.vmap(of_one)(arrays)
 
-    most = affordable(lambda n: run(jnp.asarray(n), jnp.asarray(60_000)), steps or 60_000, limit, 50)
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(jnp.asarray(count), jnp.asarray(steps)))
+        return time.perf_counter() - start
+
+    most = affordable(seconds, steps, limit)
     start = time.perf_counter()
     found = jax.block_until_ready(run(jnp.asarray(most), jnp.asarray(most)))
     return Found(eqx.combine(found, rest), time.perf_counter() - start, most)
 
 
-def default(task: Task, l1: float, keys: jax.Array, steps: int | None, limit: float) -> Found:
+def default(task: Task, keys: jax.Array, steps: int, limit: float, *, l1: float) -> Found:
     """The defaults of `eqxproj.train`, one start after another."""
-    found, seconds, most = [], 0.0, steps or 4000
-    loss = partial(logistic, l1=l1)
-    for number, key in enumerate(keys):
+
+    def fit(key: jax.Array, count: int) -> eqxproj.TrainResult:
         batch = min(256, len(task.learned[0]))
-        fit = partial(eqxproj.train, Network(task, "sign", key), task.learned, loss, batch_size=batch, key=key)
-        if not number:
-            most = affordable(lambda n, fit=fit: fit(steps=n).model.weights, most, limit / len(keys), 50)
-        result = fit(steps=most)
-        seconds += float(result.history["seconds"][-1])
-        found.append(result.model)
-    return Found(jax.tree.map(lambda *w: jnp.stack(w), *found), seconds, most)
+        loss, model = partial(logistic, l1=l1), Network(task, "sign", key)
+        return eqxproj.train(model, task.learned, loss, steps=count, batch_size=batch, key=key)
+
+    def seconds(count: int) -> float:
+        return float(fit(keys[0], count).history["seconds"][-1])
+
+    most = affordable(seconds, steps, limit / len(keys))
+    found = [fit(key, most) for key in keys]
+    networks = jax.tree.map(lambda *w: jnp.stack(w), *(result.model for result in found))
+    return Found(networks, sum(float(result.history["seconds"][-1]) for result in found), most)
 
 
-def projections(task: Task, keys: jax.Array, steps: int | None, limit: float) -> Found:
-    """Relaxed reflect-reflect on the constraints of all neurons and items, from random starts."""
+_CHUNK, _EVERY = 500, 50  # steps of one call, and from one look at the gap to the next
+
+
+def projections(task: Task, keys: jax.Array, steps: int, limit: float) -> Found:
+    """Relaxed reflect-reflect on the constraints of all neurons and items, from random starts, until all are solved."""
     x, y = map(jnp.asarray, task.learned)
     model = Network(task, "threshold", jax.random.key(0))
 
     def loss(network, x, y):
         return jnp.sum(eqxproj.losses.equal(jax.vmap(network)(x), y))
 
-    def row_of(i: int) -> tuple[Callable[[Network], Any], eqxproj.sets.AbstractSet]:
-        size = np.sqrt(model.weights[i].shape[1])
-        return lambda network: network.weights[i], eqxproj.sets.Sphere(radius=float(size), axis=-1)
+    def rows(i: int) -> tuple[Callable[[Network], Any], eqxproj.sets.AbstractSet]:
+        size = float(np.sqrt(model.weights[i].shape[1]))
+        return lambda network: network.weights[i], eqxproj.sets.Sphere(radius=size, axis=-1)
 
     solver = eqxproj.RelaxedReflectReflect(beta=0.2, reweight=1e-3)
-    spheres = [row_of(i) for i in range(len(model.weights))]
+    options = {"steps": min(_CHUNK, steps), "tol": task.tol, "every": _EVERY}
+    spheres = [rows(i) for i in range(len(model.weights))]
 
-    def run(count: int, keys: jax.Array) -> list[jax.Array]:
-        def solve(key):
-            problem = eqxproj.feasibility_problem(loss, model, x, y, data="pinned", constraints=spheres)
-            return eqxproj.solve(
-                problem, solver, steps=count, tol=task.tol, start="random", key=key, every=50
-            ).model.weights
+    def solve(**start: Any) -> tuple[Any, jax.Array, list[jax.Array]]:
+        problem = eqxproj.feasibility_problem(loss, model, x, y, data="pinned", constraints=spheres)
+        found = eqxproj.solve(problem, solver, **options, **start)
+        return found.state, found.stats["steps"] < options["steps"], found.model.weights
 
-        return jax.vmap(solve)(keys)
+    @jax.jit
+    def more(state, done, weights):
+        """Goes on with those that are not done."""
+        new = jax.vmap(lambda state: solve(start=state))(state)
+        return jax.tree.map(lambda a, b: jnp.where(_like(done, a), a, b), (state, done, weights), new)
 
-    compiled = jax.jit(run, static_argnums=0)
-    most = affordable(lambda n: compiled(max(n, 20), keys), steps or 200_000, limit, 20)
-    program = compiled.lower(most, keys).compile()
-    start = time.perf_counter()
-    weights = jax.block_until_ready(program(keys))
-    return Found(eqx.tree_at(lambda n: n.weights, model, weights), time.perf_counter() - start, most)
+    first = jax.jit(jax.vmap(lambda key: solve(start="random", key=key))).lower(keys)
+    program = more.lower(*first.out_info).compile()
+    begin, start = first.compile(), time.perf_counter()
+    carry, taken = jax.block_until_ready(begin(keys)), options["steps"]
+    while taken < steps and time.perf_counter() - start < limit and not bool(jnp.all(carry[1])):
+        carry = jax.block_until_ready(program(*carry))
+        taken += options["steps"]
+    return Found(eqx.tree_at(lambda n: n.weights, model, carry[2]), time.perf_counter() - start, taken)
+
+
+def _like(done: jax.Array, x: jax.Array) -> jax.Array:
+    return done.reshape(done.shape + (1,) * (x.ndim - done.ndim))
 
 
 METHODS: dict[str, Callable[..., Found]] = {
@@ -169,7 +186,9 @@ METHODS: dict[str, Callable[..., Found]] = {
     "sign-l1": partial(gradients, hidden="through", l1=L1, decay=0.0),
     "default": partial(default, l1=L1),
 }
-"""Called with `task`, `keys` (one a start), `steps` (`None` for what each takes by itself) and `limit` in seconds."""
+"""Called with the task, keys (one a start), and at most how many steps and seconds."""
+STEPS = {"projections": 1_000_000, "default": 10_000}
+"""At most so many steps; the others take 60,000."""
 
 
 def exact(networks: Network, items: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

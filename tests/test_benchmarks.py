@@ -94,6 +94,7 @@ def test_settings_are_chosen_by_their_sweeps(tmp_path):
             ("--quick", "--task", "two_bits", "--seeds", "1"),
             ("constrained", "free", "projected at the end"),
         ),
+        ("paper.py", ("--quick",), ("AlternatingProjections", "AlternatingReflections", "default", "adam-cosine")),
         ("boolean.py", ("--quick",), ("multiplier", "projections", "relu-l1", "sign", "default")),
         ("linear_recurrence.py", ("--quick", "--cell", "rnn"), ("gradient", "projection", "scan back", "scan both")),
         ("convolutions.py", ("--repeats", "2", "--groups", "4"), ("4 groups", "to the kernel, in a loop", "cnn")),

@@ -11,7 +11,7 @@ import scipy.optimize
 
 import eqxproj
 from eqxproj._numerics._margin import reach_margin
-from eqxproj._problem._readers import context
+from eqxproj._problem._readers import context, copies_of
 
 MARGIN = 0.7
 
@@ -294,10 +294,43 @@ def test_equal_copies_need_not_be_stored():
         np.testing.assert_allclose(stored, summed, rtol=2e-4, atol=2e-5)
 
 
-def test_one_copy_for_all_is_an_error():
-    problem = problem_of(lambda m, x: step(x @ m.T), WEIGHT, X, copies="none")
-    with pytest.raises(ValueError, match='Use `copies="neuron"`'):
-        eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=1)
+def test_with_one_copy_for_all_a_product_stays_apart():
+    problem = problem_of(lambda m, x: step(x @ m.T - 0.1), WEIGHT, X, copies="none")
+    assert {"threshold", "bilinear"} <= set(rules_of(problem))
+    found = eqxproj.solve(problem, eqxproj.RelaxedReflectReflect(0.5), steps=300, tol=1e-4)
+    assert np.all(np.asarray(X @ found.model.T - 0.1) >= MARGIN - 1e-2)
+
+
+MORE = {
+    "two products": (lambda m, x: step((x @ m[0].T).T.reshape(3, 2) - (x @ m[1].T).reshape(3, 2)), (WEIGHT, WEIGHT)),
+    "a difference": (lambda m, x: step(m[0] - 2.0 * m[1][::-1]), (X, X)),
+}
+
+
+@pytest.mark.parametrize("name", ["linear", "reshaped", "one output", "convolution", *MORE])
+def test_gaps_and_gains_belong_to_one_neuron_and_item(name):
+    """What a constraint counts as its own is what its output depends on."""
+    problem = problem_of(*{**PATTERNS, **MORE}[name], X)
+    (index,) = [i for i, n in enumerate(problem.graph.nodes) if n.operation == "threshold_neuron"]
+    rule, ctx, rng = problem.graph.nodes[index].rule, context(problem, index, True), np.random.default_rng(0)
+    inputs = [
+        jnp.asarray(rng.normal(size=copies_of(problem, e).shape), jnp.float32) for e in problem.graph.nodes[index].edges
+    ]
+    (out,) = rule.evaluate(ctx, inputs)
+
+    def gathered(copies, outputs):
+        return rule.gathered(ctx, copies, outputs)
+
+    total = gathered(inputs, [out])
+    assert total.size == out.size
+    np.testing.assert_allclose(total.sum(), sum(x.sum() for x in (*inputs, out)), rtol=1e-4)
+    spread = jax.jit(jax.linear_transpose(gathered, inputs, [out]))
+    pullback = jax.jit(lambda mine: rule.pullback(ctx, inputs, [mine]))
+    for place in range(total.size):
+        copies, (mine,) = spread(jnp.zeros(total.size).at[place].set(1.0).reshape(total.shape))
+        assert mine.sum() == 1.0
+        for nu, mask in zip(pullback(mine), copies, strict=True):
+            assert np.any(np.asarray(nu) != 0) and not np.any(np.asarray(nu)[np.asarray(mask) == 0])
 
 
 def test_the_pullback_is_that_of_a_sign():
@@ -354,3 +387,42 @@ def test_equal_is_a_hard_loss():
     assert problem.graph.hard
     moved = eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=60, tol=1e-6).model
     np.testing.assert_allclose(moved, t, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_network_learns_an_exclusive_or():
+    """Relaxed reflect-reflect finds weights on spheres that make two neurons and a third compute it."""
+    x = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=2)))
+    y = -x[:, :1] * x[:, 1:]
+    model = [jnp.ones((2, 3)), jnp.ones((1, 3))]
+
+    def outputs(model, x):
+        for w in model:
+            x = eqxproj.threshold(jnp.concatenate([x, jnp.ones((len(x), 1))], 1) @ w.T, margin=1.0)
+        return x
+
+    def loss(model, x, y):
+        return jnp.sum(eqxproj.losses.equal(outputs(model, x), y))
+
+    spheres = [(lambda m, i=i: m[i], eqxproj.sets.Sphere(radius=3**0.5, axis=-1)) for i in range(2)]
+    problem = eqxproj.feasibility_problem(loss, model, x, y, data="pinned", constraints=spheres)
+    solver = eqxproj.RelaxedReflectReflect(0.2, reweight=1e-3)
+
+    @jax.jit
+    def solve(keys):
+        def one(key):
+            return eqxproj.solve(problem, solver, steps=3000, tol=1e-3, start="random", key=key, every=50)
+
+        found = jax.vmap(one)(keys)
+        return found.model, found.stats["gap"], found.stats["steps"]
+
+    weights, gaps, steps = solve(jax.random.split(jax.random.key(0), 8))
+    solved = np.asarray(steps) < 3000
+    assert solved.sum() >= 4
+    for i in np.flatnonzero(solved):
+        assert np.nanmin(gaps[i]) <= 1e-3
+        np.testing.assert_array_equal(outputs([w[i] for w in weights], x), y)
+        # Gates: all weights are alike, in size.
+        for w in weights:
+            np.testing.assert_allclose(np.linalg.norm(w[i], axis=-1), 3**0.5, rtol=1e-5)
+            np.testing.assert_allclose(np.abs(w[i]), 1.0, atol=0.01)

@@ -8,6 +8,7 @@ are fused, and what remains is one node for each equation. What depends on no pa
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import jax
 
@@ -23,6 +24,9 @@ from ._live import LiveProgram, live_program
 from ._nodes import Draft, draft_of
 from ._objective_region import Objective, pin, split_objective
 from ._views import shown
+
+Thresholds = Literal["apart", "sums", "products"]
+"""What is joined with a `threshold`."""
 
 
 def check_dependence(trace: Trace) -> None:
@@ -45,13 +49,13 @@ def _check_effects(program: LiveProgram) -> None:
             check_derivative(equation.bind, equation.params, shapes, [v.index in unknown for v in equation.inputs])
 
 
-def build(trace: Trace, data: str = "constant", in_order: bool = False, *, joins_thresholds: bool = False) -> Graph:
+def build(trace: Trace, data: str = "constant", in_order: bool = False, *, thresholds: Thresholds = "apart") -> Graph:
     """Builds the factor graph of a traced loss, which is not two-colored yet.
 
     `data` is `"constant"` (known), or `"pinned"` (a variable that is held in place). With `in_order` a recurrence is
-    one node, which goes through time in order; its steps are nodes otherwise. With `joins_thresholds`, for the
-    projection regime, a `threshold` is one node with the sum that leads to it. Raises an `UnsupportedPrimitiveError`
-    naming every operation without a rule.
+    one node, which goes through time in order; its steps are nodes otherwise. What leads to a `threshold` stays apart,
+    as in the gradient regime, or is joined with it: `"sums"`, or `"products"` too. Raises an
+    `UnsupportedPrimitiveError` naming every operation without a rule.
     """
     if data not in ("constant", "pinned"):
         raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
@@ -61,7 +65,7 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False, *, joins
     objective = split_objective(program)
     if data == "pinned":
         program = pin(program, objective)
-    builder = _Builder(trace, program, _fused(program, objective, joins_thresholds))
+    builder = _Builder(trace, program, _fused(program, objective, thresholds))
     for draft in objective.drafts(program):
         builder.add(draft)
     builder.add_producers()
@@ -78,7 +82,7 @@ def build(trace: Trace, data: str = "constant", in_order: bool = False, *, joins
     )
 
 
-def _fused(program: LiveProgram, objective: Objective, joins_thresholds: bool) -> Fusion:
+def _fused(program: LiveProgram, objective: Objective, thresholds: Thresholds) -> Fusion:
     """The fusion of what lies before the objective."""
     ends = objective.boundary(program.unknown)
     ends += [v for e in objective.custom_equations for v in program.unknown_inputs(e)]
@@ -86,8 +90,9 @@ def _fused(program: LiveProgram, objective: Objective, joins_thresholds: bool) -
     custom = set(objective.custom_equations)
     before = [e for e in program.equations if e not in custom]
     equations = with_composites(live(before, ends), program.unknown, ends, takes_precedence)
-    if joins_thresholds:
-        equations = with_neurons(equations, program.unknown, program.program.static, ends, takes_precedence)
+    if thresholds != "apart":
+        static, products = program.program.static, thresholds == "products"
+        equations = with_neurons(equations, program.unknown, static, ends, takes_precedence, products)
     views = {v.index for e in equations if is_view(e, program.unknown) for v in e.outputs}
     kept = frozenset(v.index for v in (*ends, *program.parameters, *program.pinned))
     return Fusion(program.program, equations, program.unknown, kept - views, ends)

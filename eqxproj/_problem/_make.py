@@ -122,7 +122,8 @@ def make_problem(
     forward pass that are known already. `sends` says for each argument whether the terms of the loss with this target
     send a gradient back; all do by default. `all_held` are the sets of parameters.
     """
-    graph = build(traced, data, not two_colors, joins_thresholds=not metric.in_gradient_regime)
+    joined = "products" if copies == "neuron" else "sums"
+    graph = build(traced, data, not two_colors, thresholds="apart" if metric.in_gradient_regime else joined)
     if two_colors:
         graph = _two_colored(graph, concurrence)
     graph = replace(graph, variant=(data, two_colors, concurrence))
@@ -145,7 +146,7 @@ def make_problem(
         value=jnp.asarray(value),
         auxiliary=traced.auxiliary(rest),
         copy_counts=_all_copy_counts(graph, known, copies, metric, logs),
-        held=_held_values(traced, graph, all_held),
+        held=_held_parameters(traced, all_held),
         prepared={},
         graph=graph,
         metric=metric,
@@ -176,11 +177,10 @@ def _two_colored(graph: Graph, concurrence: bool | None) -> Graph:
     return with_identities(graph, rule)
 
 
-def _held_values(traced: Trace, graph: Graph, all_held: Sequence[Held]) -> dict[int, Held]:
-    """What is held in sets, by value. A parameter that the loss does not depend on has none."""
+def _held_parameters(traced: Trace, all_held: Sequence[Held]) -> dict[int, Held]:
+    """What is held in sets, by the number of the parameter."""
     sets = {one.position: one for one in all_held}
-    places = zip(traced.leaves, graph.parameters, strict=True)
-    return {value: sets[place] for place, value in places if place in sets and value is not None}
+    return {number: sets[place] for number, place in enumerate(traced.leaves) if place in sets}
 
 
 def _needed(node: Node) -> set[int]:

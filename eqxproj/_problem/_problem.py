@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import equinox as eqx
@@ -40,10 +40,10 @@ class AbstractProjector(abc.ABC):
         """The same, for solvers that go through layers one after another."""
         return self.project(problem, state, nodes)
 
-    def settled(self, problem: FeasibilityProblem, state: State) -> State:
-        """The state projected onto the parameters' nodes, no two of which share an edge."""
+    def settled(self, problem: FeasibilityProblem, state: State, solution: Callable[[State], State]) -> State:
+        """What `solution` makes of a state, projected onto the parameters' nodes, no two of which share an edge."""
         kinds = enumerate(node.kind for node in problem.graph.nodes)
-        return self.project(problem, state, [i for i, kind in kinds if kind == "parameter"])
+        return self.project(problem, solution(state), [i for i, kind in kinds if kind == "parameter"])
 
 
 class FeasibilityProblem(eqx.Module):
@@ -55,7 +55,7 @@ class FeasibilityProblem(eqx.Module):
     - `copy_counts`: for each value how many copies of it its consumers own, those of the heaviest counting as one.
     - `log_weights`: the logarithm of the weight of each edge.
     - `noise`: where operations with jumps answer under noise. `reach`: where gradients and these answers go.
-    - `held`: for the values of some parameters, the sets that they are held in.
+    - `held`: for some parameters, by number, the sets that they are held in.
     - `prepared`: what the rules of some nodes have computed in advance.
     - `outer_unit`: the unit of the duals, where the problem is part of another.
     """
@@ -102,6 +102,10 @@ class FeasibilityProblem(eqx.Module):
         nothing = (None,) * len(self.initial)
         stored = (store_copies or self.projector.stores_copies) and self.copies != "none"
         return State(self.forward, nothing, (None,) * len(self.graph.edges), (True,) * len(self.graph.nodes), stored)
+
+    def in_sets(self, parameters: Sequence[Array]) -> tuple[Array, ...]:
+        """The parameters in their sets, to the last bit: a state keeps how far they have moved, which is rounded."""
+        return tuple(self.held[i](x) if i in self.held else x for i, x in enumerate(parameters))
 
     def model(self, parameters: Sequence[Array]) -> PyTree:
         """The model with these parameters, as a solver's `postprocess` returns them."""

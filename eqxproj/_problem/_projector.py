@@ -178,7 +178,7 @@ def _in_set(problem: FeasibilityProblem, value: int, shift: Array | None) -> Arr
 
     Nearest in the weights of its copies, where these are the same for all entries.
     """
-    held = problem.held.get(value)
+    held = problem.held.get(problem.graph.parameters.index(value))
     if held is None:
         return shift
     weight, start = parameter_weight(problem, value), problem.initial[value]

@@ -36,6 +36,7 @@ class Neuron(Equation):
     Its inputs are the two operands of the `product`, if there is one, the unknown terms `b`, and known arrays.
 
     - `product`, `factor`: the product, and its coefficient.
+    - `views`: the views between the product and the sum, in order; each element is shown once.
     - `coefficients`: those of the terms.
     - `inner`: the equations from the product and the terms to the operand `sum` of the step.
     - `reads`: what `inner` reads, in the order of the inputs: the product's output first, if there is one.
@@ -43,6 +44,7 @@ class Neuron(Equation):
 
     product: Equation | None = field(kw_only=True)
     factor: float = field(kw_only=True)
+    views: tuple[Equation, ...] = field(kw_only=True)
     coefficients: tuple[float, ...] = field(kw_only=True)
     inner: tuple[Equation, ...] = field(kw_only=True)
     sum: Variable = field(kw_only=True)
@@ -64,7 +66,7 @@ class Neuron(Equation):
 
     def from_products(self, value: Array) -> Array:
         """An array of the shape of the product, with each element where the sum has it."""
-        for equation in self._views:
+        for equation in self.views:
             (value,) = equation.bind(value)
         return value
 
@@ -73,12 +75,7 @@ class Neuron(Equation):
         product = self.product
         assert product is not None
         like = jax.ShapeDtypeStruct(product.outputs[0].shape, value.dtype)
-        return jax.linear_transpose(self.from_products, like)(value)[0] if self._views else value
-
-    @property
-    def _views(self) -> list[Equation]:
-        """The views between the product and the sum, in order. All others are elementwise."""
-        return [e for e in self.inner if e.name in ONE_TO_ONE]
+        return jax.linear_transpose(self.from_products, like)(value)[0] if self.views else value
 
     def values(self, operands: Sequence[Any]) -> list[Any]:
         """The values of `reads`, from those of the inputs."""
@@ -98,13 +95,14 @@ def with_neurons(
     static: Mapping[int, float],
     ends: Sequence[Variable],
     is_apart: Callable[[Equation], bool],
+    joins_products: bool,
 ) -> tuple[Equation, ...]:
     """Equations that compute the same `ends`, with each `threshold` of unknowns joined with what leads to it.
 
     `static` holds the numbers that are known while tracing. `is_apart` tells which operations are never joined, such as
-    those with a rule that a user has registered.
+    those with a rule that a user has registered. Without `joins_products` a step is joined with its sum alone.
     """
-    reader = _Reader(equations, unknown, static, ends, is_apart)
+    reader = _Reader(equations, unknown, static, ends, is_apart, _PRODUCTS if joins_products else ())
     return live([reader.joined(e) for e in equations], ends)
 
 
@@ -120,8 +118,8 @@ class _Leaf:
 class _Reader:
     """Reads the operands of steps as sums."""
 
-    def __init__(self, equations, unknown, static, ends, is_apart):
-        self.unknown, self.static, self.is_apart = unknown, static, is_apart
+    def __init__(self, equations, unknown, static, ends, is_apart, products):
+        self.unknown, self.static, self.is_apart, self.products = unknown, static, is_apart, products
         self.makers = {v.index: e for e in equations for v in e.outputs}
         self.order = {e: i for i, e in enumerate(equations)}
         self.count = Counter([v.index for e in equations for v in e.inputs] + [v.index for v in ends])
@@ -151,6 +149,7 @@ class _Reader:
             equation.source,
             product=product,
             factor=1.0 if first is None else first.coefficient,
+            views=() if first is None else first.views[::-1],
             coefficients=tuple(merged.values()),
             inner=inner,
             sum=operand,
@@ -180,7 +179,7 @@ class _Reader:
     def _product(self, variable: Variable) -> Equation | None:
         """The product that a leaf is, where nothing else reads it."""
         maker = self.makers.get(variable.index)
-        if maker is None or maker.name not in _PRODUCTS or self.count[variable.index] > 1 or self.is_apart(maker):
+        if maker is None or maker.name not in self.products or self.count[variable.index] > 1 or self.is_apart(maker):
             return None
         return None if maker.params.get("batch_group_count", 1) > 1 else maker
 

@@ -7,8 +7,8 @@ where $y\,s$ is short of the margin the operands move until it is there. With tw
 is the root of `_numerics/_margin.py` for $q a$ and $w/q$, where $q^4 = \alpha/\omega$ makes their weights equal; else
 the sum is affine in the unknowns $x_i$, which move by $c_i \lambda/w_i$ with $\lambda = y (m - y s)/\sum_i c_i^2/w_i$.
 Every scalar product owns its operands, as in `_bilinear.py`. The constraint is that of Elser and Lal, arXiv 2602.17493,
-with weights and further terms added. Limits: `copies="neuron"`; a sum that nothing can move, as that of inputs that are
-zero, stays short of the margin.
+with weights and further terms added. Limits: with `copies="none"` a product is a node of its own, and the sum has one
+term; a sum that nothing can move, as that of inputs that are zero, stays short of the margin.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class ThresholdNeuron(AbstractRule):
     def gathered(self, ctx: Context, copies: Sequence[Array], outputs: Sequence[Array]) -> Array:
         """One constraint a sum."""
         neuron, layout = _neuron(ctx), _copies(ctx.equation, ctx.copies)
-        if neuron.product is None or layout is None:
-            return sum(copies, start=outputs[0])
-        of_product = [x.sum(-1) for x, i in zip(copies, _places(ctx.unknown), strict=True) if i < 2]
-        others = [x for x, i in zip(copies, _places(ctx.unknown), strict=True) if i > 1]
-        return sum(of_product, start=layout.from_output(neuron.to_products(sum(others, start=outputs[0]))))
+        own = outputs[0] + _in_place(ctx, copies) if neuron.coefficients else outputs[0]
+        if layout is None:
+            return own
+        of_products = (x for x, i in zip(copies, _places(ctx.unknown), strict=True) if i < 2)
+        return layout.from_output(neuron.to_products(own)) + jnp.sum(sum(of_products, start=jnp.zeros(())), -1)
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         return [_Sums(ctx, inputs).step()]
@@ -83,17 +83,12 @@ class ThresholdNeuron(AbstractRule):
 
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> Projected:
         sums = _Sums(ctx, inputs)
-        if ctx.copies == "none" and sums.form is not None:
-            raise ValueError(
-                f'`copies` is "none", but the `threshold` of a product ({sums.neuron.source or "unknown place"}) is '
-                'projected with a copy of weights and inputs for each neuron and item. Use `copies="neuron"`.'
-            )
         y = sums.step()
         wanted = sums.rows(y + step(ctx.output_weights[0], duals[0]))
-        up, down = sums.branch(1.0), sums.branch(-1.0)
+        sides = sums.sides()
         # The costs of y, kappa (1 - wanted)^2 and kappa (1 + wanted)^2, have a plain difference.
-        rises = up.cost - down.cost <= 4.0 * sums.rows(ctx.output_weights[0]) * wanted
-        chosen = jtu.tree_map(lambda a, b: jnp.where(rises, a, b), up, down)
+        rises = sides.cost[0] - sides.cost[1] <= 4.0 * sums.rows(ctx.output_weights[0]) * wanted
+        chosen = jtu.tree_map(lambda x: jnp.where(rises, x[0], x[1]), sides)
         sign = sums.output(jnp.where(rises, 1.0, -1.0)).astype(y.dtype)
         return Projected(sums.input_duals(chosen), [sign - y])
 
@@ -114,8 +109,19 @@ def _places(unknown: Sequence[bool]) -> list[int]:
     return [i for i, is_unknown in enumerate(unknown) if is_unknown]
 
 
-class _Branch(NamedTuple):
-    """The nearest point on one side of the step, with one entry a sum in each array.
+def _in_place(ctx: Context, copies: Sequence[Array]) -> Array:
+    """The sum of arrays of the shapes of the terms, with each element where the sum of the neuron has it."""
+    neuron, operands = _neuron(ctx), ctx.operands(copies)
+    first, count = 0 if neuron.product is None else 2, len(neuron.coefficients)
+    terms, known = operands[first : first + count], operands[first + count :]
+    products = [jnp.zeros(v.shape, v.dtype) for v in neuron.reads[: len(neuron.reads) - count - len(known)]]
+    plain = tuple(x / c for x, c in zip(terms, neuron.coefficients, strict=True))
+    zeros = tuple(map(jnp.zeros_like, terms))
+    return jax.jvp(lambda *x: neuron.head([*products, *x, *known]), zeros, plain)[1]
+
+
+class _Nearest(NamedTuple):
+    """The nearest points on a side of the step, with one entry a sum in each array; or on both, first where it is one.
 
     - `cost`: the weighted square of its distance. `multiplier`: that of the sum.
     - `turn`, `reached`: of a product of two unknowns, the sign of what it has to become, and how its operands move.
@@ -187,9 +193,13 @@ class _Sums:
             return rows
         return self.neuron.from_products(rows if self.stored is None else self.stored.to_output(rows))
 
-    def branch(self, side: float) -> _Branch:
-        """The nearest point where the sums have the sign `side`, and the margin."""
-        return self._bilinear(side) if self.is_bilinear else self._affine(side)
+    def sides(self) -> _Nearest:
+        """The nearest points with the margin on both sides."""
+        return self._bilinear() if self.is_bilinear else self._affine()
+
+    def _signs(self, ndim: int, dtype: Any) -> Array:
+        """Of the two sides, along a first axis."""
+        return jnp.asarray([1.0, -1.0], dtype).reshape(2, *(1,) * ndim)
 
     @property
     def _looseness(self) -> Any:
@@ -197,17 +207,18 @@ class _Sums:
         own = zip(self.neuron.coefficients, range(self.first, len(self.operands)), strict=False)
         return sum((c * c / self.weights[i] for c, i in own), start=0.0)
 
-    def _affine(self, side: float) -> _Branch:
+    def _affine(self) -> _Nearest:
         s, loose = self.rows(self.total()), self._looseness
         if self.form is not None:
             of_a = self.ctx.unknown[0]
             square = self.form.sum_w(self.w * self.w) if of_a else self.form.sum_a(self.a * self.a)
             loose = loose + self.neuron.factor**2 * square.astype(s.dtype) / self.weights[0 if of_a else 1]
         loose = jnp.broadcast_to(jnp.asarray(loose, s.dtype), s.shape)
+        side = self._signs(s.ndim, s.dtype)
         need, moves = jnp.maximum(self.neuron.margin - side * s, 0.0), loose > 0
         multiplier = jnp.where(moves, need / jnp.where(moves, loose, 1.0), 0.0)
         stuck = (need > 0) & ~moves
-        return _Branch(jnp.where(stuck, _NEVER, need * multiplier), side * multiplier)
+        return _Nearest(jnp.where(stuck, _NEVER, need * multiplier), side * multiplier)
 
     @functools.cached_property
     def _squares(self) -> tuple[Array, Array]:
@@ -234,20 +245,20 @@ class _Sums:
         r"""$\sqrt{\alpha\omega}$."""
         return self.weights[0] ** 0.5 * self.weights[1] ** 0.5
 
-    def _bilinear(self, side: float) -> _Branch:
+    def _bilinear(self) -> _Nearest:
         form, neuron, (u, v) = self.form, self.neuron, self._squares
         assert form is not None
-        factor = abs(neuron.factor)
+        side, factor, goal = self._signs(u.ndim, u.dtype), abs(neuron.factor), 4.0 * neuron.margin
         turn = side if neuron.factor > 0 else -side
-        (u, v), rho, goal = (u, v) if turn > 0 else (v, u), None, jnp.full_like(u, 4.0 * neuron.margin / factor)
+        rho, both = None, jnp.stack((u, v) if neuron.factor > 0 else (v, u))
         if neuron.has_rest:
             rho = jnp.asarray(self._unit * self._looseness / factor**2, u.dtype)
-            goal = goal - 4.0 * side / factor * self.rows(self.head(self._no_products()))
+            goal = goal - 4.0 * side * self.rows(self.head(self._no_products()))
         ones = self.a.shape[-1] if self.stored is not None else form.sum_a(jnp.ones_like(self.a))
-        terms = jnp.asarray(ones, u.dtype)
-        reached = reach_margin(u, v, goal, rho, terms)
-        multiplier = (1.0 - 1.0 / reached.s) * (side * self._unit / factor)
-        return _Branch(self._unit * reached.cost, multiplier, jnp.full_like(u, turn), reached)
+        goal = jnp.broadcast_to(jnp.asarray(goal / factor, u.dtype), both.shape)
+        reached = reach_margin(both, both[::-1], goal, rho, jnp.asarray(ones, u.dtype))
+        multiplier = (1.0 - 1.0 / reached.s) * side * (self._unit / factor)
+        return _Nearest(self._unit * reached.cost, multiplier, jnp.broadcast_to(turn, both.shape), reached)
 
     def _no_products(self) -> Array:
         """Zeros in the place of the products."""
@@ -255,29 +266,29 @@ class _Sums:
         assert product is not None
         return jnp.zeros(product.outputs[0].shape, product.outputs[0].dtype)
 
-    def input_duals(self, branch: _Branch) -> list[Array]:
+    def input_duals(self, nearest: _Nearest) -> list[Array]:
         """The duals of the unknown operands at a point."""
         count, duals = len(self.neuron.coefficients), {}
         if count:
             terms, known = self.operands[self.first : self.first + count], self.operands[self.first + count :]
             z = [] if self.form is None else [self._no_products()]
             back = jax.vjp(lambda *x: self.neuron.head([*z, *x, *known]), *terms)[1]
-            duals.update(enumerate(back(self.output(branch.multiplier).astype(self.neuron.sum.dtype)), self.first))
+            duals.update(enumerate(back(self.output(nearest.multiplier).astype(self.neuron.sum.dtype)), self.first))
         if self.is_bilinear:
-            duals.update(enumerate(self._of_products(branch)))
+            duals.update(enumerate(self._of_products(nearest)))
         elif self.form is not None:
-            scaled = (self.neuron.factor * branch.multiplier).astype(self.a.dtype)
+            scaled = (self.neuron.factor * nearest.multiplier).astype(self.a.dtype)
             of_a = self.ctx.unknown[0]
             duals[0 if of_a else 1] = self.form.back_a(scaled, self.w) if of_a else self.form.back_w(self.a, scaled)
         return [duals[i].astype(self.operands[i].dtype) for i in self.weights]
 
-    def _of_products(self, branch: _Branch) -> tuple[Array, Array]:
+    def _of_products(self, nearest: _Nearest) -> tuple[Array, Array]:
         r"""The duals of the two operands of the product.
 
         With $u = q a + \sigma w/q$ and $v = q a - \sigma w/q$, $\sigma$ the `turn`, $q\,da = (du + dv)/2$ and
         $dw/q = \sigma (du - dv)/2$.
         """
-        form, found, turn = self.form, branch.reached, branch.turn
+        form, found, turn = self.form, nearest.reached, nearest.turn
         assert form is not None and found is not None and turn is not None
         (alpha, omega), tilt, dtype = (self.weights[0], self.weights[1]), self._tilt, self.a.dtype
         root, grown, end = tilt**0.5, found.s - 1.0, 2.0 * found.s - 1.0
