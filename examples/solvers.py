@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(argv)
 
     data = eqxproj.datasets.load("digits").flatten()
-    model = eqx.nn.MLP(*data.input_shape, data.n_classes, width_size=32, depth=1, key=jax.random.key(0))
+    model = eqx.nn.MLP(data.input_shape[0], data.n_classes, width_size=32, depth=1, key=jax.random.key(0))
     reached = compare(model, data, options.solvers, options.steps)
     return reached | {"by hand": look_inside(model, data, options.figure)}
 
