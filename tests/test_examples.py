@@ -68,6 +68,17 @@ def test_the_character_network_learns_and_writes_text(tmp_path, monkeypatch, cap
     assert "--- written by the network" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_solvers_train_a_network_and_one_finds_a_point_by_hand(tmp_path, monkeypatch, capsys):
+    names = ["CyclicProjections", "AlternatingReflections"]
+    reached = _run("solvers", ["--steps", "6", "--solvers", *names], tmp_path, monkeypatch)
+    assert reached["by hand"] == 1.0
+    assert reached["defaults"] >= 0.9 and all(reached[name] >= 0.4 for name in names)
+    assert (tmp_path / "solvers_graph.png").read_bytes().startswith(_PNG)
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert all(float(rows[name][2]) == pytest.approx(reached[name], abs=1e-3) for name in names)
+
+
 def test_without_matplotlib_an_example_says_so_and_draws_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(_EXAMPLES)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
