@@ -1,0 +1,147 @@
+"""One constraint for a whole matrix product: its nearest point against a minimizer of scipy, and prepared inverses."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from bilinear_oracle import node_of
+
+from eqxproj._problem._readers import context
+from eqxproj.rules import _whole
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# The equation of a product, and the shapes of its operands: batches of one, two and none; tall, wide and square.
+PRODUCTS = {
+    "tall": ("ik,jk->ij", (7, 2), (3, 2)),
+    "wide": ("ik,jk->ij", (2, 6), (3, 6)),
+    "square": ("ik,jk->ij", (4, 4), (4, 4)),
+    "vector": ("k,jk->j", (5,), (3, 5)),
+    "batched": ("bik,bjk->bij", (2, 5, 2), (2, 3, 2)),
+    "batched wide": ("bik,kjb->bij", (3, 2, 4), (4, 2, 3)),
+}
+# The logarithms of the weights of both operands and the output, and how far the output is to move.
+SETTINGS = {
+    "small step": (0.0, 0.0, 0.0, 0.01),
+    "step": (0.0, 0.0, 0.0, 0.6),
+    "large step": (0.0, 0.0, 0.0, 4.0),
+    "stiff first": (4.0, -1.0, 0.5, 0.6),
+    "stiff second": (-2.0, 3.0, 1.0, 0.6),
+    "stiff output": (0.0, 1.0, 4.0, 0.6),
+    "soft output": (1.0, 0.0, -4.0, 2.0),
+}
+
+
+def setting(name, dtype, seed=0):
+    """A function, its operands, and where its output is to go from there."""
+    formula, *shapes = PRODUCTS[name]
+    rng = np.random.default_rng(seed)
+    a, w = (rng.normal(size=shape).astype(dtype) for shape in shapes)
+    function = lambda a, w: jnp.einsum(formula, a, w, precision="highest")  # noqa: E731
+    return function, (a, w), rng.normal(size=np.einsum(formula, a, w).shape).astype(dtype)
+
+
+def projected(function, operands, wanted, logs, dtype):
+    """The operands where the rule puts them."""
+    problem, number = node_of(function, *map(jnp.asarray, operands), copies="none")
+    node = problem.graph.nodes[number]
+    ctx = context(problem, number, False)
+    swapped = node.rule is not None and ctx.equation.inputs[0].shape != operands[0].shape
+    assert not swapped
+    ctx = ctx.reweighted(list(logs[:2]), [logs[2]], [1.0])
+    dual = jnp.asarray(wanted * np.exp(logs[2]), dtype)
+    nus = jax.jit(lambda inputs, dual: node.rule.project(ctx, inputs, [dual]))(list(map(jnp.asarray, operands)), dual)
+    return [x + np.asarray(nu) / np.exp(log) for x, nu, log in zip(operands, nus, logs[:2], strict=True)]
+
+
+def cost_of(name, operands, wanted, logs):
+    """The weighted squared distance, and its slope, as functions of both operands in one vector."""
+    formula, shape_a, shape_w = PRODUCTS[name]
+    (left, right), out = formula.split("->")[0].split(","), formula.split("->")[1]
+    a0, w0 = (x.astype(np.float64) for x in operands)
+    target = np.einsum(formula, a0, w0) + wanted.astype(np.float64)
+    alpha, omega, kappa = np.exp(logs[:3])
+
+    def cost(flat):
+        a, w = flat[: a0.size].reshape(shape_a), flat[a0.size :].reshape(shape_w)
+        gap = np.einsum(formula, a, w) - target
+        value = alpha * np.sum((a - a0) ** 2) + omega * np.sum((w - w0) ** 2) + kappa * np.sum(gap**2)
+        slope_a = alpha * (a - a0) + kappa * np.einsum(f"{out},{right}->{left}", gap, w)
+        slope_w = omega * (w - w0) + kappa * np.einsum(f"{out},{left}->{right}", gap, a)
+        return value, 2 * np.concatenate([slope_a.ravel(), slope_w.ravel()])
+
+    return cost
+
+
+def assert_nearest(name, logs, size, dtype):
+    function, operands, direction = setting(name, dtype)
+    wanted = (size * direction).astype(dtype)
+    found = np.concatenate([x.ravel() for x in projected(function, operands, wanted, logs, dtype)]).astype(np.float64)
+    start = np.concatenate([x.ravel() for x in operands]).astype(np.float64)
+    cost = cost_of(name, operands, wanted, logs)
+    best = scipy.optimize.minimize(cost, start, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000})
+    stays = cost(start)[0]
+    value = cost(found)[0]
+    assert value <= best.fun + 2e-3 * (stays - best.fun), (value, best.fun, stays)
+    if size < 1:  # the same minimum
+        np.testing.assert_allclose(found - start, best.x - start, atol=2e-3 * np.abs(best.x - start).max())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wide", "small step"), ("batched", "stiff first")])
+def test_it_is_the_nearest_point(name, kind):
+    *logs, size = SETTINGS[kind]
+    assert_nearest(name, logs, size, np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_it_is_the_nearest_point_everywhere(name, kind):
+    *logs, size = SETTINGS[kind]
+    assert_nearest(name, logs, size, np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), [("tall", "step"), ("batched wide", "stiff output")])
+def test_it_is_the_nearest_point_in_float64(name, kind):
+    *logs, size = SETTINGS[kind]
+    with jax.enable_x64(True):
+        assert_nearest(name, logs, size, np.float64)
+
+
+@pytest.mark.parametrize("name", ["tall", "wide", "batched"])
+def test_the_equation_is_inverted(name):
+    """The left side of the equation at two matrices, written out, applied to what `_inverse` returns."""
+    rng = np.random.default_rng(1)
+    formula, *shapes = PRODUCTS[name]
+    a, w = (rng.normal(size=(1, *s) if len(s) == 2 else s).astype(np.float32) for s in shapes)
+    right = rng.normal(size=(a.shape[0], a.shape[1], w.shape[1])).astype(np.float32)
+    of_a, of_w = 0.7, 3.0
+    inverse = _whole._inverse(jnp.asarray(a), jnp.asarray(w), jnp.float32(of_a), jnp.float32(of_w))
+    found = np.asarray(inverse(jnp.asarray(right)))
+    t = lambda x: np.swapaxes(x, -1, -2)  # noqa: E731
+    np.testing.assert_allclose(found + of_w * a @ t(a) @ found + of_a * found @ w @ t(w), right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["tall", "batched"])
+def test_a_prepared_inverse_gives_the_same(name, first):
+    function, (a, w), direction = setting(name, np.float32)
+    known, unknown = (jnp.asarray(w), jnp.asarray(a)) if first else (jnp.asarray(a), jnp.asarray(w))
+    one = lambda x: function(x, known) if first else function(known, x)  # noqa: E731
+    problem, number = node_of(one, unknown, copies="none")
+    rule, ctx = problem.graph.nodes[number].rule, context(problem, number, False)
+    assert problem.prepared[number] is not None
+    assert ctx.prepared is not None
+    dual = jnp.asarray(0.5 * direction)
+    nus = [rule.project(c, [unknown], [dual])[0] for c in (ctx, replace(ctx, prepared=None))]
+    np.testing.assert_allclose(nus[0], nus[1], rtol=1e-5, atol=1e-6)
+    # A linear problem, by the normal equations of its definition.
+    jacobian = np.asarray(jax.jacobian(one)(unknown), np.float64).reshape(dual.size, unknown.size)
+    weight, kappa = ctx.weights[0], float(np.ravel(ctx.output_weights[0])[0])
+    matrix = weight * np.eye(unknown.size) + kappa * jacobian.T @ jacobian
+    move = np.linalg.solve(matrix, jacobian.T @ np.asarray(dual, np.float64).ravel())
+    np.testing.assert_allclose(np.ravel(nus[0]) / weight, move, rtol=1e-3, atol=1e-4)
