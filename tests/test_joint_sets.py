@@ -291,3 +291,17 @@ def test_arrays_that_do_not_fit_together(where, chosen, part):
     model = {**two(), "half": jnp.ones(3, jnp.bfloat16)}
     with pytest.raises(ValueError, match=r"`constraints\[0\]` does not fit 2 arrays together: .*" + part):
         eqxproj.apply_constraints(model, [(where, chosen)])
+
+
+def test_a_feasibility_problem_takes_sets_of_single_arrays_alone():
+    def loss(m, x):
+        return jnp.mean((x @ m["a"]) ** 2)
+
+    x = np.ones((4, 2), np.float32)
+    with pytest.raises(ValueError, match=r"`constraints\[0\]` \(Together.* are for `train` and `apply_constraints`"):
+        eqxproj.feasibility_problem(loss, two(), x, constraints=[(both, sets.Together(sets.L2Ball()))])
+    problem = eqxproj.feasibility_problem(
+        loss, two(), x, constraints=[(lambda m: m["a"], sets.Intersection(sets.NonNegative(), sets.L2Ball(0.5)))]
+    )
+    solved = eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=3).model["a"]
+    assert (solved >= 0).all() and np.linalg.norm(solved) <= 0.5 * (1 + 1e-5)
