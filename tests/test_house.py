@@ -19,10 +19,11 @@ MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 16, 500, 60
 # The parts of the package that import a heavy or optional package where they use it.
 LATE = {
     "_compare": {"matplotlib"},
-    "_problem": {"matplotlib"},
+    "_problem": {"matplotlib", "networkx"},
     "_training": {"datasets", "tqdm"},
     "datasets": {"PIL", "datasets", "pandas"},
     "flax": {"flax"},
+    "solvers": {"matplotlib"},
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

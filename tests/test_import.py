@@ -14,7 +14,7 @@ import pytest
 import eqxproj
 
 PACKAGE = pathlib.Path(eqxproj.__file__).parent
-HEAVY = ("datasets", "pandas", "pyarrow", "PIL", "flax", "matplotlib")
+HEAVY = ("datasets", "pandas", "pyarrow", "PIL", "flax", "matplotlib", "networkx")
 
 
 def fresh(code: str, folder: pathlib.Path = PACKAGE.parent):

@@ -1,7 +1,6 @@
 """What the command line writes, and what ends it: standard output, files, Ctrl-C and SIGTERM.
 
-A file is written under another name and then renamed, so that there is never half of one. Limits: a device or a pipe is
-written to as it is.
+Limits: signals are handled in the main thread alone.
 """
 
 import contextlib
@@ -12,9 +11,11 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
+
+from .._files import is_replaced, write_whole
 
 
 def say(text: str) -> None:
@@ -106,7 +107,7 @@ def output_problem(argument: str, path: str) -> str | None:
             raise IsADirectoryError(f"{path!r} is a folder")
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(f"{path!r} may not be written to")
-        if _is_replaced(target):
+        if is_replaced(target):
             with tempfile.NamedTemporaryFile(dir=target.resolve().parent):
                 pass
     except OSError as error:
@@ -133,7 +134,7 @@ def write(files: Sequence[tuple[str, str, bytes]]) -> int:
     status = 0
     for argument, path, content in files:
         try:
-            _write(pathlib.Path(path), content)
+            write_whole(pathlib.Path(path), content)
         except OSError as error:
             status = fail(
                 f"{argument}: {path!r} could not be written ({error}). Free some space, or name another file."
@@ -141,39 +142,3 @@ def write(files: Sequence[tuple[str, str, bytes]]) -> int:
         else:
             say(f"wrote {path}")
     return status
-
-
-def _is_replaced(target: pathlib.Path) -> bool:
-    """Whether a path is a file, or may become one: not a device or a pipe."""
-    return target.is_file() or not target.exists()
-
-
-def _write(target: pathlib.Path, content: bytes) -> None:
-    if not _is_replaced(target):
-        target.write_bytes(content)
-        return
-    target = target.resolve()  # what a link leads to is replaced, not the link
-    with _beside(target) as (temporary, descriptor):
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show itself here only
-        os.chmod(temporary, target.stat().st_mode if target.exists() else 0o666 & ~_umask())
-        os.replace(temporary, target)
-
-
-@contextlib.contextmanager
-def _beside(target: pathlib.Path) -> Iterator[tuple[str, int]]:
-    """A temporary file in the folder of another, which is gone afterwards, unless it was renamed."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        yield temporary, descriptor
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -146,7 +146,7 @@ def make_problem(
         value=jnp.asarray(value),
         auxiliary=traced.auxiliary(rest),
         copy_counts=_all_copy_counts(graph, known, copies, metric, logs),
-        held=_held_values(traced, graph, all_held),
+        held=_held_parameters(traced, all_held),
         prepared={},
         graph=graph,
         metric=metric,
@@ -177,11 +177,10 @@ def _two_colored(graph: Graph, concurrence: bool | None) -> Graph:
     return with_identities(graph, rule)
 
 
-def _held_values(traced: Trace, graph: Graph, all_held: Sequence[Held]) -> dict[int, Held]:
-    """What is held in sets, by value. A parameter that the loss does not depend on has none."""
-    sets = {one.position: one for one in all_held}
-    places = zip(traced.leaves, graph.parameters, strict=True)
-    return {value: sets[place] for place, value in places if place in sets and value is not None}
+def _held_parameters(traced: Trace, all_held: Sequence[Held]) -> dict[int, Held]:
+    """What is held in sets, by the number of the parameter."""
+    sets = {one.positions[0]: one for one in all_held}
+    return {number: sets[place] for number, place in enumerate(traced.leaves) if place in sets}
 
 
 def _needed(node: Node) -> set[int]:
@@ -233,8 +232,8 @@ def feasibility_problem(
         not use it.
     - `noise`: in the gradient regime, where operations with jumps (signs, roundings, positions of maxima) answer under
         noise: `"unreached"`, for what no gradient reaches; `"everywhere"`, beside the gradient too; or `"never"`.
-    - `constraints`: pairs `(where, set)`, as for [`train`][]. All copies of such a parameter are equal, and in the set:
-        every projection onto the parameter's node ends there.
+    - `constraints`: pairs `(where, set)`, as for [`train`][], but none of several arrays together. All copies of such a
+        parameter are equal, and in the set: every projection onto the parameter's node ends there.
     - `has_aux`: whether the loss returns `(value, auxiliary)`.
     - `kwargs`: keyword arguments of the loss.
 
@@ -258,6 +257,12 @@ def feasibility_problem(
     if concurrence is not None:
         check_flag("concurrence", concurrence)
     all_held = held(model, constraints)
+    for one in all_held:
+        if len(one.positions) > 1:
+            raise ValueError(
+                f"{one.names}: arrays that are in a set together (`Together`) are for `train` and `apply_constraints`; "
+                "here each parameter is a node of its own. Give a set for each array, or make them one parameter."
+            )
     check_common_points(model, all_held)
     traced = trace(loss, model, args, kwargs, has_aux=has_aux)
     problem = make_problem(

@@ -6,18 +6,21 @@ Solvers and the projector read it. It is a pytree, so that it may be made inside
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
+from .._files import check_packages, check_picture, write_whole
 from .._graph._graph import Graph, table
 from .._graph._reach import Reach, jumps, reach_of
 from .._metric import Metric, clamped
 from .._program._trace import Trace
 from ..rules._base import Noise
 from ._constraints import Held
+from ._draw import drawn
 from ._state import State
 
 Copies = Literal["neuron", "none"]
@@ -37,10 +40,10 @@ class AbstractProjector(abc.ABC):
         """The same, for solvers that go through layers one after another."""
         return self.project(problem, state, nodes)
 
-    def settled(self, problem: FeasibilityProblem, state: State) -> State:
-        """The state projected onto the parameters' nodes, no two of which share an edge."""
+    def settled(self, problem: FeasibilityProblem, state: State, solution: Callable[[State], State]) -> State:
+        """What `solution` makes of a state, projected onto the parameters' nodes, no two of which share an edge."""
         kinds = enumerate(node.kind for node in problem.graph.nodes)
-        return self.project(problem, state, [i for i, kind in kinds if kind == "parameter"])
+        return self.project(problem, solution(state), [i for i, kind in kinds if kind == "parameter"])
 
 
 class FeasibilityProblem(eqx.Module):
@@ -52,7 +55,7 @@ class FeasibilityProblem(eqx.Module):
     - `copy_counts`: for each value how many copies of it its consumers own, those of the heaviest counting as one.
     - `log_weights`: the logarithm of the weight of each edge.
     - `noise`: where operations with jumps answer under noise. `reach`: where gradients and these answers go.
-    - `held`: for the values of some parameters, the sets that they are held in.
+    - `held`: for some parameters, by number, the sets that they are held in.
     - `prepared`: what the rules of some nodes have computed in advance.
     - `outer_unit`: the unit of the duals, where the problem is part of another.
     """
@@ -99,6 +102,10 @@ class FeasibilityProblem(eqx.Module):
         nothing = (None,) * len(self.initial)
         stored = (store_copies or self.projector.stores_copies) and self.copies != "none"
         return State(self.forward, nothing, (None,) * len(self.graph.edges), (True,) * len(self.graph.nodes), stored)
+
+    def in_sets(self, parameters: Sequence[Array]) -> tuple[Array, ...]:
+        """The parameters in their sets, to the last bit: a state keeps how far they have moved, which is rounded."""
+        return tuple(self.held[i].alone(x) if i in self.held else x for i, x in enumerate(parameters))
 
     def model(self, parameters: Sequence[Array]) -> PyTree:
         """The model with these parameters, as a solver's `postprocess` returns them."""
@@ -160,6 +167,25 @@ class FeasibilityProblem(eqx.Module):
         if unused:
             lines.append(f"Parameters that the loss does not depend on: {', '.join(unused)}.")
         return "\n".join([*lines, "Operations without a rule: none."])
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draws the graph of the problem, from the data at the top down to the objective.
+
+        A box is a node, with its operation and the shapes of its operands and outputs, in one of the two colors.
+        Parameters and pinned data are round, the objective has a heavy outline. What an edge shows one time step late
+        is dashed. In a graph of more than 40 nodes, equal branches side by side are one box, and a block of rows that
+        repeats is drawn once, in a frame that says how often.
+
+        **Arguments:**
+
+        - `path`: the file to write, one of `.png`, `.svg` and `.pdf`, in a folder that is there.
+
+        **Raises:** `TypeError`, `ValueError` and `FileNotFoundError` for an unusable path, and `ImportError` where
+        matplotlib or networkx is missing (`pip install 'eqxproj[plot]'`), all before anything is drawn.
+        """
+        target = check_picture(path)
+        check_packages("`problem.draw`", ("matplotlib", "networkx"))
+        write_whole(target, drawn(self.graph, target.suffix))
 
     def _explain_jumps(self) -> list[str]:
         """What the nodes with jumps answer in the gradient regime, whatever the metric is."""

@@ -14,7 +14,7 @@ unit metric, and no recurrences.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -145,7 +145,7 @@ class PublishedProjector(Projector):
             seen = seen + (spec.view.transpose(problem.known, ones)[spec.sources.index(value)] > 0)
         return (written - output) * (seen / max(len(readers), 1))
 
-    def settled(self, problem: FeasibilityProblem, state: State) -> State:
+    def settled(self, problem: FeasibilityProblem, state: State, solution: Callable[[State], State]) -> State:
         """The state as it is: parameters are read where they were last written."""
         return state
 

@@ -7,6 +7,7 @@ programs with equal signatures compile to the same code. Limits: functions that 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -51,8 +52,8 @@ class _Reader:
             each = None if value.each is None else self.of(value.each)
             flags = (value.name, value.hard, value.is_discontinuous, value.dims, value.size)
             return ("call", flags, each, self.of(value.origin))
-        if isinstance(value, float):  # as text: the two zeros differ, and what is no number equals itself
-            return ("float", repr(value))
+        if isinstance(value, (float, complex, np.generic)):  # the two zeros differ, and NaN equals itself
+            return (type(value).__name__, _content(value))
         if value is None or not (callable(value) or type(value).__hash__ in (None, object.__hash__)):
             return (type(value).__name__, value)
         self.objects.append(value)
@@ -60,10 +61,10 @@ class _Reader:
 
     def array(self, value: Any) -> Hashable:
         """An array inside of a program, which is compiled into it."""
-        if isinstance(value, np.ndarray) and value.size <= 64:
-            return ("array", value.shape, str(value.dtype), value.tobytes())
-        self.objects.append(value)
-        return ("object", len(self.objects))
+        if isinstance(value, jax.Array):
+            self.objects.append(value)
+            return ("object", len(self.objects))
+        return ("array", *_content(value))
 
     def jaxpr(self, jaxpr: Jaxpr) -> Hashable:
         heads = tuple((self.name(v), str(v.aval)) for v in (*jaxpr.constvars, *jaxpr.invars))
@@ -75,11 +76,18 @@ class _Reader:
 
     def _atom(self, atom: Any) -> Hashable:
         if isinstance(atom, Literal):
-            return ("literal", repr(atom.val), str(atom.aval))
+            return ("literal", _content(atom.val), str(atom.aval))
         return (self.name(atom), str(atom.aval))
 
     def variable(self, v: Variable) -> Hashable:
         return (v.index, v.shape, str(v.dtype))
+
+
+def _content(value: Any) -> tuple[Hashable, ...]:
+    """A number or an array of numpy to the last bit, which its text does not always show."""
+    array = np.asarray(value)
+    data = array.tobytes()
+    return (array.shape, str(array.dtype), data if len(data) <= 64 else hashlib.sha256(data).digest())
 
 
 def signature(program: Program) -> Signature:

@@ -13,7 +13,7 @@ from .._errors import described
 from .._graph._graph import Graph
 from .._metric import Metric
 from .._problem._problem import Copies, FeasibilityProblem
-from ..solvers import AbstractSolver, CyclicProjections
+from ..solvers import AbstractSolver, AlternatingReflections, CyclicProjections
 
 PROJECTION_TAU = 5.0
 """The factor of one sample's loss where the new parameters are the projection's: a sample goes far toward its label."""
@@ -37,11 +37,11 @@ def in_projection_regime(solver: AbstractSolver | None, metric: Metric | None) -
 def settings(solver: AbstractSolver) -> Settings:
     """The settings of the projection regime.
 
-    An algorithm that returns to consensus before each projection goes a part of the way that one with memory goes, so
-    that its parameters are to move more easily.
+    The parameters of an algorithm that goes farther with each step are stiffer: of alternating reflections, which are
+    not relaxed at all, the most; the least of those that return to consensus before each projection.
     """
     has_memory = solver.store_copies and not solver.is_cyclic
-    parameter = 1000.0 if has_memory else 300.0
+    parameter = 3000.0 if isinstance(solver, AlternatingReflections) else 1000.0 if has_memory else 300.0
     return Settings(Metric(1.0, parameter), "none", PROJECTION_TAU)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools as ft
 from typing import ClassVar
 
 import equinox as eqx
@@ -84,9 +85,13 @@ class AbstractCopyingSolver(AbstractSolver):
                 "`AlternatingProjections`."
             )
 
+    def solution(self, problem: FeasibilityProblem, state: State) -> State:
+        """Where a solution stands, if the solver has come to rest: at the state, or at a projection of it."""
+        return state
+
     def settled(self, problem: FeasibilityProblem, state: State) -> State:
-        """All copies of a parameter equal, and in its sets: the projection of the state onto the parameters' nodes."""
-        return problem.projector.settled(problem, state)
+        """All copies of a parameter equal, and in its sets: the solution, projected onto the parameters' nodes."""
+        return problem.projector.settled(problem, state, ft.partial(self.solution, problem))
 
 
 class AbstractGapSolver(AbstractCopyingSolver):

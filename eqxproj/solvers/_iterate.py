@@ -154,10 +154,10 @@ def program_of(
     problem: FeasibilityProblem,
     solver: AbstractSolver,
     *arguments: PyTree,
-) -> PyTree:
-    """`function(problem, solver, *arguments)`, by a program that is compiled once for all problems of one shape.
+) -> Callable[..., PyTree]:
+    """`function(problem, solver, ...)` as a program that is compiled once for all problems of one shape.
 
-    What is kept holds no problem, and no graph. The arguments are arrays.
+    It takes arguments of the shapes of `arguments`, which are arrays. What is kept holds no problem, and no graph.
     """
     leaves, static = _arrays(problem), eqx.filter(problem, eqx.is_array, inverse=True)
     treedef = jtu.tree_structure(eqx.filter(problem, eqx.is_array))
@@ -171,4 +171,4 @@ def program_of(
     compiled = kept(
         kind, lambda _: lowered(pure, leaves, arguments).compile(), list(objects), shape, types, key, configuration()
     )
-    return compiled(leaves, arguments)
+    return lambda *arguments: compiled(leaves, arguments)

@@ -7,7 +7,9 @@ and does between the calls what a program cannot: errors that name a node, progr
 
 from __future__ import annotations
 
+import io
 import numbers
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -21,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._errors import NonFiniteError, as_number, check_flag, check_function, check_key, described
+from .._files import check_packages, check_picture, write_whole
 from .._numerics._promotion import with_own_promotion
 from .._problem._measures import Measures
 from .._problem._problem import FeasibilityProblem
@@ -28,6 +31,8 @@ from .._problem._state import State
 from .._progress import progress as shown_progress
 from ._base import AbstractSolver
 from ._iterate import Progress, advance, begin, finite_nodes, first_bad, program_of
+from ._plot import check_plotted, plotted
+from ._start import fits
 
 Callback = Callable[[int, Mapping[str, Any]], Any]
 
@@ -66,6 +71,33 @@ class Solution(eqx.Module):
     state: State
     stats: dict[str, Any]
     result: Any
+
+    def plot(self, path: str | os.PathLike[str] | None = None, problem: FeasibilityProblem | None = None) -> Any:
+        """Plots gap and violation over the steps, on a logarithmic scale.
+
+        **Arguments:**
+
+        - `path`: the file to write, one of `.png`, `.svg` and `.pdf`, in a folder that is there; by default none.
+        - `problem`: the problem that was solved. With it, a second picture shows the largest violation at the end, by
+            kind of node.
+
+        **Returns:**
+
+        The `matplotlib.figure.Figure`, which a notebook shows. It belongs to no window: nothing is to be closed.
+        Several runs, from a `vmap`, are one pale line each.
+
+        **Raises:** `TypeError`, `ValueError` and `FileNotFoundError` for unusable arguments, and `ImportError` where
+        matplotlib is missing (`pip install 'eqxproj[plot]'`).
+        """
+        target = None if path is None else check_picture(path)
+        check_plotted(self.stats, self.state, problem)
+        check_packages("`solution.plot`", ("matplotlib",))
+        figure = plotted(self.stats, self.state, problem)
+        if target is not None:
+            content = io.BytesIO()
+            figure.savefig(content, format=target.suffix.removeprefix(".").lower(), dpi=150)
+            write_whole(target, content.getvalue())
+        return figure
 
     def __repr__(self) -> str:
         last = {n: x[-1] for n, x in self.stats.items() if isinstance(x, np.ndarray) and x.ndim and len(x)}
@@ -134,7 +166,7 @@ def solve(
     infinite, with the node, the step, and the last good model.
     """
     _check(problem, solver, steps, tol, every, progress, callback)
-    begins = _start(start, key)
+    begins = _start(problem, solver, start, key)
     steps, every = int(steps), min(int(every), int(steps))
     if any(isinstance(x, jax.core.Tracer) for x in jtu.tree_leaves((problem, solver, begins, tol))):
         if progress or callback is not None:
@@ -166,9 +198,14 @@ def _check(problem: Any, solver: Any, steps: Any, tol: Any, every: Any, progress
         raise ValueError(f"`tol` must be a number of at least zero, got {described(tol)}.")
 
 
-def _start(start: Any, key: Any) -> State | Array | None:
+def _start(problem: FeasibilityProblem, solver: AbstractSolver, start: Any, key: Any) -> State | Array | None:
     """A state, a key, or `None` for the forward pass."""
     if isinstance(start, State):
+        if not fits(problem, start, jax.eval_shape(lambda: solver.init(problem))):
+            raise ValueError(
+                f"`start` is a state of another problem, or of another solver than {described(solver)}. Take the "
+                "`state` of a solution of the same solver, on a problem of the same shape."
+            )
         return start
     if not isinstance(start, str) or start not in ("forward", "random"):
         raise ValueError(f'`start` must be "forward", "random", or the state of a solution, got {described(start)}.')
@@ -180,11 +217,7 @@ def _start(start: Any, key: Any) -> State | Array | None:
 
 
 def _parameters(problem: FeasibilityProblem, solver: AbstractSolver, state: State) -> tuple[Array, ...]:
-    return solver.postprocess(problem, state)
-
-
-def _model(problem: FeasibilityProblem, parameters: tuple[Array, ...]) -> PyTree:
-    return problem.trace.rebuild(parameters)
+    return problem.in_sets(solver.postprocess(problem, state))
 
 
 def _traced(
@@ -201,14 +234,14 @@ def _traced(
     run = advance(problem, solver, Progress.of(state, full + bool(rest)), full, every, tol)
     if rest:
         run = advance(problem, solver, run, jnp.where(run.chunks == full, full + 1, run.chunks), rest, tol)
-    done = jnp.where(run.is_finite, run.chunks, run.chunks - 1)
+    done = jnp.where(run.is_finite, run.chunks, jnp.maximum(run.chunks - 1, 0))
     counts = jnp.minimum((jnp.arange(full + bool(rest)) + 1) * every, steps)
     entries = jnp.arange(counts.size) < run.chunks
     stats = {"step": jnp.where(entries, counts, -1), **run.stats._asdict()}
     result = RESULTS.where(
         run.is_finite, RESULTS.where(run.is_done, RESULTS.converged, RESULTS.step_limit), RESULTS.non_finite
     )
-    model = _model(problem, _parameters(problem, solver, run.state))
+    model = problem.model(_parameters(problem, solver, run.state))
     return Solution(model, run.state, {"steps": jnp.minimum(done * every, steps), **stats}, result)
 
 
@@ -231,6 +264,7 @@ class _Run:
         self.taken, self.stats = 0, [np.zeros((0,), np.float32)] * 3
         self.counts: list[int] = []
         self.best: tuple[float, State | None] = (np.inf, None)
+        self.programs: dict[str, Callable[..., PyTree]] = {}
 
     def solution(self, start: State | Array | None) -> Solution:
         state = self._program("begin", begin, start)
@@ -251,10 +285,12 @@ class _Run:
         return Solution(self.model(state), state, stats, result)
 
     def model(self, state: State) -> PyTree:
-        return _model(self.problem, self._program("parameters", _parameters, state))
+        return self.problem.model(self._program("parameters", _parameters, state))
 
     def _program(self, kind: str, function: Callable[..., Any], *arguments: PyTree) -> PyTree:
-        return program_of(kind, function, self.problem, self.solver, *arguments)
+        if kind not in self.programs:
+            self.programs[kind] = program_of(kind, function, self.problem, self.solver, *arguments)
+        return self.programs[kind](*arguments)
 
     def _call(self, state: State, chunks: int) -> tuple[State, Any, int]:
         """One call of the program: the state after it, how it ended, and how many chunks the next is to take."""
@@ -272,7 +308,8 @@ class _Run:
         if self.callback is not None and not done:
             report = {name: x[-1].item() for name, x in zip(Measures._fields, self.stats, strict=True)}
             stops = self.callback(self.taken, {**report, "state": run.state})
-            result = RESULTS.stopped if stops is True else result
+            is_flag = isinstance(stops, (bool, np.bool_, jax.Array))
+            result = RESULTS.stopped if is_flag and bool(stops) else result
         return run.state, result, max(1, min(4 * limit, int(limit * _SECONDS / max(seconds, 1e-4))))
 
     def _record(self, run: Progress, count: int, every: int) -> None:

@@ -1,4 +1,4 @@
-"""Where a solver starts: at the forward pass, or at random copies.
+"""Where a solver starts: at the forward pass, at random copies, or at a state of another run, which is checked here.
 
 Transforms a problem and a key into a state. Limits: an algorithm that returns to consensus before each projection has
 no copies of its own, so that for it the values are random, and all copies of one are equal.
@@ -37,6 +37,23 @@ def random_start(problem: FeasibilityProblem, key: Array, store_copies: bool) ->
             moved = _uniform(keys[value], start) - start
             shifts[value] = in_duals(parameter_weight(problem, value), moved)
     return replace(state, values=tuple(values), shifts=tuple(shifts), up_to_date=stale)
+
+
+def fits(problem: FeasibilityProblem, state: State, like: State) -> bool:
+    """Whether a state is one of this problem, and of a solver that starts from `like`."""
+    graph, counts = problem.graph, (len(state.values), len(state.shifts), len(state.duals))
+    if counts != (len(graph.values), len(graph.values), len(graph.edges)) or state.store_copies != like.store_copies:
+        return False
+    variables = [edge.variable for edge in graph.edges]
+    copies = [copies_of(problem, e) for e in range(counts[2])] if state.store_copies else variables
+    exact = [*zip(state.values, like.values, strict=True)]
+    exact += zip(state.gains, like.gains, strict=False)
+    moves = [*zip(state.shifts, graph.values, strict=True), *zip(state.duals, copies, strict=True)]
+    return (
+        len(state.gains) == len(like.gains)
+        and all((x is None) == (y is None) for x, y in exact)
+        and all(x.shape == y.shape for x, y in (*exact, *moves) if x is not None)
+    )
 
 
 def _random_dual(problem: FeasibilityProblem, state: State, edge: int, key: Array) -> Array:

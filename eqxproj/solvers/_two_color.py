@@ -34,7 +34,11 @@ class AlternatingProjections(AbstractSolver):
 
 
 class AlternatingReflections(AbstractCopyingSolver):
-    r"""$x \leftarrow R_B R_A x$."""
+    r"""$x \leftarrow R_B R_A x$.
+
+    It need not converge, even for convex sets: reflections never move points apart, nor need they bring them together.
+    Take Douglas-Rachford, which goes half of each step, where an end is to be reached.
+    """
 
     @property
     def gap_scale(self) -> float:
@@ -65,6 +69,9 @@ class DouglasRachford(AbstractGapSolver):
         reflected = reflect(problem, reflect(problem, state, _A), _B)
         return combine((1.0 - self.relaxation, self.relaxation), (state, reflected))
 
+    def solution(self, problem: FeasibilityProblem, state: State) -> State:
+        return onto(problem, state, _A)
+
 
 class DifferenceMap(AbstractGapSolver):
     r"""$x \leftarrow x + \beta (P_A f_B x - P_B f_A x)$; for $\beta = 1$, $x + P_A(2P_B x - x) - P_B x$.
@@ -91,10 +98,15 @@ class DifferenceMap(AbstractGapSolver):
         if beta == 1.0:
             first = onto(problem, combine((2.0, -1.0), (on_b, state)), _A)
             return combine((1.0, 1.0, -1.0), (state, first, on_b))
-        on_a = onto(problem, state, _A)
-        f_a = combine((1.0 - 1.0 / beta, 1.0 / beta), (on_a, state))
         f_b = combine((1.0 + 1.0 / beta, -1.0 / beta), (on_b, state))
-        return combine((1.0, beta, -beta), (state, onto(problem, f_b, _A), onto(problem, f_a, _B)))
+        return combine((1.0, beta, -beta), (state, onto(problem, f_b, _A), self.solution(problem, state)))
+
+    def solution(self, problem: FeasibilityProblem, state: State) -> State:
+        r"""$P_B f_A x$, where $f_A = I$ for $\beta = 1$."""
+        if self.beta != 1.0:
+            weights = (1.0 - 1.0 / self.beta, 1.0 / self.beta)
+            state = combine(weights, (onto(problem, state, _A), state))
+        return onto(problem, state, _B)
 
 
 class RelaxedReflectReflect(AbstractGapSolver):
@@ -138,3 +150,6 @@ class RelaxedReflectReflect(AbstractGapSolver):
         on_b = onto(problem, combine((2.0, -1.0), (on_a, state)), _B)
         new = combine((1.0, self.beta, -self.beta), (state, on_b, on_a))
         return reweighted(problem, new, on_a, on_b, self.reweight) if self.reweight else new
+
+    def solution(self, problem: FeasibilityProblem, state: State) -> State:
+        return onto(problem, state, _A)
