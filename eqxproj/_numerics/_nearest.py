@@ -208,12 +208,9 @@ def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
 
 
 def equal(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-    """The nearest slice whose entries are equal: their mean, as the first entry and a mean of differences to it.
-
-    Equal entries have no differences, so that they stay as they are.
-    """
-    first = x[..., :1]
-    return jnp.broadcast_to(first + jnp.mean(x - first, axis=-1, keepdims=True), x.shape)
+    """The nearest slice whose entries are equal: their mean. One whose entries are equal already stays as it is."""
+    mean = jnp.sum(x / x.shape[-1], axis=-1, keepdims=True)  # so that no sum of large numbers overflows
+    return jnp.where(jnp.all(x == x[..., :1], axis=-1, keepdims=True), x, mean)
 
 
 def nearest_level(x: Float[Array, "*shape"], levels: Float[np.ndarray, "levels"]) -> Int[Array, "*shape"]:
