@@ -91,6 +91,7 @@ def test_convex_problems_have_the_same_solution():
         np.testing.assert_allclose(found, wanted, atol=0.02)
 
 
+@pytest.mark.slow
 def test_they_start_at_one_and_their_mean_stays(problem):
     solver = RRR(0.5, reweight=RATE)
     start = solver.init(problem, jax.random.key(0))
@@ -168,8 +169,13 @@ def test_what_contradicts_itself_stiffens():
     """The last two items want the same output to be two numbers."""
     x, y = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]]), jnp.array([1.0, 1.0, 1.0, 3.0])
     made = eqxproj.feasibility_problem(lambda w, x, y: jnp.sum(equal(x @ w, y)), jnp.zeros(2), x, y, concurrence=True)
-    state = eqxproj.solve(made, RRR(0.5, reweight=0.02), steps=300, every=50).state
+    solver = RRR(0.5, reweight=0.02)
+    (start,) = (np.ravel(g) for g in solver.init(made).gains if g is not None)
+    np.testing.assert_array_equal(start, np.ones(4))
+    assert RRR(0.5).init(made).gains == ()
+    state = eqxproj.solve(made, solver, steps=300, every=50).state
     (found,) = (np.ravel(g) for g in state.gains if g is not None)
+    assert found.mean() == pytest.approx(1.0, rel=1e-4)
     assert found[2:].min() > 1.3 * found[:2].max()
 
 

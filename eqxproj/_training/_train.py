@@ -173,7 +173,8 @@ def _options(
     if metric is not None:
         check_metric(metric)
     if not in_projection_regime(solver, metric):
-        steps = 1 if solver_steps is None else solver_steps
+        steps = 1 if solver is None or solver.is_cyclic else None
+        steps = steps if solver_steps is None else solver_steps
         return checked_options(solver, steps, metric, copies, tau, noise, "solver_steps")
     own = settings(CyclicProjections() if solver is None else solver)
     metric, copies = metric or own.metric, copies or own.copies

@@ -1,0 +1,190 @@
+"""`train(solver=X())`: what is chosen where nothing else is said, what is learned, and what is refused or warned of."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eqxproj
+from eqxproj._training._regime import reach, settings, sweeps
+from eqxproj.losses import cross_entropy, squared_error
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SOLVERS = {
+    "AP": eqxproj.AlternatingProjections(),
+    "AR": eqxproj.AlternatingReflections(),
+    "DR": eqxproj.DouglasRachford(),
+    "DM": eqxproj.DifferenceMap(),
+    "RRR": eqxproj.RelaxedReflectReflect(),
+    "CP": eqxproj.CyclicProjections(),
+    "CDR": eqxproj.CyclicDouglasRachford(),
+}
+COPYING = [name for name, solver in SOLVERS.items() if solver.store_copies]
+
+
+def random(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+X = random(0, 12, 3)
+Y = jnp.tanh(X @ jnp.array([1.0, -1.0, 0.5]))
+MODEL = {"w": random(1, 3), "b": jnp.zeros(())}
+
+
+def loss(model, x, y):
+    return squared_error(x @ model["w"] + model["b"], y).mean()
+
+
+def train(loss=loss, model=MODEL, data=(X, Y), steps=2, **options):
+    return eqxproj.train(model, data, loss, steps=steps, **options)
+
+
+def deep(model, x, y):
+    """Two products one after another: the objective, they, and the first parameter are four nodes in a row."""
+    return squared_error(x @ model[0] @ model[1], y).mean()
+
+
+def branching(model, x, y):
+    """A value with two readers."""
+    h = jnp.tanh(x @ model["w"])
+    return squared_error(h + jnp.tanh(h + model["b"]), y).mean()
+
+
+# What is chosen.
+
+
+def test_the_parameters_are_those_of_the_projection():
+    """In every step, as `filter_displacement` and `solve` have them with the same settings."""
+    solver = SOLVERS["DM"]
+    trained = train(solver=solver).model
+    options = settings(solver)
+    problem = eqxproj.feasibility_problem(
+        loss, MODEL, X, Y, metric=options.metric, copies=options.copies, tau=options.tau
+    )
+    count = sweeps(problem, solver)
+    assert count == 2 * reach(problem.graph) >= 2
+    raw = eqxproj.filter_displacement(
+        loss, solver=solver, steps=count, raw=True, metric=options.metric, copies=options.copies, tau=options.tau
+    )
+    stepped = solved = MODEL
+    for _ in range(2):  # `train` takes all samples in each minibatch, whose order is of no matter
+        stepped = jax.tree.map(jnp.subtract, stepped, raw(stepped, X, Y))
+        problem = eqxproj.feasibility_problem(
+            loss, solved, X, Y, metric=options.metric, copies=options.copies, tau=options.tau
+        )
+        solved = eqxproj.solve(problem, solver, steps=count).model
+    for name in MODEL:
+        np.testing.assert_allclose(trained[name], stepped[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(trained[name], solved[name], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(trained["w"], MODEL["w"], atol=1e-3)
+    assert float(loss(trained, X, Y)) < float(loss(MODEL, X, Y))
+
+
+def test_an_optimizer_and_a_flat_metric():
+    solver = SOLVERS["AP"]
+    stays = train(solver=solver, optimizer=optax.sgd(0.0)).model
+    assert eqx.tree_equal(stays, MODEL)
+    moved = train(solver=solver, optimizer=optax.adam(0.01), steps=1).model
+    for name in MODEL:  # the first step of Adam is its rate, whatever the displacement
+        np.testing.assert_allclose(np.abs(moved[name] - MODEL[name]), 0.01, rtol=1e-3)
+    flat = train(metric=eqxproj.Metric(1.0, 300.0), steps=1).model  # no solver: cyclic projections, and no optimizer
+    same = train(metric=eqxproj.Metric(1.0, 300.0), steps=1, solver=SOLVERS["CP"]).model
+    assert eqx.tree_equal(flat, same)
+    steep = train(steps=1).model
+    also = train(steps=1, solver=SOLVERS["CP"]).model  # a cyclic sweep alone is the gradient regime
+    assert eqx.tree_equal(steep, also)
+    assert not np.allclose(flat["w"], steep["w"], atol=1e-4)
+    two_colors = train(steps=1, solver=SOLVERS["AP"], metric=eqxproj.Metric(1e6, 1e4)).model  # and no warning
+    assert bool(jnp.all(two_colors["w"] != MODEL["w"]))
+
+
+def test_few_sweeps_are_warned_of():
+    model, data = [jnp.eye(3), jnp.eye(3)], (X, jnp.ones((12, 3)))
+    problem = eqxproj.feasibility_problem(deep, model, *data, copies="none")
+    needed = reach(problem.graph)
+    assert needed == 2
+    text = rf"`solver_steps=1` does not reach all layers: a step of AlternatingProjections.*Take at least {needed}"
+    with pytest.warns(UserWarning, match=text):
+        train(deep, model, data, steps=1, solver=SOLVERS["AP"], solver_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(deep, model, data, steps=1, solver=SOLVERS["AP"], solver_steps=needed)
+
+
+@pytest.mark.parametrize("solver_steps", [1, 2])
+def test_so_many_sweeps_reach_the_first_layer(solver_steps):
+    """The number that the warning asks for is the least with which the farthest parameter moves."""
+    model = [jnp.eye(3), 0.5 * jnp.eye(3)]
+    problem = eqxproj.feasibility_problem(deep, model, X, jnp.ones((12, 3)), copies="none")
+    raw = eqxproj.filter_displacement(deep, solver=SOLVERS["AP"], steps=solver_steps, raw=True, copies="none")
+    moved = raw(model, X, jnp.ones((12, 3)))
+    assert reach(problem.graph) == 2
+    assert bool(jnp.any(moved[0] != 0)) == (solver_steps >= 2)
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_copies_that_branch_want_a_flat_metric(name):
+    for metric in (eqxproj.Metric(1e6, 1e4), eqxproj.Metric(100.0, 1.0)):
+        with pytest.raises(ValueError, match="reflects projections, but in the gradient regime, where `metric` is"):
+            train(branching, solver=SOLVERS[name], metric=metric)
+        problem = eqxproj.feasibility_problem(branching, MODEL, X, Y, metric=metric)
+        with pytest.raises(ValueError, match="where values have several readers, its duals would grow"):
+            eqxproj.solve(problem, SOLVERS[name], steps=1)
+
+
+# What is learned.
+
+
+def test_a_line_is_learned():
+    first = float(loss(MODEL, X, Y))
+    result = train(steps=500, solver=SOLVERS["RRR"])
+    assert float(loss(result.model, X, Y)) < 0.2 * first
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return eqxproj.datasets.load("digits").flatten()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOLVERS)
+def test_digits_are_learned(digits, name):
+    def classify(model, x, y):
+        return cross_entropy(jax.vmap(model)(x), y).mean()
+
+    def accuracy(model, x, y):
+        return (jax.vmap(model)(x).argmax(-1) == y).mean()
+
+    result = eqxproj.train(
+        eqx.nn.MLP(64, 10, 32, 1, key=jax.random.key(0)),
+        digits.train,
+        classify,
+        steps=40,
+        batch_size=64,
+        solver=SOLVERS[name],
+        eval_data=digits.test,
+        evaluate={"accuracy": accuracy},
+        eval_every=40,
+    )
+    start, end = result.history["eval_accuracy"]
+    assert start < 0.3
+    assert end > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grade", [0.3, 3.0])
+@pytest.mark.parametrize("name", ["DR", "DM"])
+def test_duals_stay_bounded_where_values_branch(name, grade):
+    problem = eqxproj.feasibility_problem(branching, MODEL, X, Y, metric=eqxproj.Metric(grade, 10.0))
+    assert any(len(edges) > 1 for edges in problem.graph.readers)
+    sizes = []
+    state = "forward"
+    for _ in range(6):
+        state = eqxproj.solve(problem, SOLVERS[name], steps=50, every=50, start=state).state
+        sizes.append(max(float(jnp.abs(d).max()) for d in state.duals if d is not None))
+    assert np.isfinite(sizes).all()
+    assert sizes[-1] <= 2.0 * max(sizes[:2])
