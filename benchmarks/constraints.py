@@ -1,41 +1,43 @@
-"""How well do networks train under hard constraints on the weights: by projections, and by projected Adam?
+"""How well do networks train under hard constraints on the weights: by the defaults, and by what is done otherwise?
 
-    python benchmarks/constraints.py [--quick] [--seeds 3] [--task sparse ...] [--data-dir DIR] [--json FILE]
+    python benchmarks/constraints.py [--quick] [--seeds 3] [--task sparse-90 ...] [--method pruning ...]
+        [--data-dir DIR] [--steps N] [--json FILE]
 
-Compared are `eqxproj.train` with its defaults, and projected Adam: gradients with the same optimizer, initial
-parameters and batches, and a projection onto the sets after every step. The tasks:
+The methods are in `constraints_methods.py`. All of them start from the same parameters and see the same batches, for
+the same number of steps. A method with several settings, such as the peak rate, is run at each of them with the first
+seed; the setting that is best on the validation split, the last tenth of the training data, is taken for all seeds.
+The tasks:
 
-- `sparse`: a relu MLP with two hidden layers of 128, nine tenths of the weights of each layer zero; test accuracy;
-- `two_bits`: the same, every weight one of four levels, with a learned scale for each layer; test accuracy;
+- `sparse-90`, `-95`, `-98`: a relu MLP with two hidden layers of 128, this percentage of each layer's weights zero;
+- `two-of-four`: the same, of every four neighbouring weights of a row at most two not zero;
+- `two-bits`: the same, every weight one of four levels, with a learned scale for each layer;
+- `orthogonal`: the same, orthonormal rows in the first layer;
 - `monotone`: an MLP with weights that are not negative and increasing activations, hence increasing in every input,
-  fitted to noisy values of an increasing function of 8 inputs; mean squared error to the function itself;
-- `orthogonal`: the MLP with orthonormal rows in its first layer; test accuracy.
+  fitted to noisy values of an increasing function of 8 inputs.
 
-Images are MNIST from a folder (`--data-dir`), or the digits of the package. The table also has, for both methods, the
-same run without constraints (`free`), and that model projected onto the sets once, at the end (`projected at the end`).
-Printed are the mean over the seeds, and as spread the least and the largest.
-
-The script stops where a model that was trained under constraints does not satisfy them: zeros, signs and the number of
-levels without any error, orthonormality up to 1e-5.
+Images are MNIST from a folder (`--data-dir`), or the digits of the package. Printed are, for each task and method, the
+test accuracy (for `monotone` the mean squared error to the function itself): the mean over the seeds and the standard
+deviation; the seconds of training, without compilation; and whether the constraint holds in all models: zeros, signs
+and the number of levels without any error, orthonormality up to 1e-5. `free`, once for all classifiers, has no
+constraint.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import constraints_methods as methods
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from constraints_methods import Problem, Setting
 from shared import classification, write
 
 import eqxproj
 from eqxproj import datasets, sets
-
-METHODS = ("projection", "projected adam")
-ROWS = ("constrained", "free", "projected at the end")
 
 
 class Mlp(eqx.Module):
@@ -55,25 +57,19 @@ class Mlp(eqx.Module):
         return self.layers[-1](x)
 
 
-class Plain(sets.AbstractSet):
-    """A set as it is, projected onto after every step whatever it is made of: projected Adam."""
-
-    chosen: sets.AbstractSet
-
-    def __call__(self, x):
-        return self.chosen(x)
-
-
 class Task(NamedTuple):
-    """What is trained, under which set, and how membership is seen."""
+    """What is trained, how membership is seen, and by which methods.
+
+    `sign` is 1 where a larger score is better, else -1. `data` gives training and test data for a seed.
+    """
 
     make: Callable[[jax.Array], Mlp]
-    loss: Callable[..., Any]
+    problem: Problem
     score: Callable[..., Any]
+    sign: int
     data: Callable[[int], tuple[Any, Any]]
-    where: Callable[[Mlp], list[jax.Array]]
-    chosen: sets.AbstractSet
     holds: Callable[[np.ndarray], bool]
+    methods: Mapping[str, Sequence[Setting]]
 
 
 def accuracy(model, x, y):
@@ -101,30 +97,12 @@ def increasing_data(seed: int):
     return sample(4096, 0.2), sample(2048, 0.0)
 
 
-def tasks(data: datasets.Dataset) -> dict[str, Task]:
-    """The tasks by name."""
-    inputs = int(data.train[0].shape[1])
+def has_zeros(fraction: float) -> Callable[[np.ndarray], bool]:
+    return lambda w: bool(np.count_nonzero(w) <= round((1 - fraction) * w.size))
 
-    def classify(chosen, holds, where=lambda m: [layer.weight for layer in m.layers]):
-        def make(key):
-            return Mlp((inputs, 128, 128, 10), (jax.nn.relu, jax.nn.relu), key)
 
-        return Task(make, classification, accuracy, lambda _: (data.train, data.test), where, chosen, holds)
-
-    return {
-        "sparse": classify(sets.Sparse(0.1), lambda w: np.count_nonzero(w) <= 0.1 * w.size),
-        "two_bits": classify(sets.Quantized(2, scale="learned"), has_two_bits),
-        "monotone": Task(
-            lambda key: Mlp((8, 32, 32, 1), (jax.nn.relu, jnp.tanh), key),
-            regression,
-            mean_squared_error,
-            increasing_data,
-            lambda m: [layer.weight for layer in m.layers],
-            sets.NonNegative(),
-            lambda w: bool(np.all(w >= 0)),
-        ),
-        "orthogonal": classify(sets.Orthogonal(), has_orthonormal_rows, lambda m: [m.layers[0].weight]),
-    }
+def has_two_of_four(w: np.ndarray) -> bool:
+    return bool(np.all(np.count_nonzero(w.reshape(-1, 4), axis=1) <= 2))
 
 
 def has_two_bits(w: np.ndarray) -> bool:
@@ -139,48 +117,85 @@ def has_orthonormal_rows(w: np.ndarray) -> bool:
     return bool(np.abs(wide @ wide.T - np.eye(len(wide))).max() < 1e-5)
 
 
-def measure(task: Task, seed: int, steps: int, batch_size: int) -> dict[str, dict[str, float]]:
-    """The score of one seed, by method and row."""
+def all_weights(model):
+    return [layer.weight for layer in model.layers]
+
+
+def tasks(data: datasets.Dataset) -> dict[str, Task]:
+    """The tasks by name."""
+    inputs = int(data.train[0].shape[1])
+    everywhere = {"defaults": methods.DEFAULTS, "projected adam": methods.PROJECTED_ADAM}
+    discrete = {**everywhere, "straight-through": methods.STRAIGHT_THROUGH}
+    pruned = {**discrete, "pruning": methods.PRUNING}
+    free = {"free": methods.FREE}  # the same for all classifiers
+
+    def classify(chosen, holds, by, where=all_weights):
+        def make(key):
+            return Mlp((inputs, 128, 128, 10), (jax.nn.relu, jax.nn.relu), key)
+
+        problem = Problem(classification, where, chosen)
+        return Task(make, problem, accuracy, 1, lambda _: (data.train, data.test), holds, by)
+
+    return {
+        "sparse-90": classify(sets.Sparse(0.1), has_zeros(0.9), {**pruned, **free}),
+        "sparse-95": classify(sets.Sparse(0.05), has_zeros(0.95), pruned),
+        "sparse-98": classify(sets.Sparse(0.02), has_zeros(0.98), pruned),
+        "two-of-four": classify(sets.Sparse(k=2, of=4), has_two_of_four, pruned),
+        "two-bits": classify(sets.Quantized(2, scale="learned"), has_two_bits, discrete),
+        "orthogonal": classify(
+            sets.Orthogonal(),
+            has_orthonormal_rows,
+            {**everywhere, "penalty": methods.PENALTY, "parametrised": methods.QR},
+            lambda m: all_weights(m)[:1],
+        ),
+        "monotone": Task(
+            lambda key: Mlp((8, 32, 32, 1), (jax.nn.relu, jnp.tanh), key),
+            Problem(regression, all_weights, sets.NonNegative()),
+            mean_squared_error,
+            -1,
+            increasing_data,
+            lambda w: bool(np.all(w >= 0)),
+            {**everywhere, "parametrised": methods.POSITIVE_FUNCTION, **free},
+        ),
+    }
+
+
+class Run(NamedTuple):
+    """The outcome of a setting with a seed: its scores, and whether the constraint holds."""
+
+    valid: float
+    test: float
+    seconds: float
+    holds: bool
+
+
+def measure(task: Task, setting: Setting, seed: int, steps: int, batch_size: int) -> Run:
+    """One run, on nine tenths of the training data."""
     train, test = task.data(seed)
     model_key, train_key = jax.random.split(jax.random.key(seed))
-    model = task.make(model_key)
-    constraints = {"projection": [(task.where, task.chosen)], "projected adam": [(task.where, Plain(task.chosen))]}
+    first = len(train[0]) * 9 // 10
+    rest, valid = ([part[rows] for part in train] for rows in (slice(None, first), slice(first, None)))
+    model, seconds = methods.run(setting, task.problem, task.make(model_key), rest, steps, batch_size, train_key)
     score = eqx.filter_jit(task.score)
-
-    def run(method, constraints):
-        return eqxproj.train(
-            model,
-            train,
-            task.loss,
-            steps=steps,
-            batch_size=batch_size,
-            key=train_key,
-            method="projection" if method == "projection" else "gradient",
-            constraints=constraints,
-        ).model
-
-    def check(trained):
-        weights = [np.asarray(w) for w in task.where(trained)]
-        assert all(task.holds(w) for w in weights), "a constraint does not hold"
-        again = eqxproj.apply_constraints(trained, constraints["projection"])
-        assert eqx.tree_equal(again, trained), "a projection moves the model that was projected"
-        return trained
-
-    found = {}
-    for method in METHODS:
-        constrained, free = check(run(method, constraints[method])), run(method, ())
-        end = check(eqxproj.apply_constraints(free, constraints["projection"]))
-        models = dict(zip(ROWS, (constrained, free, end), strict=True))
-        found[method] = {row: float(score(trained, *test)) for row, trained in models.items()}
-    return found
+    holds = all(task.holds(np.asarray(w)) for w in task.problem.where(model))
+    return Run(float(score(model, *valid)), float(score(model, *test)), seconds, holds)
 
 
-def summary(values: Sequence[float]) -> dict[str, Any]:
+def compare(task: Task, method: str, seeds: int, steps: int, batch_size: int) -> dict[str, Any]:
+    """A method on a task: its best setting by validation with the first seed, then all seeds."""
+    tried = {setting: measure(task, setting, 0, steps, batch_size) for setting in task.methods[method]}
+    valid = {s: r.valid if np.isfinite(r.valid) else -task.sign * np.inf for s, r in tried.items()}
+    best = max(tried, key=lambda setting: task.sign * valid[setting])
+    runs = [tried[best], *(measure(task, best, seed, steps, batch_size) for seed in range(1, seeds))]
+    tests = [run.test for run in runs]
     return {
-        "mean": float(np.mean(values)),
-        "least": min(values),
-        "largest": max(values),
-        "values": list(values),
+        "setting": best.name,
+        "mean": float(np.mean(tests)),
+        "spread": float(np.std(tests)),
+        "tests": tests,
+        "seconds": float(np.mean([run.seconds for run in runs])),
+        "holds": all(run.holds for run in runs),
+        "tried": {setting.name: run._asdict() for setting, run in tried.items()},
     }
 
 
@@ -188,25 +203,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps, to see that it works")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--task", nargs="+", choices=("sparse", "two_bits", "monotone", "orthogonal"))
+    parser.add_argument("--task", nargs="+", help="all by default")
+    parser.add_argument("--method", nargs="+", help="all of each task by default")
     parser.add_argument("--data-dir", help="folder with MNIST; the digits of the package by default")
-    parser.add_argument("--steps", type=int, help="default 1,200 on MNIST, 600 otherwise")
+    parser.add_argument("--steps", type=int, help="default 800 on MNIST, 600 otherwise")
     parser.add_argument("--json", help="write the figures to this file too")
     args = parser.parse_args()
     name = "mnist" if args.data_dir else "digits"
     data = datasets.load(name, args.data_dir).flatten()
-    steps = args.steps or (1200 if args.data_dir else 600) // (10 if args.quick else 1)
+    steps = args.steps or (800 if args.data_dir else 600) // (10 if args.quick else 1)
     batch_size = 256 if args.data_dir else 128
     results: dict[str, Any] = {"data": name, "steps": steps, "batch_size": batch_size, "seeds": args.seeds}
-    print(f"{name}, {steps} steps of {batch_size} samples, {args.seeds} seeds: mean (least to largest)")
-    print(f"{'task':12} {'':22} {METHODS[0]:>26} {METHODS[1]:>26}")
-    for task in args.task or tasks(data):
-        runs = [measure(tasks(data)[task], seed, steps, batch_size) for seed in range(args.seeds)]
-        results[task] = {m: {row: summary([run[m][row] for run in runs]) for row in ROWS} for m in METHODS}
-        for row in ROWS:
-            cells = [results[task][method][row] for method in METHODS]
-            texts = [f"{c['mean']:.4f} ({c['least']:.4f} to {c['largest']:.4f})" for c in cells]
-            print(f"{task:12} {row:22} {texts[0]:>26} {texts[1]:>26}", flush=True)
+    known = tasks(data)
+    if unknown := set(args.task or ()) - set(known):
+        parser.error(f"`--task` must be among {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    print(f"{name}, {steps} steps of {batch_size} samples, {args.seeds} seeds: mean (standard deviation)\n")
+    print("| task | method | setting | test | seconds | holds |\n| --- | --- | --- | --- | --- | --- |")
+    for task in args.task or known:
+        chosen = [m for m in known[task].methods if args.method is None or m in args.method]
+        results[task] = {}
+        for method in chosen:
+            found = compare(known[task], method, args.seeds, steps, batch_size)
+            results[task][method] = found
+            text = f"{found['mean']:.4f} ({found['spread']:.4f}) | {found['seconds']:.1f}"
+            print(f"| {task} | {method} | {found['setting']} | {text} | {found['holds']} |", flush=True)
     write(args.json, results)
 
 

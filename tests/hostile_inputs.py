@@ -298,8 +298,20 @@ def cases_of_constraints() -> Iterator[Case]:
         "an axis that is not there": (a, sets.Sphere(axis=5)),
         "another shape": (a, First()),
         "no array": (a, Nothing()),
+        "arrays of two shapes stacked": (lambda p: (p["a"], p["b"]), sets.Together(sets.Equal(0), stacked=True)),
+        "an intersection that does not fit": (a, sets.Intersection(box, sets.Sphere(axis=5))),
+        "an intersection that is empty": (a, sets.Intersection(sets.Box(1.0, 2.0), sets.Box(-2.0, -1.0))),
     }.items():
         yield Case(f"constraint: {name}", lambda c=constraint: train(constraints=[c]), "constraints[0]")
+    for name, make, argument in [
+        ("a number in an intersection", lambda: sets.Intersection(box, 3), "sets[1]"),
+        ("several arrays in an intersection", lambda: sets.Intersection(box, sets.Together(box)), "sets[1]"),
+        ("one set in an intersection", lambda: sets.Intersection(box), "sets"),
+        ("arrays together in a class", lambda: sets.Together(sets.NonNegative), "chosen"),
+        ("arrays together twice", lambda: sets.Together(sets.Together(box)), "chosen"),
+        ("arrays that are stacked once", lambda: sets.Together(box, stacked=1), "stacked"),
+    ]:
+        yield Case(f"set: {name}", make, argument)
     for name, pair in {
         "two boxes apart": (sets.Box(1.0, 2.0), sets.Box(-2.0, -1.0)),
         "a ball and a sphere": (sets.L2Ball(1.0), sets.Sphere(3.0)),

@@ -43,15 +43,16 @@ def cases_of_sets() -> Iterator[Case]:
     yield from each(sets.Box, "high", "1", None, NAN, -INF, [0.0], 1j, -2.0, True, low=-1.0)
     yield from each(sets.Sparse, "kept_fraction", 0.0, -0.5, 1.5, NAN, True, "half", [0.5])
     yield from each(sets.Sparse, "k", 0, -1, 1.5, True, "2", [2])
+    yield from each(sets.Sparse, "of", 0, -1, 1.5, True, "2", [2], k=1)
     yield Case("Sparse()", sets.Sparse, "kept_fraction")
     yield Case("Sparse(0.1, k=1)", lambda: sets.Sparse(0.1, k=1), "kept_fraction")
-    for made in (sets.Sparse, sets.L1Ball, sets.L2Ball, sets.Sphere, sets.Simplex):
+    for made in (sets.Sparse, sets.L1Ball, sets.L2Ball, sets.Sphere, sets.Simplex, sets.Equal):
         more: dict[str, Any] = {"k": 1} if made is sets.Sparse else {}
         yield from each(made, "axis", 1.5, "last", [0, 1], (), (0, "a"), True, **more)
         for axis in (2, -3, (0, 0), (0, 2)):
             chosen = made(axis=axis, **more)
             yield Case(f"{chosen} of a matrix", lambda s=chosen: s(jnp.ones((2, 3))), "axis")
-    for made in (sets.L1Ball, sets.L2Ball, sets.Sphere):
+    for made in (sets.L1Ball, sets.L2Ball, sets.Sphere, sets.SpectralBall):
         yield from each(made, "radius", *NO_POSITIVE)
     yield from each(sets.Simplex, "total", *NO_POSITIVE)
     yield from each(sets.LowRank, "rank", 0, -1, 1.5, True, "2", None)
@@ -60,9 +61,17 @@ def cases_of_sets() -> Iterator[Case]:
     yield from each(sets.Quantized, "levels", [], "12", [NAN], [INF], ["a"], None, True, 2, 1.5, [[1.0], [2.0]])
     yield from each(sets.Quantized, "levels", 0, 9, [0.0], scale="learned")
     yield from each(sets.Quantized, "scale", 0, -1, NAN, INF, "fit", True, [1.0], levels=[0.0, 1.0])
-    for s in (sets.Orthogonal(), sets.LowRank(1)):
+    for s in (sets.Orthogonal(), sets.LowRank(1), sets.SpectralBall()):
         yield Case(f"{s} of a vector", lambda s=s: s(jnp.ones(3)), type(s).__name__)
-    for s in (sets.Sphere(), sets.L2Ball(), sets.Orthogonal(), sets.LowRank(1), sets.Monotone()):
+    for s in (
+        sets.Sphere(),
+        sets.L2Ball(),
+        sets.Orthogonal(),
+        sets.LowRank(1),
+        sets.Monotone(),
+        sets.SpectralBall(),
+        sets.Equal(),
+    ):
         big = jnp.asarray([[3e38, -3e38, 1e38], [1e38, 2e38, 3e38]])
         yield right(f"{s} of 3e38", lambda s=s: s(big), lambda y: np.isfinite(np.asarray(y, np.float64)).all())
 

@@ -62,5 +62,12 @@ WIDER = {
     "increasing": (sets.Monotone(), lambda x, e: (np.diff(x, axis=-1) >= 0).all()),
     "decreasing": (sets.Monotone(0, increasing=False), lambda x, e: (np.diff(x, axis=0) <= 0).all()),
     "orthogonal": (sets.Orthogonal(), orthonormal),
+    "spectral": (sets.SpectralBall(0.8), lambda x, e: np.linalg.norm(x.reshape(len(x), -1), 2) <= 0.8 * (1 + 1e-6)),
+    "equal": (sets.Equal(), lambda x, e: (x == x[..., :1]).all()),
+    "equal_all": (sets.Equal(None), lambda x, e: len(np.unique(x)) <= 1),
+    "positive_ball": (
+        sets.Intersection(sets.NonNegative(), sets.L2Ball(1.5)),
+        lambda x, e: (x >= 0).all() and np.linalg.norm(x) <= 1.5 * (1 + 1e-6),
+    ),
     "rank": (sets.LowRank(2), lambda x, e: tail(x, 2) <= (e + 2e-6) * np.linalg.norm(x)),
 }

@@ -91,8 +91,12 @@ def test_settings_are_chosen_by_their_sweeps(tmp_path):
         ("discrete.py", ("--quick", "--task", "sign-mlp", "hard-mixture"), ("sign-mlp", "hard-mixture")),
         (
             "constraints.py",
-            ("--quick", "--task", "two_bits", "--seeds", "1"),
-            ("constrained", "free", "projected at the end"),
+            ("--quick", "--task", "two-of-four", "--seeds", "1", "--method", "defaults", "pruning", "straight-through"),
+            (
+                "| two-of-four | defaults | defaults |",
+                "| two-of-four | pruning |",
+                "| two-of-four | straight-through |",
+            ),
         ),
         ("paper.py", ("--quick",), ("AlternatingProjections", "AlternatingReflections", "default", "adam-cosine")),
         ("boolean.py", ("--quick",), ("multiplier", "projections", "relu-l1", "sign", "default")),

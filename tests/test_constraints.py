@@ -165,3 +165,34 @@ def test_what_is_seen_during_training_is_projected():
     )
     jax.effects_barrier()
     assert len(seen) == 7 and all(np.isin(w, [0.0, 1.0]).all() for w in seen)
+
+
+@pytest.mark.parametrize("method", ["projection", "gradient"])
+@pytest.mark.parametrize(
+    "chosen",
+    [sets.Sparse(k=10), sets.Quantized([-0.5, 0.0, 0.5]), sets.Intersection(sets.Sparse(k=30), sets.Box(-1.0, 1.0))],
+)
+def test_a_discrete_set_takes_hold_of_the_nearest_entries_first(method, chosen):
+    """Along a cubic schedule, whole after six tenths of the steps; the optimizer leaves the weights where they are."""
+    seen, steps = [], 20
+    start = jnp.asarray(np.random.default_rng(0).normal(size=(4, 10)), jnp.float32)
+
+    def loss(model, x):
+        jax.debug.callback(lambda w: seen.append(np.asarray(w)), model["w"])
+        return jnp.mean((x @ model["w"]) ** 2)
+
+    eqxproj.train(
+        {"w": start}, (np.eye(4, dtype=np.float32),), loss, steps=steps, optimizer=optax.sgd(0.0), method=method,
+        constraints=[(lambda m: m["w"], chosen)],
+    )  # fmt: skip
+    jax.effects_barrier()
+    projected = np.asarray(chosen(start))
+    way = np.abs(projected - start)
+    shown = seen[-steps:]  # before them, the loss is tried
+    for number, w in enumerate(shown):
+        waits = w != projected
+        np.testing.assert_array_equal(w[waits], np.asarray(start)[waits])
+        left = max(0.0, 1 - number / (0.6 * steps)) ** 3 * np.count_nonzero(way)
+        assert abs(waits.sum() - left) <= 1
+        assert waits.sum() == 0 or way[waits].min() >= way[~waits].max(initial=0)
+    assert (shown[0] != projected).sum() == np.count_nonzero(way) and (shown[12] == projected).all()

@@ -47,7 +47,8 @@ def test_the_readme_is_short():
 
 def test_the_reference_names_all_that_is_public():
     modules = {"datasets", "flax", "losses", "readers", "sets"}
-    public = {"eqxproj": eqxproj, "eqxproj.rules": eqxproj.rules, "eqxproj.solvers": eqxproj.solvers}
+    packages = {f"eqxproj.{name}": getattr(eqxproj, name) for name in ("readers", "rules", "sets", "solvers")}
+    public = {"eqxproj": eqxproj, **packages}
     names = {f"eqxproj.{name}" for name in modules}
     for prefix, module in public.items():
         found = {n: x for n, x in vars(module).items() if not n.startswith("_") and not isinstance(x, types.ModuleType)}

@@ -68,6 +68,17 @@ def test_the_character_network_learns_and_writes_text(tmp_path, monkeypatch, cap
     assert "--- written by the network" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_solvers_train_a_network_and_one_finds_a_point_by_hand(tmp_path, monkeypatch, capsys):
+    names = ["CyclicProjections", "AlternatingReflections"]
+    reached = _run("solvers", ["--steps", "6", "--solvers", *names], tmp_path, monkeypatch)
+    assert reached["by hand"] == 1.0
+    assert reached["defaults"] >= 0.9 and all(reached[name] >= 0.4 for name in names)
+    assert (tmp_path / "solvers_graph.png").read_bytes().startswith(_PNG)
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert all(float(rows[name][2]) == pytest.approx(reached[name], abs=1e-3) for name in names)
+
+
 def test_without_matplotlib_an_example_says_so_and_draws_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(_EXAMPLES)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -75,3 +86,8 @@ def test_without_matplotlib_an_example_says_so_and_draws_nothing(tmp_path, monke
     side_by_side.draw(tmp_path / "none.png", "title", "accuracy", {})
     assert "matplotlib is missing" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_projections_find_a_circuit_from_its_table():
+    assert _load("boolean").main(["--steps", "4000"]) >= 1

@@ -14,7 +14,6 @@ import optax
 import pytest
 
 import eqxproj
-from eqxproj._problem._constraints import held
 from eqxproj._problem._make import make_problem
 from eqxproj._program._normal_form import normal_form
 from eqxproj._program._recurrence import Recurrence
@@ -65,10 +64,16 @@ def loss_of(outputs: Callable[..., Any], penalty: float = 0.0) -> Callable[..., 
     return loss
 
 
-def of(loss, model, *args, in_order: bool = True, excluded=()) -> Preconditioner:
+def of(loss, model, *args, in_order: bool = True, fixed=()) -> Preconditioner:
     traced = trace(loss, model, args)
     problem = make_problem(traced, DEFAULT_METRIC, "neuron", 0.01, "constant", not in_order)
-    return preconditioner(problem, excluded)
+    return preconditioner(problem, fixed)
+
+
+def applied(found: Preconditioner, update):
+    """The update of the parameters where no set changes it."""
+    scaled = found.scaled(update)
+    return found.offset(scaled, scaled)
 
 
 LAYERS = {
@@ -102,7 +107,7 @@ def test_the_maps_are_adjoint_but_for_the_deviation(name, in_order):
     g, u = random_like(model, KEYS[0]), random_like(model, KEYS[1])
     scaled = jtu.tree_leaves(u)
     scaled[found.layers[0].weight] = scaled[found.layers[0].weight] * found.scales[0]
-    pairs = (g, found.applied(u)), (found.centered(g), scaled)
+    pairs = (g, applied(found, u)), (found.centered(g), scaled)
     one, other = (
         sum(float(jnp.vdot(a, b)) for a, b in zip(jtu.tree_leaves(p), jtu.tree_leaves(q), strict=True))
         for p, q in pairs
@@ -126,7 +131,7 @@ def test_a_step_of_the_weight_keeps_the_mean_of_the_outputs(name):
         axes = tuple(i for i in range(change.ndim) if i != 1)
         return float(jnp.max(jnp.abs(jnp.mean(change, axes))) / jnp.sqrt(jnp.mean(change**2)))
 
-    assert drift(found.applied(update)) < 0.1
+    assert drift(applied(found, update)) < 0.1
     assert drift(update) > 0.3
 
 
@@ -215,15 +220,27 @@ def test_what_has_no_coordinates_of_its_own():
     assert batched.layers == ()
 
 
-def test_constrained_parameters_keep_their_coordinates():
-    model = eqx.nn.MLP(6, 4, 5, 1, key=KEYS[0])
-    loss = loss_of(linear)
-    constraints = [(lambda m: m.layers[0].weight, eqxproj.sets.NonNegative())]
-    positions = frozenset(one.position for one in held(model, constraints))
-    assert positions == {0}
+def test_layers_of_constrained_biases_keep_their_coordinates():
+    model, loss = eqx.nn.MLP(6, 4, 5, 1, key=KEYS[0]), loss_of(linear)
     assert [layer.weight for layer in of(loss, model, X).layers] == [0, 2]
-    assert [layer.weight for layer in of(loss, model, X, excluded=positions).layers] == [2]
-    assert [layer.weight for layer in of(loss, model, X, excluded={3}).layers] == [0]
+    assert [layer.weight for layer in of(loss, model, X, fixed={0, 2}).layers] == [0, 2]
+    assert [layer.weight for layer in of(loss, model, X, fixed={3}).layers] == [0]
+
+
+@pytest.mark.parametrize("chosen", [eqxproj.sets.Sparse(0.2), eqxproj.sets.NonNegative(), eqxproj.sets.LowRank(1)])
+def test_a_step_of_a_constrained_weight_keeps_the_mean_of_the_outputs(chosen):
+    """But for the share of one row that the mean leaves out."""
+    model, x = eqx.nn.Linear(6, 4, key=KEYS[2]), 3 + X
+    far = optax.stateless(lambda u, _: jtu.tree_map(lambda g: -0.3 * g / jnp.abs(g).max() * (g.ndim == 2), u))
+    constraints = [(lambda m: m.weight, chosen)]
+    start = eqxproj.apply_constraints(model, constraints)
+    result = eqxproj.train(
+        start, (x,), loss_of(linear), steps=1, optimizer=far, precondition=True, constraints=constraints
+    )
+    change = jnp.mean(linear(result.model, x) - linear(start, x), 0)
+    by_weight = (result.model.weight - start.weight) @ jnp.mean(x, 0)
+    assert float(jnp.max(jnp.abs(by_weight))) > 0.1
+    np.testing.assert_allclose(change, by_weight / len(x), rtol=1e-2, atol=1e-5)
 
 
 def trained(**options):
@@ -297,7 +314,7 @@ def test_products_may_share_a_bias():
     found = of(loss_of(summed), model, X)
     assert [(layer.weight, layer.bias) for layer in found.layers] == [(0, 1), (2, 1)]
     leaves, treedef = jtu.tree_flatten(random_like(model, KEYS[0]))
-    update = found.applied(jtu.tree_unflatten(treedef, [leaves[0], jnp.zeros(4), leaves[2]]))
+    update = applied(found, jtu.tree_unflatten(treedef, [leaves[0], jnp.zeros(4), leaves[2]]))
     change = summed(eqx.apply_updates(model, update), X) - summed(model, X)
     assert float(jnp.max(jnp.abs(jnp.mean(change, 0)))) < 0.1 * float(jnp.sqrt(jnp.mean(change**2)))
 
@@ -408,8 +425,8 @@ def test_layers_that_a_scan_goes_through(reverse):
     np.testing.assert_allclose(stacked.scales[0], jnp.stack(several.scales), rtol=1e-5)
     update = random_like(DEEP, KEYS[2])
     parts = [Pair(update.weight[i], update.bias[i]) for i in range(3)]
-    for name in ("centered", "applied"):
-        one, others = getattr(stacked, name)(update), getattr(several, name)(parts)
+    for of_update in (Preconditioner.centered, applied):
+        one, others = of_update(stacked, update), of_update(several, parts)
         np.testing.assert_allclose(one.weight, jnp.stack([m.weight for m in others]), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(one.bias, jnp.stack([m.bias for m in others]), rtol=1e-5, atol=1e-6)
 

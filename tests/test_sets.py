@@ -158,6 +158,17 @@ def numpy_polar(x):
     return (u @ v).reshape(x.shape)
 
 
+def positive_ball(x):
+    """Of a cone and a ball around its tip: the nearest point of the cone, shortened."""
+    y = np.maximum(x, 0)
+    return y * min(1, 1.5 / max(np.linalg.norm(y), 1e-30))
+
+
+def numpy_clipped(x):
+    u, s, v = np.linalg.svd(x.reshape(len(x), -1), full_matrices=False)
+    return (u * np.minimum(s, 0.8) @ v).reshape(x.shape)
+
+
 def numpy_truncated(x):
     u, s, v = np.linalg.svd(x.reshape(len(x), -1), full_matrices=False)
     return (u[:, :2] * s[:2] @ v[:2]).reshape(x.shape)
@@ -176,6 +187,10 @@ ORACLES = {
     "decreasing": lambda x: by_rows(x, 0, lambda v: scipy.optimize.isotonic_regression(v, increasing=False).x),
     "orthogonal": numpy_polar,
     "rank": numpy_truncated,
+    "spectral": numpy_clipped,
+    "equal": lambda x: np.broadcast_to(x.mean(-1, keepdims=True), x.shape),
+    "equal_all": lambda x: np.full(x.shape, x.mean()),
+    "positive_ball": positive_ball,
     "k_rows": lambda x: by_rows(x, -1, lambda v: np.where(np.argsort(np.argsort(-abs(v))) < 2, v, 0)),
     "given_scale": lambda x: np.clip(np.round(x / 0.3), -1, 1) * 0.3,
     "given_bits": lambda x: (np.clip(np.floor(x / 0.2), -4, 3) + 0.5) * 0.2,
@@ -251,7 +266,7 @@ def test_wider_sets_under_vmap(name):
 
 @pytest.mark.parametrize("chosen", [sets.Orthogonal(), sets.LowRank(2)])
 def test_a_decomposition_that_does_not_converge_is_taken_of_the_transposed_matrix(monkeypatch, chosen):
-    x, svd = jax.random.normal(jax.random.key(0), (4, 7)), jnp.linalg.svd
+    x, svd = jax.random.normal(jax.random.key(0), (4, 7)).at[0].multiply(1e-2), jnp.linalg.svd
     want = chosen(x)
     monkeypatch.setattr(jnp.linalg, "svd", lambda a, **how: [p if len(a) == 7 else p + jnp.nan for p in svd(a, **how)])
     np.testing.assert_allclose(chosen(x), want, rtol=1e-4, atol=1e-6)
@@ -322,6 +337,12 @@ def test_nan_is_not_hidden(name):
         (lambda: sets.LowRank(0), "`rank` must be at least 1", ValueError),
         (lambda: sets.LowRank(True), "`rank` must be an integer", TypeError),
         (lambda: sets.Monotone(True), "`axis` must be an integer", TypeError),
+        (lambda: sets.Sparse(k=1, of=0), "`of` must be at least 1", ValueError),
+        (lambda: sets.Sparse(k=1, of=2.0), "`of` must be an integer", TypeError),
+        (lambda: sets.SpectralBall(0.0), "`radius` must be a positive number", ValueError),
+        (lambda: sets.Equal(axis="all"), "`axis` must be", TypeError),
+        (lambda: sets.Intersection(sets.Box(0.0, 1.0)), "must be two or more, got 1", ValueError),
+        (lambda: sets.Intersection(sets.Box(0.0, 1.0), 3), r"`sets\[1\]` must be a set of arrays, got 3", TypeError),
     ],
 )
 def test_bad_sets(make, part, kind):
@@ -334,6 +355,9 @@ def test_bad_sets(make, part, kind):
 def test_which_sets_are_discrete():
     every = [chosen for chosen, _ in [*SETS.values(), *WIDER.values()]]
     assert {type(chosen) for chosen in every if chosen.is_discrete} == {sets.Sparse, sets.Quantized}
+    assert not sets.Intersection(sets.NonNegative(), sets.L2Ball()).is_discrete
+    assert sets.Intersection(sets.NonNegative(), sets.Sparse(0.5)).is_discrete
+    assert sets.Together(sets.Sparse(0.5)).is_discrete and sets.Together(sets.L2Ball()).is_convex
     public = {c for c in vars(sets).values() if isinstance(c, type) and issubclass(c, sets.AbstractSet)}
     assert {type(chosen) for chosen in every} == public - {sets.AbstractSet}
 
@@ -352,6 +376,9 @@ def test_sets_show_their_arguments():
         (sets.Sparse(k=2, axis=(0, -2)), (3, 4), "names an axis twice"),
         (sets.Monotone(-3), (3, 4), "`axis` -3 is out of range"),
         (sets.L1Ball(axis=1), (3,), "`axis` 1 is out of range"),
+        (sets.Sparse(k=2, of=4, axis=-1), (4, 6), "needs a multiple of that along its `axis`, got 6"),
+        (sets.SpectralBall(), (3,), "two axes or more, got shape"),
+        (sets.Intersection(sets.NonNegative(), sets.Simplex(2)), (3, 4), "`axis` 2 is out of range"),
         (sets.Orthogonal(), (3,), "two axes or more, got shape"),
         (sets.Orthogonal(), (0, 3), "an array with entries"),
         (sets.LowRank(1), (), "two axes or more, got shape"),

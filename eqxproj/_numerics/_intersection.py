@@ -1,4 +1,4 @@
-r"""A point of several closed sets at once, each given by its projection: constraints that meet on one array.
+r"""A point of several closed sets at once, each given by its projection: constraints that meet.
 
 Where all sets are convex, Dykstra's algorithm finds the nearest common point: it projects $x + p_i$ onto one set after
 another, and keeps in $p_i$ what each projection took away (Boyle and Dykstra, *A method for finding projections onto
@@ -6,7 +6,7 @@ the intersection of convex sets in Hilbert spaces*, 1986). It stops where the $p
 *Robust stopping criteria for Dykstra's algorithm*, SIAM J. Sci. Comput. 26(4), 2005). Other sets are projected onto in
 turn, and so are the convex ones at the end, until every set returns the point as it is. Each turn is lengthened where
 that brings the sets nearer (Gubin, Polyak and Raik, *The method of projections for finding the common point of convex
-sets*, 1967, section 3).
+sets*, 1967, section 3). A point that all sets return as it is stays as it is.
 
 Limits: sets that are not convex may have common points that are not found; [`apart`][] says whether one was.
 """
@@ -40,10 +40,16 @@ def common_point(
     x: Float[Array, "*shape"], projections: Sequence[Projection], all_convex: bool
 ) -> Float[Array, "*shape"]:
     """A point near `x` of all sets, the nearest one where all are convex."""
-    if all_convex:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        x = _nearest_of_convex(wide, projections).astype(x.dtype)
-    return _in_turn(x, projections)
+
+    def found() -> Array:
+        y = x
+        if all_convex:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            y = _nearest_of_convex(wide, projections).astype(x.dtype)
+        return _in_turn(y, projections)
+
+    inside = jnp.all(jnp.stack([jnp.all(project(x) == x) for project in projections]))
+    return jax.lax.cond(inside, lambda: x, found)
 
 
 def _nearest_of_convex(start: Array, projections: Sequence[Projection]) -> Array:

@@ -84,15 +84,30 @@ def _returned(inside: Bool[Array, "*#shape"], x: Array, y: Array, dtype: jnp.dty
     return jnp.where(inside, x, rounded(y, dtype))
 
 
-def largest(x: Float[Array, "*batch n"], kept: int) -> Float[Array, "*batch n"]:
-    """The slice with all but its `kept` entries of largest absolute value (the first, among equals) set to zero."""
-    n = x.shape[-1]
-    if kept >= n:
+def largest(x: Float[Array, "*batch n"], kept: int | Int[Array, ""]) -> Float[Array, "*batch n"]:
+    """The slice with all but its `kept` entries of largest absolute value (the first, among equals) set to zero.
+
+    Positive floats are ordered as the integers of the same bits are. So the bits of the least size that is kept are
+    found from the highest on: each is set where as many entries as wanted are no smaller then. That takes as many sums
+    as there are bits, and is faster than sorting.
+    """
+    if isinstance(kept, int) and kept >= x.shape[-1]:
         return x
-    flat = x.reshape(-1, n)
-    order = jax.lax.top_k(jnp.abs(wide(flat)), kept)[1]
-    mask = jnp.zeros(flat.shape, bool).at[jnp.arange(flat.shape[0])[:, None], order].set(True)
-    return jnp.where(mask, flat, jnp.zeros_like(flat)).reshape(x.shape)
+    size = jnp.abs(wide(x))
+    integer = jnp.dtype(f"int{jnp.finfo(size.dtype).bits}")
+    order, high = jax.lax.bitcast_convert_type(size, integer), jnp.iinfo(integer).bits - 2
+
+    def count(which: Array) -> Array:
+        return jnp.sum(which, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    def lower(i: Array, least: Array) -> Array:
+        larger = least | (jnp.ones((), integer) << (high - i).astype(integer))
+        return jnp.where(count(order >= larger) >= kept, larger, least)
+
+    least = jax.lax.fori_loop(0, high + 1, lower, jnp.zeros((*x.shape[:-1], 1), integer))
+    above, equal = order > least, order == least
+    first = jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= kept - count(above)
+    return jnp.where(above | (equal & first), x, jnp.zeros_like(x))
 
 
 def _on_simplex(x: Float[Array, "*batch n"], total: float) -> Float[Array, "*batch n"]:
@@ -192,6 +207,12 @@ def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     return jnp.take_along_axis(means, jnp.cumsum(begins, axis=-1) - 1, axis=-1).reshape(x.shape)
 
 
+def equal(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """The nearest slice whose entries are equal: their mean. One whose entries are equal already stays as it is."""
+    mean = jnp.sum(x / x.shape[-1], axis=-1, keepdims=True)  # so that no sum of large numbers overflows
+    return jnp.where(jnp.all(x == x[..., :1], axis=-1, keepdims=True), x, mean)
+
+
 def nearest_level(x: Float[Array, "*shape"], levels: Float[np.ndarray, "levels"]) -> Int[Array, "*shape"]:
     """The index of the level nearest to each entry; the levels ascend."""
     if len(levels) == 1:
@@ -283,19 +304,39 @@ def _decomposed(x: Float[Array, "m n"]) -> tuple[Array, Array, Array]:
     return jax.lax.cond(found, lambda: (u, s, v), transposed)
 
 
+_FAR = 100.0  # the Gram matrix has half of the digits: it is taken where squares of singular values differ by less,
+_OUTSIDE = 4.0  # and of a matrix outside of a ball, where the largest one exceeds the radius by a smaller factor
+
+
+def _rows_decomposed(x: Float[Array, "m n"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """The squares of the singular values, ascending, and the left singular vectors, by the Gram matrix of the rows.
+
+    With few rows that is many times as fast as the singular value decomposition.
+    """
+    return jnp.linalg.eigh(_times(x, x.T))
+
+
 def polar(x: Float[Array, "m n"], dtype: jnp.dtype) -> Float[Array, "m n"]:
     r"""The nearest matrix with orthonormal rows, or columns where these are fewer.
 
     With the singular value decomposition $X = U \Sigma V^T$ it is $U V^T$ (Higham, *Computing the polar decomposition -
-    with applications*, SIAM J. Sci. Stat. Comput. 7(4), 1986, section 2). A step $\tfrac12 (3 I - Y Y^T) Y$ of Newton
-    and Schulz squares the error that rounding left in $Y Y^T = I$.
+    with applications*, SIAM J. Sci. Stat. Comput. 7(4), 1986, section 2). Where the singular values are of one size, as
+    after a step from an orthogonal matrix, it is found as $U \Sigma^{-1} U^T X$, with $X X^T = U \Sigma^2 U^T$. A step
+    $\tfrac12 (3 I - Y Y^T) Y$ of Newton and Schulz squares the error that rounding left in $Y Y^T = I$.
     """
     if x.shape[0] > x.shape[1]:
         return polar(x.T, dtype).T
-    u, _, v = _decomposed(x)
     identity = jnp.eye(x.shape[0], dtype=x.dtype)
-    y = _times(u, v)
-    y = 1.5 * y - 0.5 * _times(_times(y, y.T), y)
+    squares, u = _rows_decomposed(x)
+
+    def whole() -> Array:
+        u, _, v = _decomposed(x)
+        return _times(u, v)
+
+    near = (squares[0] > 0) & (squares[-1] < _FAR * squares[0])
+    y = jax.lax.cond(near, lambda: _times(_times(u / jnp.sqrt(squares), u.T), x), whole)
+    for _ in range(2):
+        y = 1.5 * y - 0.5 * _times(_times(y, y.T), y)
     inside = jnp.max(jnp.abs(_times(x, x.T) - identity)) <= 3 * rounding(dtype)
     return _returned(inside, x, y, dtype)
 
@@ -312,3 +353,28 @@ def truncated(x: Float[Array, "m n"], rank: int, dtype: jnp.dtype) -> Float[Arra
     share = s / jnp.where(s[0] > 0, s[0], 1)  # whose squares are numbers at any scale
     inside = jnp.sum(share[rank:] ** 2) <= error**2 * jnp.sum(share**2)
     return _returned(inside, x, unit * _times(u[:, :rank] * s[:rank], v[:rank]), dtype)
+
+
+def clipped(x: Float[Array, "m n"], radius: float, dtype: jnp.dtype) -> Float[Array, "m n"]:
+    r"""The nearest matrix whose singular values are at most `radius`: the larger ones become the radius.
+
+    With $X X^T = U \Sigma^2 U^T$ it is $X - U (1 - r \Sigma^{-1})_+ U^T X$, where no singular value is much larger than
+    the radius $r$, as after a step from the ball. Rounding moves the singular values of the answer, all by about its
+    relative error: they are clipped below the radius by twice that.
+    """
+    if x.shape[0] > x.shape[1]:
+        return clipped(x.T, radius, dtype).T
+    least = radius * (1 - 2 * rounding(dtype))
+    squares, u = _rows_decomposed(x)
+    sizes = jnp.sqrt(jnp.maximum(squares, least**2))
+
+    def whole() -> tuple[Array, Array]:
+        unit = _unit(jnp.max(jnp.abs(x)))
+        u, s, v = _decomposed(x / unit)
+        return s[0] <= radius / unit, unit * _times(u * jnp.minimum(s, least / unit), v)
+
+    def partly() -> tuple[Array, Array]:
+        return squares[-1] <= radius**2, x - _times(_times(u * (1 - least / sizes), u.T), x)
+
+    inside, y = jax.lax.cond(squares[-1] < _OUTSIDE * radius**2, partly, whole)
+    return _returned(inside, x, y, dtype)

@@ -197,7 +197,7 @@ def _draw_arc(axes: Any, boxes: Sequence[Box], places: Sequence[float], u: int, 
     y = _middle(boxes[u].row) - _HEIGHT / 2
     apart = 0.3 * min(_width(boxes[u]), _width(boxes[v])) if u == v else 0.0
     start, end = (places[u] + apart, y), (places[v] - apart, y)
-    bend = -0.4 if places[v] - apart < places[u] + apart else 0.4
+    bend = -0.4 if end < start else 0.25  # so that one there and one back are two
     color, style = _STYLES[link]
     axes.add_patch(
         FancyArrowPatch(
@@ -245,8 +245,8 @@ def _draw_legend(axes: Any, picture: Picture, top: float) -> None:
             axes.text(x + 0.35, y, words, fontsize=_SMALL, va="center")
             x += 0.55 + _text_width(words, _SMALL)
     x, y = 0.0, y - 0.25
-    found = {link for _, _, link in picture.edges}
-    for link in (link for link, words in _WORDS.items() if words and link in found):
+    found: list[Link] = sorted({link for _, _, link in picture.edges if _WORDS[link]})
+    for link in found:
         color, style = _STYLES[link]
         axes.plot([x, x + 0.28], [y, y], color=color, ls=style, lw=1.0)
         axes.text(x + 0.35, y, _WORDS[link], fontsize=_SMALL, va="center")

@@ -179,7 +179,7 @@ def _two_colored(graph: Graph, concurrence: bool | None) -> Graph:
 
 def _held_parameters(traced: Trace, all_held: Sequence[Held]) -> dict[int, Held]:
     """What is held in sets, by the number of the parameter."""
-    sets = {one.position: one for one in all_held}
+    sets = {one.positions[0]: one for one in all_held}
     return {number: sets[place] for number, place in enumerate(traced.leaves) if place in sets}
 
 
@@ -232,8 +232,8 @@ def feasibility_problem(
         not use it.
     - `noise`: in the gradient regime, where operations with jumps (signs, roundings, positions of maxima) answer under
         noise: `"unreached"`, for what no gradient reaches; `"everywhere"`, beside the gradient too; or `"never"`.
-    - `constraints`: pairs `(where, set)`, as for [`train`][]. All copies of such a parameter are equal, and in the set:
-        every projection onto the parameter's node ends there.
+    - `constraints`: pairs `(where, set)`, as for [`train`][], but none of several arrays together. All copies of such a
+        parameter are equal, and in the set: every projection onto the parameter's node ends there.
     - `has_aux`: whether the loss returns `(value, auxiliary)`.
     - `kwargs`: keyword arguments of the loss.
 
@@ -257,6 +257,12 @@ def feasibility_problem(
     if concurrence is not None:
         check_flag("concurrence", concurrence)
     all_held = held(model, constraints)
+    for one in all_held:
+        if len(one.positions) > 1:
+            raise ValueError(
+                f"{one.names}: arrays that are in a set together (`Together`) are for `train` and `apply_constraints`; "
+                "here each parameter is a node of its own. Give a set for each array, or make them one parameter."
+            )
     check_common_points(model, all_held)
     traced = trace(loss, model, args, kwargs, has_aux=has_aux)
     problem = make_problem(

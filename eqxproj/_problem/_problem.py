@@ -105,7 +105,7 @@ class FeasibilityProblem(eqx.Module):
 
     def in_sets(self, parameters: Sequence[Array]) -> tuple[Array, ...]:
         """The parameters in their sets, to the last bit: a state keeps how far they have moved, which is rounded."""
-        return tuple(self.held[i](x) if i in self.held else x for i, x in enumerate(parameters))
+        return tuple(self.held[i].alone(x) if i in self.held else x for i, x in enumerate(parameters))
 
     def model(self, parameters: Sequence[Array]) -> PyTree:
         """The model with these parameters, as a solver's `postprocess` returns them."""

@@ -184,7 +184,7 @@ def _in_set(problem: FeasibilityProblem, value: int, shift: Array | None) -> Arr
     weight, start = parameter_weight(problem, value), problem.initial[value]
     assert start is not None
     moved = start if shift is None else start + step(weight, shift).astype(start.dtype)
-    return in_duals(weight, held(moved) - start)
+    return in_duals(weight, held.alone(moved) - start)
 
 
 def _added(before: Array | None, dual: Array | None) -> Array | None:

@@ -56,6 +56,24 @@ def threshold(s: ArrayLike, *, margin: Any = 1.0) -> Array:
 
     **Returns:** `Float[Array, "*shape"]`.
 
+    !!! example
+
+        ```python
+        def loss(weights, x, y):  # a constant is an input like the others
+            for w in weights:
+                x = jnp.concatenate([x, jnp.ones((len(x), 1))], 1)
+                x = eqxproj.threshold(x @ w.T, margin=(w.shape[1] / 3) ** 0.5)
+            return jnp.sum(eqxproj.losses.equal(x, y))
+
+
+        spheres = [
+            (lambda m, i=i: m[i], eqxproj.sets.Sphere(radius=w.shape[1] ** 0.5, axis=-1)) for i, w in enumerate(weights)
+        ]
+        problem = eqxproj.feasibility_problem(loss, weights, x, y, data="pinned", constraints=spheres)
+        solver = eqxproj.RelaxedReflectReflect(beta=0.2, reweight=1e-3)
+        solution = eqxproj.solve(problem, solver, steps=10_000, tol=1e-2, start="random", key=key)
+        ```
+
     **Raises:** `ValueError` for another margin, `TypeError` for another dtype.
     """
     number = as_number(margin)

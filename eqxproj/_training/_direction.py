@@ -88,19 +88,19 @@ class Displacement(AbstractDirection):
     """The displacement of the loss by a solver, with the coordinates of the layers' inputs where they are asked for.
 
     - `options`: of the displacement.
-    - `excluded`: positions of the parameters whose layers keep their coordinates; `None` for all of them.
+    - `fixed`: positions of the parameters that are no biases of the coordinates; `None` for plain coordinates.
     """
 
     name: ClassVar[str] = "projection"
     loss: Callable[..., Any]
     has_aux: bool
     options: Options
-    excluded: frozenset[int] | None
+    fixed: frozenset[int] | None
 
     def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
         problem = self._problem(model, batch, key)
         state = self.options.state(problem)
-        coordinates = None if self.excluded is None else preconditioner(problem, self.excluded)
+        coordinates = None if self.fixed is None else preconditioner(problem, self.fixed)
         moved = displacement_of(problem, state, self.options.raw)
         return Direction(problem.value, moved, coordinates, problem.auxiliary)
 

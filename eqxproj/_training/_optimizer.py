@@ -17,6 +17,9 @@ from jaxtyping import Array, PyTree
 from .._errors import described
 from .._numerics._promotion import with_own_promotion
 
+REPLACING = optax.sgd(1.0)
+"""Takes a raw displacement off as it is: the new parameters are the projection's."""
+
 
 @functools.lru_cache(64)  # the same functions again, so that a step compiled with them is found
 @with_own_promotion

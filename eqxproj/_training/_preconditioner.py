@@ -18,9 +18,13 @@ Layers in branches beside residual connections change one sum together. Their st
 other layers, but never larger. Where a layer's outputs are added, as they are, to a value that they are computed from,
 a change of them counts relative to the deviation of this sum: where this is below one, it multiplies the update of W.
 
+A weight in a set does not change by its update: $\Delta W$ is what the projection leaves or makes of it, in the model
+that is run. So $\Delta b = \Delta c - \Delta W \bar x$ keeps the mean of the outputs where entries of $W$ are set
+to zero, rounded or cut off.
+
 Limits: it acts on the layers that [`layers`][] finds, also inside of a `scan`, where the inputs of all time steps
-count. A weight without a bias is only scaled, by the deviation from zero. Weights with constraints, and weights inside
-of a `cond`, keep their coordinates.
+count. A weight without a bias is only scaled, by the deviation from zero. Layers whose bias is in a set,
+and weights inside of a `cond`, keep their coordinates.
 """
 
 from __future__ import annotations
@@ -69,14 +73,20 @@ class Preconditioner(eqx.Module):
                 leaves[layer.weight] = _each(_centered, layer)(leaves[layer.weight], leaves[layer.bias], mean)
         return jtu.tree_unflatten(treedef, leaves)
 
-    def applied(self, updates: PyTree) -> PyTree:
-        """Updates of the parameters, from those in the coordinates of the inputs."""
+    def scaled(self, updates: PyTree) -> PyTree:
+        """Updates of the weights, from those in the coordinates of the inputs; those of biases are left to `offset`."""
         leaves, treedef = jtu.tree_flatten(updates)
-        for layer, mean, scale in zip(self.layers, self.means, self.scales, strict=True):
-            scaled = _each(lambda _, w, s: w * s.astype(w.dtype), layer)(leaves[layer.weight], scale)
-            leaves[layer.weight] = scaled
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            leaves[layer.weight] = _each(lambda _, w, s: w * s.astype(w.dtype), layer)(leaves[layer.weight], scale)
+        return jtu.tree_unflatten(treedef, leaves)
+
+    def offset(self, parameters: PyTree, changes: PyTree) -> PyTree:
+        """Parameters, or updates of them, with biases that make up for the `changes` of the weights."""
+        leaves, treedef = jtu.tree_flatten(parameters)
+        weights = jtu.tree_leaves(changes)
+        for layer, mean in zip(self.layers, self.means, strict=True):
             if layer.bias is not None:
-                leaves[layer.bias] = _each(_offset, layer)(scaled, leaves[layer.bias], mean)
+                leaves[layer.bias] = _each(_offset, layer)(weights[layer.weight], leaves[layer.bias], mean)
         return jtu.tree_unflatten(treedef, leaves)
 
 
@@ -100,8 +110,8 @@ def _offset(layer: Layer, weight: Array, bias: Array, mean: Array) -> Array:
 
 
 @with_own_promotion
-def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) -> Preconditioner:
-    """The preconditioner of a problem, from its forward pass, without the layers of the parameters `excluded`."""
+def preconditioner(problem: FeasibilityProblem, fixed: Collection[int] = ()) -> Preconditioner:
+    """The preconditioner of a problem, from its forward pass, without the layers whose biases are among `fixed`."""
     owner = {value: i for i, value in enumerate(problem.graph.parameters) if value is not None}
     places = {None: None, **dict(enumerate(problem.trace.leaves))}
     found, means, scales = [], [], []
@@ -112,7 +122,7 @@ def preconditioner(problem: FeasibilityProblem, excluded: Collection[int] = ()) 
             continue  # a part of a complex parameter
         layer = replace(one.layer, weight=weight, bias=bias)
         has_entries = one.inputs.size and math.prod(shape)
-        if has_entries and layer.weight not in excluded and layer.bias not in excluded:
+        if has_entries and layer.bias not in fixed:
             mean, scale = _each(ft.partial(_statistics, shape), layer)(one.inputs)
             found.append(layer)
             means.append(mean)

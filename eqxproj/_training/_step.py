@@ -18,13 +18,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._numerics._nearest import largest
 from .._numerics._promotion import with_own_promotion
 from .._problem._constraints import Held, held_in
 from .._program._canonical import lowered
 from .._program._compiled import configuration, kept
 from .._program._sharding import constrained_as
 from ..rules._registry import registry_version
+from ..sets._joint import joined, parted
 from ._direction import AbstractDirection, Direction
+
+_RAMP = 6  # tenths of the steps after which discrete sets hold whole: where the default rate begins to fall
 
 
 class TrainState(eqx.Module):
@@ -33,11 +37,13 @@ class TrainState(eqx.Module):
     - `parameters`: the model's inexact arrays, in float32 at least.
     - `optimizer`: the state of the optimizer.
     - `carried`: the model's other arrays, where the loss changes them.
+    - `shown`: of the arrays in discrete sets, which the steps move, what the model of the next step has in their place.
     - `bad_step`: the number of the first step that was not finite; -1 while there is none.
     """
 
     parameters: PyTree
     optimizer: PyTree
+    shown: tuple[Array, ...]
     bad_step: Int[Array, ""]
     carried: PyTree = None
 
@@ -47,6 +53,7 @@ class Step(eqx.Module):
 
     - `static`: the model without its inexact arrays. `like`: the shapes and types of these in the model.
     - `before`: constraints that hold in the model that is run, but not in the array that is trained.
+    - `ramp`: after so many steps they hold whole, see `gradually`.
     - `after`: constraints that the trained array itself satisfies after each step.
     - `updated`: from a model and the auxiliary output of the loss to the model with new `carried` arrays, if any.
     """
@@ -56,6 +63,7 @@ class Step(eqx.Module):
     static: PyTree
     like: PyTree
     before: tuple[Held, ...]
+    ramp: int
     after: tuple[Held, ...]
     updated: Callable[[PyTree, PyTree], PyTree] | None
 
@@ -63,7 +71,7 @@ class Step(eqx.Module):
         self, state: TrainState, number: Any, batch: Sequence[PyTree], key: Array
     ) -> tuple[TrainState, Float[Array, ""]]:
         """The next state, and the loss of this minibatch; `number` is that of the step, from 0."""
-        model = held_in(self._combined(state), self.before)
+        model = self._with(cast(self._seen(state.parameters, state.shown), self.like), state)
         direction = self.direction(model, batch, key)
         after = model if self.updated is None else self.updated(model, direction.auxiliary)
         carried = None if self.updated is None else _others(after)[0]
@@ -76,14 +84,41 @@ class Step(eqx.Module):
         moved = jtu.tree_map(jnp.conj, cast(moved, state.parameters))  # as JAX has gradients of complex parameters
         moved = moved if coordinates is None else coordinates.centered(moved)
         updates, optimizer = self.optimizer.update(moved, state.optimizer, state.parameters, value=value)
-        updates = updates if coordinates is None else coordinates.applied(updates)
+        updates = updates if coordinates is None else coordinates.scaled(updates)
         model = self._with(eqx.apply_updates(state.parameters, updates), state)
         parameters = eqx.filter(held_in(model, self.after), eqx.is_inexact_array)
+        shown = self._shown(parameters, number + 1)
+        if coordinates is not None:
+            parameters = coordinates.offset(parameters, self._changes(state, updates, parameters, shown))
         ok = _all_finite((value, moved, cast(parameters, self.like))) & (state.bad_step < 0)
         bad = jnp.where(ok | (state.bad_step >= 0), state.bad_step, number)
-        new, old = (parameters, optimizer, carried), (state.parameters, state.optimizer, state.carried)
-        chosen, moments, others = map(ft.partial(_chosen, ok), new, old)
-        return TrainState(chosen, moments, bad, others)
+        new = (parameters, optimizer, shown, carried)
+        old = (state.parameters, state.optimizer, state.shown, state.carried)
+        chosen, moments, kept, others = map(ft.partial(_chosen, ok), new, old)
+        return TrainState(chosen, moments, kept, bad, others)
+
+    def _shown(self, parameters: PyTree, number: Any) -> tuple[Array, ...]:
+        """What the model of a step has in the place of the arrays in discrete sets."""
+        leaves, found = jtu.tree_leaves(cast(parameters, self.like)), {}
+        for one in self.before:
+            found |= gradually(one, leaves, number / self.ramp)
+        return tuple(found[p] for p in sorted(found))
+
+    def _seen(self, parameters: PyTree, shown: Sequence[Array]) -> PyTree:
+        """The parameters with what is shown of them."""
+        leaves, treedef = jtu.tree_flatten(parameters)
+        for position, x in zip(_positions(self.before), shown, strict=True):
+            leaves[position] = x.astype(leaves[position].dtype)
+        return jtu.tree_unflatten(treedef, leaves)
+
+    def _changes(self, state: TrainState, updates: PyTree, parameters: PyTree, shown: Sequence[Array]) -> PyTree:
+        """How the parameters change that the model has: by the updates, or, in sets, by what the projections leave."""
+        was, now = self._seen(state.parameters, state.shown), self._seen(parameters, shown)
+        leaves, treedef = jtu.tree_flatten(updates)
+        old, new = jtu.tree_leaves(was), jtu.tree_leaves(now)
+        for position in _positions((*self.before, *self.after)):
+            leaves[position] = new[position] - old[position]
+        return jtu.tree_unflatten(treedef, leaves)
 
     def model(self, state: TrainState) -> PyTree:
         """The model that a state stands for, which satisfies all constraints."""
@@ -102,16 +137,42 @@ def prepare(
     direction: AbstractDirection,
     optimizer: optax.GradientTransformationExtraArgs,
     held: Sequence[Held],
+    steps: int,
 ) -> tuple[Step, TrainState]:
-    """The step that trains a model, and the state to start from."""
+    """The step that trains a model, and the state to start from; `steps` is how many are to come."""
     before, after = (tuple(one for one in held if one.is_discrete is flag) for flag in (True, False))
     parameters, static = eqx.partition(held_in(model, after), eqx.is_inexact_array)
     like = jtu.tree_map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), parameters)
     wide = widened(parameters)
     updated = getattr(direction.loss, "updated", None)
     carried, static = (None, static) if updated is None else _others(static)
-    step = Step(direction, optimizer, static, like, before, after, updated)
-    return step, TrainState(wide, optimizer.init(wide), jnp.asarray(-1, jnp.int32), carried)
+    ramp = max(1, _RAMP * steps // 10) if before else 1
+    step = Step(direction, optimizer, static, like, before, ramp, after, updated)
+    return step, TrainState(wide, optimizer.init(wide), step._shown(wide, 0), jnp.asarray(-1, jnp.int32), carried)
+
+
+def gradually(one: Held, leaves: Sequence[Array], time: Any) -> dict[int, Array]:
+    r"""Arrays on their way into discrete sets, by position: projected whole from `time` 1 on.
+
+    At time $t$, the fraction $1 - (1 - t)^3$ of the entries that the projection moves are moved, those first that have
+    the shortest way, and the others stay as they are. Of sparse arrays that is magnitude pruning along a cubic schedule
+    (Zhu and Gupta, *To prune, or not to prune*, 2017), of quantized ones a quantization entry by entry (Zhou et al.,
+    *Incremental network quantization*, ICLR 2017).
+    """
+    projected = one(leaves)
+    start, end = (joined([x[p] for p in one.positions]) for x in (leaves, projected))
+
+    def partly() -> Array:
+        way = end - start
+        waiting = (1 - jnp.minimum(time, 1)) ** 3 * jnp.sum(way != 0)
+        return jnp.where(largest(way, jnp.floor(waiting).astype(jnp.int32)) != 0, start, end)
+
+    found = jax.lax.cond(time < 1, partly, lambda: end)
+    return dict(zip(one.positions, parted(found, [leaves[p].shape for p in one.positions]), strict=True))
+
+
+def _positions(all_held: Sequence[Held]) -> list[int]:
+    return sorted(p for one in all_held for p in one.positions)
 
 
 def _others(model: PyTree) -> tuple[PyTree, PyTree]:

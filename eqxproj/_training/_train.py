@@ -32,7 +32,7 @@ from ._direction import AbstractDirection, Displacement, Gradient, ValueAlone, k
 from ._displacement import Options, checked_options
 from ._loop import Evaluation, fit
 from ._nnx import takes_nnx
-from ._optimizer import checked_optimizer, default_optimizer
+from ._optimizer import REPLACING, checked_optimizer, default_optimizer
 from ._regime import in_projection_regime, settings
 from ._step import prepare, widened
 
@@ -110,9 +110,11 @@ def train(
         default) and after the last, in one call of each function of `evaluate`.
     - `evaluate`: name to `function(model, *eval_data) -> scalar`, which is compiled; the loss by default.
     - `constraints`: pairs `(where, set)`: `where(model)` picks an array, as in `equinox.tree_at`, and the array is
-        projected onto the set after every step, or, for discrete sets (`Sparse`, `Quantized`), before every step, from
-        an array that is kept for it. The returned model satisfies the constraints exactly. An array that several of
-        them pick is held in all of their sets.
+        projected onto the set after every step. For discrete sets (`Sparse`, `Quantized`) the steps move an array that
+        is kept for it, and the loss sees its projection: of more and more entries, those with the shortest way first,
+        and from six tenths of the steps on of all. Evaluations see models that satisfy the constraints exactly, and so
+        does the returned one. An array that several constraints pick is held in all of their sets; `sets.Together`
+        holds several arrays in one.
     - `has_aux`: whether the loss returns `(value, auxiliary)`; the auxiliary output is dropped.
     - `progress`: show a progress bar.
 
@@ -137,17 +139,17 @@ def train(
     given, model = model, on_automatic_mesh(model)
     all_held = held(model, constraints)
     options = _options(solver, solver_steps, metric, copies, tau, noise, replaces=optimizer is None)
-    optimizer = optax.sgd(1.0) if options.raw and method == "projection" else optimizer
+    optimizer = REPLACING if options.raw and method == "projection" else optimizer
     is_preconditioned = _check_precondition(precondition, optimizer, method)
-    excluded = frozenset(one.position for one in all_held) if is_preconditioned else None
-    displacement = Displacement(loss, has_aux, options, excluded)
+    fixed = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
+    displacement = Displacement(loss, has_aux, options, fixed)
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
     optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
     key = check_key(key)
     check_common_points(model, all_held)
     _check_first_value(direction, model, arrays, count)
     chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
-    step, state = prepare(model, direction, chain, all_held)
+    step, state = prepare(model, direction, chain, all_held, int(steps))
     rows = batches(count, batch_size, key)
     picks = ((picked, jax.random.fold_in(key, number)) for number, picked in enumerate(rows))
     trained, history = fit(step, state, arrays, picks, evaluation, progress)

@@ -83,7 +83,7 @@ class Solution(eqx.Module):
 
         **Returns:**
 
-        The `matplotlib.figure.Figure`, which a notebook shows. It belongs to no window, so that nothing is to be closed.
+        The `matplotlib.figure.Figure`, which a notebook shows. It belongs to no window: nothing is to be closed.
         Several runs, from a `vmap`, are one pale line each.
 
         **Raises:** `TypeError`, `ValueError` and `FileNotFoundError` for unusable arguments, and `ImportError` where
