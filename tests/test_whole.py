@@ -85,10 +85,10 @@ def assert_nearest(name, logs, size, dtype):
     best = scipy.optimize.minimize(cost, start, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000})
     stays = cost(start)[0]
     value = cost(found)[0]
-    is_local = size > 1  # so large a step may go to the local solver, which stops earlier
-    assert value <= best.fun + (1e-2 if is_local else 1e-3) * (stays - best.fun), (value, best.fun, stays)
-    if not is_local:
-        np.testing.assert_allclose(found - start, best.x - start, atol=5e-2 * np.abs(best.x - start).max())
+    assert value <= best.fun + (1e-2 if size > 1 else 1e-3) * (stays - best.fun), (value, best.fun, stays)
+    if size < 1:  # a step that is not small may go to the local solver, which stops earlier
+        within = 1e-2 if size < 0.1 else 0.1
+        np.testing.assert_allclose(found - start, best.x - start, atol=within * np.abs(best.x - start).max())
 
 
 @pytest.mark.parametrize(("name", "kind"), [("wide", "small step"), ("batched", "stiff first")])
