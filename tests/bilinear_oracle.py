@@ -181,7 +181,7 @@ def with_known(ctx, operands):
         return ctx.equation.bind(*(next(given) if u else x for u, x in zip(ctx.unknown, operands)))
 
     known = {v.index: x for v, x, u in zip(ctx.equation.inputs, operands, ctx.unknown) if not u}
-    return replace(ctx, known=known, function=function)
+    return replace(ctx, known=known, function=function, prepared=None)  # what was prepared is of the old ones
 
 
 def unknown_of(setup, operands):
