@@ -85,23 +85,25 @@ def _as_matrices(parameters: Any) -> Any:
     return jax.tree.map(numbers, parameters)
 
 
-def _solver(solver: Callable[[], eqxproj.AbstractSolver], copies: str) -> list[Setting]:
-    """A solver from the forward pass, with few sweeps or many, in one metric of the gradient regime and two others.
+def _solver(solver: Callable[[], eqxproj.AbstractSolver]) -> list[Setting]:
+    """A solver in the projection regime, with few sweeps or many; all else follows from it."""
 
-    A solver that keeps its copies from step to step gets one constraint a whole product (`copies="none"`), which is
-    faster.
-    """
-    found = []
-    for grade, parameter in ((1e3, 1e4), (5.0, 1e4), (1.0, 1e2)):
-        for sweeps in (8, 24):
+    def setting(sweeps: int) -> Setting:
+        return Setting(f"{sweeps} sweeps", lambda steps: {"solver": solver(), "solver_steps": sweeps}, sweeps=sweeps)
 
-            def options(steps, grade=grade, parameter=parameter, sweeps=sweeps):
-                metric = eqxproj.Metric(grade, parameter)
-                return {"solver": solver(), "metric": metric, "solver_steps": sweeps, "tau": 0.1, "copies": copies}
+    return [setting(8), setting(24)]
 
-            name = f"grade {grade:g}, parameter {parameter:g}, {sweeps} sweeps"
-            found.append(Setting(name, options, sweeps=sweeps))
-    return found
+
+def _alternating() -> list[Setting]:
+    """Alternating projections in both regimes: of the two-color solvers it is the one that has a gradient regime."""
+
+    def setting(sweeps: int) -> Setting:
+        metric = eqxproj.Metric(1e3, 1e4)
+        options = {"metric": metric, "solver_steps": sweeps, "tau": 0.1, "copies": "neuron"}
+        name = f"gradient regime, {sweeps} sweeps"
+        return Setting(name, lambda steps: {"solver": eqxproj.AlternatingProjections(), **options}, sweeps=sweeps)
+
+    return [*_solver(eqxproj.AlternatingProjections), setting(8), setting(24)]
 
 
 METHODS: dict[str, list[Setting]] = {
@@ -113,10 +115,10 @@ METHODS: dict[str, list[Setting]] = {
     "default-raw-steps": [Setting("defaults of train, no preconditioner", lambda steps: {"precondition": False})],
     "default-gradient": [Setting("defaults of train, gradients", lambda steps: {"method": "gradient"})],
     "bfloat16": [Setting("defaults of train, bfloat16", lambda steps: {}, half=True)],
-    "alternating": _solver(eqxproj.AlternatingProjections, "neuron"),
-    "reflections": _solver(eqxproj.AlternatingReflections, "none"),
-    "douglas-rachford": _solver(eqxproj.DouglasRachford, "none"),
-    "difference-map": _solver(eqxproj.DifferenceMap, "none"),
-    "relaxed": _solver(eqxproj.RelaxedReflectReflect, "none"),
-    "cyclic-dr": _solver(eqxproj.CyclicDouglasRachford, "none"),
+    "alternating": _alternating(),
+    "reflections": _solver(eqxproj.AlternatingReflections),
+    "douglas-rachford": _solver(eqxproj.DouglasRachford),
+    "difference-map": _solver(eqxproj.DifferenceMap),
+    "relaxed": _solver(eqxproj.RelaxedReflectReflect),
+    "cyclic-dr": _solver(eqxproj.CyclicDouglasRachford),
 }

@@ -9,8 +9,8 @@ The model, initial parameters, batches, steps and optimizer (the default of `tra
 - `straight-through`: gradients with the derivative of something smooth in the place of the step's: of the identity
   between -1 and 1 for signs, of the identity for rounding, of softmax for the position of a maximum;
 - `gradient`: gradients as they are, which pass nothing through the step;
-- `alternating`, `difference-map`: two-color solvers in a metric of the gradient regime, only if `--method` names them;
-  they are several times slower.
+- `alternating`: alternating projections in a metric of the gradient regime; `difference-map`: that solver in the
+  projection regime. They are run only if `--method` names them, and are several times slower.
 
 Printed is the accuracy on the test set: the mean over the seeds, and in brackets their standard deviation. The data are
 MNIST from a folder (`--data-dir`), or the digits of the package.
@@ -155,17 +155,20 @@ TASKS: dict[str, Callable[[int, jax.Array], Any]] = {
 }
 
 
-def _two_color(solver: eqxproj.AbstractSolver, sweeps: int, copies: str) -> dict[str, Any]:
-    metric = eqxproj.Metric(1e3, 1e4)
-    return {"solver": solver, "solver_steps": sweeps, "metric": metric, "tau": 0.1, "copies": copies}
-
+_ALTERNATING = {
+    "solver": eqxproj.AlternatingProjections(),
+    "solver_steps": 24,
+    "metric": eqxproj.Metric(1e3, 1e4),
+    "tau": 0.1,
+    "copies": "neuron",
+}
 
 METHODS: dict[str, tuple[bool, dict[str, Any]]] = {
     "projection": (False, {"method": "projection"}),
     "straight-through": (True, {"method": "gradient"}),
     "gradient": (False, {"method": "gradient"}),
-    "alternating": (False, _two_color(eqxproj.AlternatingProjections(), 24, "neuron")),
-    "difference-map": (False, _two_color(eqxproj.DifferenceMap(), 8, "none")),
+    "alternating": (False, _ALTERNATING),
+    "difference-map": (False, {"solver": eqxproj.DifferenceMap(), "solver_steps": 8}),
 }
 """Whether straight through, and the options of `train`. The first three are compared if nothing else is said."""
 
