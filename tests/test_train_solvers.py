@@ -23,7 +23,6 @@ SOLVERS = {
     "CP": eqxproj.CyclicProjections(),
     "CDR": eqxproj.CyclicDouglasRachford(),
 }
-COPYING = [name for name, solver in SOLVERS.items() if solver.store_copies]
 
 
 def random(seed, *shape):
@@ -126,7 +125,7 @@ def test_so_many_sweeps_reach_the_first_layer(solver_steps):
     assert bool(jnp.any(moved[0] != 0)) == (solver_steps >= 2)
 
 
-@pytest.mark.parametrize("name", COPYING)
+@pytest.mark.parametrize("name", ["AR", "DR", "DM"])
 def test_copies_that_branch_want_a_flat_metric(name):
     for metric in (eqxproj.Metric(1e6, 1e4), eqxproj.Metric(100.0, 1.0)):
         with pytest.raises(ValueError, match="reflects projections, but in the gradient regime, where `metric` is"):

@@ -75,16 +75,6 @@ class AbstractCopyingSolver(AbstractSolver):
     store_copies: ClassVar[bool] = True
     needs_two_colors: ClassVar[bool] = True
 
-    def check(self, problem: FeasibilityProblem) -> None:
-        branches = any(len(edges) > 1 for edges in problem.graph.readers)
-        if problem.metric.in_gradient_regime and branches:
-            raise ValueError(
-                f"{type(self).__name__} reflects projections, but in the gradient regime, where `metric` is "
-                f"{problem.metric}, nodes answer by their pullback: where values have several readers, its duals would "
-                "grow from step to step. Take a grade below 100, such as `eqxproj.Metric(1.0, 1000.0)`, or "
-                "`AlternatingProjections`."
-            )
-
     def solution(self, problem: FeasibilityProblem, state: State) -> State:
         """Where a solution stands, if the solver has come to rest: at the state, or at a projection of it."""
         return state
@@ -100,6 +90,18 @@ class AbstractGapSolver(AbstractCopyingSolver):
     def terminate(self, measures: Measures, tol: float | Array) -> Bool[Array, ""]:
         """Whether to stop: the two projections of a step are close, in the mean over the constraints."""
         return measures.gap <= tol
+
+
+def check_has_projections(problem: FeasibilityProblem, solver: AbstractSolver) -> None:
+    """Raises a `ValueError` where values have several readers, and nodes answer by pullbacks: duals would grow."""
+    branches = any(len(edges) > 1 for edges in problem.graph.readers)
+    if problem.metric.in_gradient_regime and branches:
+        raise ValueError(
+            f"{type(solver).__name__} reflects projections, but in the gradient regime, where `metric` is "
+            f"{problem.metric}, nodes answer by their pullback: where values have several readers, its duals would "
+            "grow from step to step. Take a grade below 100, such as `eqxproj.Metric(1.0, 1000.0)`, or "
+            "`AlternatingProjections`."
+        )
 
 
 def check_number(name: str, value: float, low: float, high: float) -> float:

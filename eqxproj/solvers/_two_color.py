@@ -1,7 +1,7 @@
 r"""Solvers that project onto all nodes of one color at once: sets A (with the objective in it) and B; $R = 2P - I$.
 
-Limits: where the metric is graded and the graph branches, as in recurrences, alternating reflections, Douglas-Rachford
-and the difference map let their duals grow from step to step. They want the unit metric.
+Limits: in the gradient regime, and where the graph branches, as in recurrences, alternating reflections,
+Douglas-Rachford and the difference map would let their duals grow from step to step: they refuse.
 
 Sources: section 3 of arXiv 2506.05878; Elser, "Learning without loss" (2021).
 """
@@ -18,7 +18,15 @@ from .._errors import as_number, described
 from .._problem._gains import check_gains, reweighted, unit_gains
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, combine
-from ._base import AbstractCopyingSolver, AbstractGapSolver, AbstractSolver, check_number, onto, reflect
+from ._base import (
+    AbstractCopyingSolver,
+    AbstractGapSolver,
+    AbstractSolver,
+    check_has_projections,
+    check_number,
+    onto,
+    reflect,
+)
 
 _A, _B = 0, 1
 
@@ -44,6 +52,9 @@ class AlternatingReflections(AbstractCopyingSolver):
     def gap_scale(self) -> float:
         return 2.0
 
+    def check(self, problem: FeasibilityProblem) -> None:
+        check_has_projections(problem, self)
+
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         return reflect(problem, reflect(problem, state, _A), _B)
 
@@ -64,6 +75,9 @@ class DouglasRachford(AbstractGapSolver):
     @property
     def gap_scale(self) -> float:
         return 2.0 * self.relaxation
+
+    def check(self, problem: FeasibilityProblem) -> None:
+        check_has_projections(problem, self)
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         reflected = reflect(problem, reflect(problem, state, _A), _B)
@@ -91,6 +105,9 @@ class DifferenceMap(AbstractGapSolver):
     @property
     def gap_scale(self) -> float:
         return self.beta
+
+    def check(self, problem: FeasibilityProblem) -> None:
+        check_has_projections(problem, self)
 
     def step(self, problem: FeasibilityProblem, state: State) -> State:
         beta = self.beta
@@ -137,7 +154,6 @@ class RelaxedReflectReflect(AbstractGapSolver):
         return self.beta
 
     def check(self, problem: FeasibilityProblem) -> None:
-        super().check(problem)
         if self.reweight:
             check_gains(problem, "reweight")
 
