@@ -90,9 +90,9 @@ def test_an_optimizer_and_a_flat_metric():
     moved = train(solver=solver, optimizer=optax.adam(0.01), steps=1).model
     for name in MODEL:  # the first step of Adam is its rate, whatever the displacement
         np.testing.assert_allclose(np.abs(moved[name] - MODEL[name]), 0.01, rtol=1e-3)
-    flat = train(metric=eqxproj.Metric(1.0, 300.0), steps=1).model  # no solver: cyclic projections, and no optimizer
-    same = train(metric=eqxproj.Metric(1.0, 300.0), steps=1, solver=SOLVERS["CP"]).model
-    assert eqx.tree_equal(flat, same)
+    flat = train(metric=eqxproj.Metric(1.0, 300.0), steps=1, solver=SOLVERS["CP"]).model
+    by_adam = train(metric=eqxproj.Metric(1.0, 300.0), steps=1).model  # no solver: the optimizer takes the displacement
+    assert not np.allclose(flat["w"], by_adam["w"], atol=1e-4)
     steep = train(steps=1).model
     also = train(steps=1, solver=SOLVERS["CP"]).model  # a cyclic sweep alone is the gradient regime
     assert eqx.tree_equal(steep, also)

@@ -28,10 +28,10 @@ class Settings(NamedTuple):
 
 
 def in_projection_regime(solver: AbstractSolver | None, metric: Metric | None) -> bool:
-    """Whether training projects. A cyclic sweep alone is the gradient regime unless a flat metric is asked for."""
-    if metric is not None:
-        return not metric.in_gradient_regime
-    return solver is not None and not isinstance(solver, CyclicProjections)
+    """Whether training projects: with a solver, unless it is the cyclic sweep alone, or the metric is steep."""
+    if solver is None:
+        return False
+    return not isinstance(solver, CyclicProjections) if metric is None else not metric.in_gradient_regime
 
 
 def settings(solver: AbstractSolver) -> Settings:

@@ -25,7 +25,7 @@ from .._problem._constraints import Constraint, check_common_points, held, outsi
 from .._problem._problem import Copies
 from .._program._sharding import on_automatic_mesh, placed_as
 from ..rules._base import Noise
-from ..solvers import AbstractSolver, CyclicProjections
+from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive, check_solver
 from ._data import batches, check_data, check_model, take
 from ._direction import AbstractDirection, Displacement, Gradient, ValueAlone, key_argument
@@ -94,8 +94,8 @@ def train(
     - `steps`: number of minibatches. `batch_size`: their samples; 256, or all of them if they are fewer, by default.
     - `key`: PRNG key of the shuffling and of the loss's `key`; `jax.random.key(0)` by default.
     - `solver`, `solver_steps`: the solver on each minibatch, and its steps from the forward pass; one cyclic sweep by
-        default. Another solver, or a `metric` of a grade below 100, means the projection regime: `metric`, `copies`,
-        `tau` and `solver_steps` then follow from the solver and the depth of the graph.
+        default. Another solver, or this one with a `metric` of a grade below 100, means the projection regime:
+        `metric`, `copies`, `tau` and `solver_steps` then follow from the solver and the depth of the graph.
     - `optimizer`: any optax transformation of the displacements. In the projection regime there is none by default: the
         new parameters are the projection's, without rate or schedule. In the gradient regime it is Adam, its rate
         rising to 3e-3 at first and falling with a cosine to a hundredth of that over the last four tenths of the
@@ -176,7 +176,8 @@ def _options(
         steps = 1 if solver is None or solver.is_cyclic else None
         steps = steps if solver_steps is None else solver_steps
         return checked_options(solver, steps, metric, copies, tau, noise, "solver_steps")
-    own = settings(CyclicProjections() if solver is None else solver)
+    assert solver is not None
+    own = settings(solver)
     metric, copies = metric or own.metric, copies or own.copies
     tau = own.tau if tau is None and replaces else tau
     return checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps", replaces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -85,9 +85,7 @@ class Sparse(AbstractSet):
     axis: Axis = eqx.field(static=True)
     of: int | None = eqx.field(static=True)
 
-    def __init__(
-        self, kept_fraction: float | None = None, *, k: int | None = None, axis: Axis = None, of: int | None = None
-    ):
+    def __init__(self, kept_fraction: float | None = None, *, k: int | None = None, axis: Axis = None, of: Any = None):
         if (kept_fraction is None) == (k is None):
             raise ValueError(
                 f"`Sparse` must be given exactly one of `kept_fraction` and `k`, got {kept_fraction!r} and {k!r}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Intersection(AbstractSet):
 
     sets: tuple[AbstractSet, ...]
 
-    def __init__(self, *sets: AbstractSet):
+    def __init__(self, *sets: Any):
         for i, one in enumerate(sets):
             if not isinstance(one, AbstractSet):
                 remedy = "; write `Together(Intersection(a, b))`" if isinstance(one, Together) else ""

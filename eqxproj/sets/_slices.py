@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import equinox as eqx
 from jaxtyping import Array, Float
@@ -164,7 +164,7 @@ class Equal(AbstractSet):
 
     axis: Axis = eqx.field(static=True)
 
-    def __init__(self, axis: Axis = -1):
+    def __init__(self, axis: Any = -1):
         self.axis = arguments.axis("Equal", axis)
 
     @with_own_promotion
