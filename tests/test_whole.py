@@ -146,3 +146,23 @@ def test_a_prepared_inverse_gives_the_same(name, first):
     matrix = weight * np.eye(unknown.size) + kappa * jacobian.T @ jacobian
     move = np.linalg.solve(matrix, jacobian.T @ np.asarray(dual, np.float64).ravel())
     np.testing.assert_allclose(np.ravel(nus[0]) / weight, move, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("knows_one", [True, False])
+def test_a_product_of_bfloat16_that_adds_up_in_float32_is_projected(knows_one):
+    """LAPACK has no such operands: the local solver answers, near to what is done in float32."""
+    _, (a, w), direction = setting("tall", np.float32)
+
+    def function(a, w):
+        return jax.lax.dot_general(a, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    moves = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        operands = [jnp.asarray(a, dtype), jnp.asarray(w, dtype)]
+        unknown = operands[:1] if knows_one else operands
+        one = lambda *x, o=operands: function(*x, *o[len(x) :])  # noqa: E731
+        problem, number = node_of(one, *unknown, copies="none")
+        rule, ctx = problem.graph.nodes[number].rule, context(problem, number, False)
+        moves[dtype] = rule.project(ctx, unknown, [jnp.asarray(0.3 * direction, jnp.float32)])
+    for exact, rough in zip(moves[jnp.float32], moves[jnp.bfloat16], strict=True):
+        np.testing.assert_allclose(np.asarray(rough, np.float32), exact, atol=0.05 * np.abs(exact).max())

@@ -64,8 +64,7 @@ class Bilinear(AbstractRule):
         return sum((x.sum(-1) for x in copies), start=layout.from_output(outputs[0]))
 
     def prepare(self, ctx: Context) -> Array | None:
-        is_whole = ctx.copies == "none" and ctx.equation is not None and ctx.equation.name == "dot_general"
-        return _known_inverse(ctx) if is_whole else None
+        return _known_inverse(ctx) if ctx.copies == "none" else None
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         form, stored, a, w = _read(ctx, inputs)
@@ -225,8 +224,8 @@ _DIRECT = 1024
 def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
     """One constraint for the whole product: by eigenvectors (`_whole.py`), by [`_known_inverse`][], or locally."""
     assert ctx.equation is not None
-    layout, plain = Copies(ctx.equation), _is_plain(ctx, duals[0])
-    if plain and all(ctx.unknown) and is_small(layout):
+    layout = Copies(ctx.equation)
+    if all(ctx.unknown) and _is_plain(ctx) and is_small(layout):
         return nearest_whole(ctx, layout, inputs, duals)
     inverse = ctx.prepared if ctx.prepared is not None else _known_inverse(ctx)
     if inverse is None:
@@ -238,10 +237,12 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> lis
     return [_back(form, a, w, multiplier, first)]
 
 
-def _is_plain(ctx: Context, output: Array) -> bool:
+def _is_plain(ctx: Context) -> bool:
     """Whether a product has a direct solver: of matrices, in a dtype that LAPACK knows, with one weight an operand."""
-    is_matrix = ctx.equation is not None and ctx.equation.name == "dot_general"
-    return is_matrix and jnp.ndim(ctx.ratios[0][0]) == 0 and output.dtype in (jnp.float32, jnp.float64)
+    equation = ctx.equation
+    if equation is None or equation.name != "dot_general" or jnp.ndim(ctx.ratios[0][0]) != 0:
+        return False
+    return all(v.dtype in (jnp.float32, jnp.float64) for v in (*equation.inputs, *equation.outputs))
 
 
 def _known_inverse(ctx: Context) -> Array | None:
@@ -250,10 +251,9 @@ def _known_inverse(ctx: Context) -> Array | None:
     Its product with $\mu$ is the multiplier. The sum of the eigenvalues, times the precision, is added to the diagonal,
     so that rounding does not make the Cholesky factor fail. `None` where there are too many rows.
     """
-    assert ctx.equation is not None
-    out = ctx.equation.outputs[0]
-    if all(ctx.unknown) or not _is_plain(ctx, jnp.zeros(out.shape, out.dtype)):
+    if all(ctx.unknown) or not _is_plain(ctx):
         return None
+    assert ctx.equation is not None
     unknown = [v for v, is_unknown in zip(ctx.equation.inputs, ctx.unknown, strict=True) if is_unknown]
     form, _, a, w = _read(ctx, [jnp.zeros(v.shape, v.dtype) for v in unknown])
     first = ctx.unknown[0]
