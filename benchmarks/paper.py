@@ -12,7 +12,8 @@ each `--every` minibatches. The best model by validation counts, on the test set
 the seconds of training without compilation, until the validation value is that of the paper's own software.
 
 `--sweeps 50` takes the number of projection steps a minibatch that the paper has, in place of the default, which
-follows the depth of the network. `--data-dir` is that of `accuracy.py`. `--limit` ends a run after so many seconds.
+follows the depth of the network. `--parameter` and `--tau` are other weights of parameters and factors of the loss than
+the defaults, for what was tried. `--data-dir` is that of `accuracy.py`. `--limit` ends a run after so many seconds.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def projected(task: Task, data: Sequence[Any], solver: str, seed: int, options: 
     """
     train, valid, test = data
     model, key, began = task.make(jax.random.key(seed)), jax.random.key(1000 + seed), time.time()
-    chosen: dict[str, Any] = {"solver": getattr(eqxproj, solver)(), "solver_steps": options.sweeps}
-    if solver == "CyclicProjections":
-        chosen["metric"] = eqxproj.Metric(1.0, 300.0)
+    chosen: dict[str, Any] = {"solver": getattr(eqxproj, solver)(), "solver_steps": options.sweeps, "tau": options.tau}
+    if options.parameter is not None or solver == "CyclicProjections":
+        chosen["metric"] = eqxproj.Metric(1.0, options.parameter or 300.0)
     run, best, kept = Run([], [], [], 0.0), -np.inf, model
     while len(run.valid) * options.every < options.minibatches:
         part = jax.random.fold_in(key, len(run.valid))
@@ -147,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sweeps", type=int)
+    parser.add_argument("--parameter", type=float)
+    parser.add_argument("--tau", type=float)
     parser.add_argument("--limit", type=float)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")

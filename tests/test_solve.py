@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from every_solver import SOLVERS
 
 import eqxproj
 from eqxproj._graph._graph import Graph
@@ -486,15 +487,6 @@ def test_nothing_is_kept_alive():
 
 TALL = random(3, 8, 4)
 WANTED = jnp.array([0.7, 0.0, 0.4, 0.0])
-SOLVERS = {
-    "AP": AP,
-    "AR": eqxproj.AlternatingReflections(),
-    "DR": eqxproj.DouglasRachford(),
-    "DM": eqxproj.DifferenceMap(),
-    "RRR": eqxproj.RelaxedReflectReflect(),
-    "CP": eqxproj.CyclicProjections(),
-    "CDR": eqxproj.CyclicDouglasRachford(),
-}
 
 
 def linear(model, x, y):

@@ -8,21 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from every_solver import SOLVERS
 
 import eqxproj
 from eqxproj._training._regime import reach, settings, sweeps
 from eqxproj.losses import cross_entropy, squared_error
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SOLVERS = {
-    "AP": eqxproj.AlternatingProjections(),
-    "AR": eqxproj.AlternatingReflections(),
-    "DR": eqxproj.DouglasRachford(),
-    "DM": eqxproj.DifferenceMap(),
-    "RRR": eqxproj.RelaxedReflectReflect(),
-    "CP": eqxproj.CyclicProjections(),
-    "CDR": eqxproj.CyclicDouglasRachford(),
-}
 
 
 def random(seed, *shape):

@@ -31,7 +31,7 @@ def check_gains(problem: FeasibilityProblem, name: str) -> None:
         raise ValueError(f"`{name}` needs the unit metric, but `problem` has {metric}. Make it without `metric`.")
     if problem.copies == "none":
         raise ValueError(f'`{name}` moves the weights of copies. Make `problem` with copies="neuron".')
-    mixed = [n for n in graph.nodes if n.kind == "operation" and graph.colors[graph.nodes.index(n)] == 0]
+    mixed = [n for n, color in zip(graph.nodes, graph.colors, strict=True) if n.kind == "operation" and color == 0]
     if mixed:
         raise ValueError(
             f"`{name}` needs all operations in one color, but {described(mixed[0].operation)} has the color of the "
@@ -142,14 +142,16 @@ def _squares(problem: FeasibilityProblem, node: int, on_a: State, on_b: State) -
     def apart(edge: int) -> Array:
         return jnp.square(operand(problem, on_b, edge) - operand(problem, on_a, edge))
 
-    spec, graph = problem.graph.nodes[node], problem.graph
+    def read(value: int, edge: int) -> Array:
+        spec = graph.edges[edge]
+        return spec.view.transpose(problem.known, apart(edge))[spec.sources.index(value)]
+
+    graph = problem.graph
+    spec = graph.nodes[node]
     outputs = []
-    for value in spec.outputs:  # the copy of an output is what its one reader holds
-        parts = [graph.edges[e].view.transpose(problem.known, apart(e)) for e in graph.readers[value]]
-        places = [graph.edges[e].sources.index(value) for e in graph.readers[value]]
-        outputs.append(
-            sum(part[place] for part, place in zip(parts[1:], places[1:], strict=True)) + parts[0][places[0]]
-        )
+    for value in spec.outputs:  # the copies of an output are what its readers hold
+        first, *others = (read(value, edge) for edge in graph.readers[value])
+        outputs.append(sum(others, start=first))
     return _gathered(problem, node, [apart(e) for e in spec.edges], outputs)
 
 

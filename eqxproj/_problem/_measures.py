@@ -30,14 +30,21 @@ class Measures(NamedTuple):
 
 def measured(problem: FeasibilityProblem, old: State, new: State, gap_scale: float) -> Measures:
     """The measures of a step from one state to the next."""
-    graph = problem.graph
-    moves = [operand(problem, new, e) - operand(problem, old, e) for e in range(len(graph.edges))]
-    parameters = [v for v in graph.parameters if v is not None]
-    others = [value_of(problem, new, v) - value_of(problem, old, v) for v in parameters]
+    graph, copies = problem.graph, _copy_moves(problem, old, new)
     count = sum(math.prod(graph.values[v].shape) for node in graph.nodes if node.rule is not None for v in node.outputs)
-    squares = sum((jnp.sum(jnp.square(x), dtype=jnp.float32) for x in moves), start=jnp.asarray(0.0))
+    squares = sum((jnp.sum(jnp.square(x), dtype=jnp.float32) for x in copies), start=jnp.asarray(0.0))
     gap = jnp.sqrt(squares / max(count, 1)) / gap_scale
-    return Measures(_largest([*moves, *others]), gap, violation(problem, new))
+    largest = _largest([*copies, *_parameter_moves(problem, old, new)])
+    return Measures(largest, gap, violation(problem, new))
+
+
+def _copy_moves(problem: FeasibilityProblem, old: State, new: State) -> list[Array]:
+    return [operand(problem, new, e) - operand(problem, old, e) for e in range(len(problem.graph.edges))]
+
+
+def _parameter_moves(problem: FeasibilityProblem, old: State, new: State) -> list[Array]:
+    parameters = [v for v in problem.graph.parameters if v is not None]
+    return [value_of(problem, new, v) - value_of(problem, old, v) for v in parameters]
 
 
 def violation(problem: FeasibilityProblem, state: State) -> Float[Array, ""]:
@@ -71,7 +78,7 @@ def _violations(problem: FeasibilityProblem, state: State, number: int) -> list[
 
 def change(problem: FeasibilityProblem, old: State, new: State) -> Float[Array, ""]:
     """The largest change of any copy or parameter between two states."""
-    return measured(problem, old, new, 1.0).change
+    return _largest([*_copy_moves(problem, old, new), *_parameter_moves(problem, old, new)])
 
 
 def _largest(gaps: Iterable[Array]) -> Float[Array, ""]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from .._problem._measures import Measures, measured
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State, filled, prepared
-from .._program._canonical import canonicalised, lowered
+from .._program._canonical import lowered
 from .._program._compiled import configuration, kept
 from .._program._signature import signature
 from ..rules._registry import registry_version
@@ -85,17 +85,7 @@ def advance(
     tol: float | Array,
 ) -> Progress:
     """Goes on until there were `limit` chunks of `every` steps, or until the solver says to stop."""
-    return canonicalised(lambda: _advance(problem, solver, progress, limit, every, tol), problem.trace.program)
 
-
-def _advance(
-    problem: FeasibilityProblem,
-    solver: AbstractSolver,
-    progress: Progress,
-    limit: int | Array,
-    every: int | Array,
-    tol: float | Array,
-) -> Progress:
     def chunk(progress: Progress) -> Progress:
         new, measures = _chunk(problem, solver, progress.state, every)
         ok = all_finite(new)

@@ -28,6 +28,7 @@ from .._numerics._promotion import with_own_promotion
 from .._problem._measures import Measures
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State
+from .._program._canonical import canonicalised
 from .._progress import progress as shown_progress
 from ._base import AbstractSolver
 from ._iterate import Progress, advance, begin, finite_nodes, first_bad, program_of
@@ -231,9 +232,12 @@ def _traced(
     """The solution as part of a traced program."""
     state = begin(problem, solver, start)
     full, rest = divmod(steps, every)
-    run = advance(problem, solver, Progress.of(state, full + bool(rest)), full, every, tol)
-    if rest:
-        run = advance(problem, solver, run, jnp.where(run.chunks == full, full + 1, run.chunks), rest, tol)
+
+    def whole() -> Progress:
+        run = advance(problem, solver, Progress.of(state, full + bool(rest)), full, every, tol)
+        return advance(problem, solver, run, full + 1, rest, tol) if rest else run
+
+    run = canonicalised(whole, problem.trace.program)
     done = jnp.where(run.is_finite, run.chunks, jnp.maximum(run.chunks - 1, 0))
     counts = jnp.minimum((jnp.arange(full + bool(rest)) + 1) * every, steps)
     entries = jnp.arange(counts.size) < run.chunks
