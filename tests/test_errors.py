@@ -10,7 +10,7 @@ from jax.scipy.ndimage import map_coordinates
 
 import eqxproj
 from eqxproj import NonFiniteError, TrainingInterrupted, UnsupportedPrimitiveError
-from eqxproj._training._loop import Evaluation
+from eqxproj._training._evaluation import Evaluation
 from eqxproj.losses import cross_entropy, squared_error
 
 RNG = np.random.default_rng(0)
@@ -422,10 +422,10 @@ def test_overflow_is_at_the_step_and_node_where_it_happens():
 def test_interrupt_returns_model_and_history(stop):
     """A KeyboardInterrupt, here out of an evaluation, loses nothing."""
 
-    def interrupt(self, step, value, seconds, model, records):
-        if step == stop:
+    def interrupt(self, known, *others):
+        if known["step"] == stop:
             raise KeyboardInterrupt
-        return record(self, step, value, seconds, model, records)
+        return record(self, known, *others)
 
     record = Evaluation.record
     with pytest.MonkeyPatch.context() as patch:

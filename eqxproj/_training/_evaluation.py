@@ -56,6 +56,12 @@ def _returned(value: Any) -> str:
     return f"an array of shape {value.shape} and dtype {value.dtype}" if is_array else described(value)
 
 
+def _is_real_number(value: Any) -> bool:
+    """Whether a function returned what can be recorded."""
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    return np.shape(value) == () and any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds)
+
+
 def _said(error: Exception) -> str:
     """The message of an error; of one that came through a callback of a compiled function, its last line alone."""
     text = str(error).strip()
@@ -161,7 +167,7 @@ class Evaluation(eqx.Module):
         function, total = self.functions[name], 0.0
         for batch, size in self._batches(function):
             found = function(*args, *batch)
-            if np.shape(found) != () or jnp.result_type(found).kind not in "biuf":
+            if not _is_real_number(found):
                 return found
             total += float(found) * size
         return total

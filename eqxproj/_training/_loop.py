@@ -25,7 +25,7 @@ from .._progress import progress
 from ._checkpoint import TrainingState, save
 from ._evaluation import Evaluation, History, Record
 from ._source import AbstractSource, Chunks
-from ._step import Advance, Step, StepReport, compiled, copied
+from ._step import Advance, Step, StepReport, compiled, copied, transformed
 from ._watch import Asked, Callback, EarlyStopping, Report, termination, uninterrupted
 
 _SECONDS = 0.2
@@ -200,7 +200,7 @@ class Loop:
         """The error of a run whose step on a minibatch was not finite; the state is that before it."""
         state, number = self.state.arrays, int(self.state.arrays.bad_step)
         key = jax.random.fold_in(self.state.key, number)
-        batch = self.step.transformed(self.source.batch(item), key)
+        batch = transformed(self.step.extras.transform, self.source.batch(item), key)
         node = self.step.direction.failing_node(self.step.running(state), self.step.arguments(state, batch), key)
         return NonFiniteError(node, number, self.step.model(state), self.history)
 

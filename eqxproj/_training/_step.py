@@ -103,17 +103,9 @@ class Step(eqx.Module):
     ) -> tuple[TrainState, StepReport]:
         """The next state, and what this minibatch said; `number` is that of the step, from 0, `key` that of the run."""
         key = jax.random.fold_in(key, number)
-        batch = self.transformed(batch, key)
+        batch = transformed(self.extras.transform, batch, key)
         direction, carried, layers = self._direction(state, batch, key)
         return self._moved(state, number, direction, (carried, layers), self._value_of(state, batch, key))
-
-    def transformed(self, batch: Sequence[PyTree], key: Array) -> tuple[PyTree, ...]:
-        """A minibatch as the loss takes it; `key` is that of the step."""
-        transform = self.extras.transform
-        if transform is None:
-            return tuple(batch)
-        found = transform(*batch, **key_argument(transform, jax.random.fold_in(key, _TRANSFORM)))
-        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
     def arguments(self, state: TrainState, batch: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """What the loss takes after the model."""
@@ -232,6 +224,14 @@ class Step(eqx.Module):
 
     def _with(self, parameters: PyTree, state: TrainState) -> PyTree:
         return eqx.combine(parameters, *(() if self.updated is None else (state.carried,)), self.static)
+
+
+def transformed(transform: Callable[..., Any] | None, batch: Sequence[PyTree], key: Array) -> tuple[PyTree, ...]:
+    """A minibatch as the loss takes it; `key` is that of the step."""
+    if transform is None:
+        return tuple(batch)
+    found = transform(*batch, **key_argument(transform, jax.random.fold_in(key, _TRANSFORM)))
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 @with_own_promotion

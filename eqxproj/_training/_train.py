@@ -30,7 +30,7 @@ from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive, check_solver
 from ._checkpoint import TrainingState, check_folder, state_of
 from ._data import check_data, check_model
-from ._direction import Displacement, Gradient, ValueAlone, key_argument
+from ._direction import AbstractDirection, Displacement, Gradient, ValueAlone, key_argument
 from ._displacement import Options, checked_options
 from ._evaluation import Evaluation
 from ._loop import Loop, Plan
@@ -38,7 +38,7 @@ from ._nnx import takes_nnx
 from ._optimizer import REPLACING, checked_optimizer, default_optimizer
 from ._regime import in_projection_regime, settings
 from ._source import AbstractSource, source_of
-from ._step import Extras, Step, TrainState, prepare, widened
+from ._step import Extras, prepare, transformed, widened
 from ._watch import Callback, EarlyStopping, check_watchers
 
 M = TypeVar("M")
@@ -204,10 +204,10 @@ def train(
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
     optimizer = default_optimizer(steps) if optimizer is None else optimizer
     check_common_points(model, all_held)
-    chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
     layers = jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, model_state)
+    _check_first_value(direction, model, source, extras, layers, key)
+    chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
     step, arrays = prepare(model, direction, chain, all_held, steps, extras, layers)
-    _check_first_value(step, arrays, source, key)
     best = None if early_stopping is None else eqx.filter((step.model(arrays), layers), eqx.is_array)
     fresh = TrainingState(0, arrays, key, source.batch_size, source.count, best)
     state = state_of(resume, plan.folder, fresh)
@@ -352,18 +352,19 @@ def _evaluation(
     return Evaluation(data, functions, evaluate is None, every, steps, None if batch_size is None else int(batch_size))
 
 
-def _check_first_value(step: Step, state: TrainState, source: AbstractSource, key: Array) -> None:
+def _check_first_value(
+    direction: AbstractDirection, model: PyTree, source: AbstractSource, extras: Extras, layers: PyTree, key: Array
+) -> None:
     """Traces the loss on a few samples, and evaluates it.
 
     **Raises:** `TypeError` where the loss does not take the data, `ValueError` where its value is not finite.
     """
     samples = source.first()
-    batch = step.transformed(samples, jax.random.fold_in(key, 0))
-    _check_arguments(step.direction.loss, step.arguments(state, batch))
-    checked = batch if step.extras.transform is not None else source.checked
-    value = step.direction.first_value(
-        step.running(state), step.arguments(state, batch), step.arguments(state, checked)
-    )
+    batch = transformed(extras.transform, samples, jax.random.fold_in(key, 0))
+    prefix = (layers,) if extras.has_layers else ()
+    _check_arguments(direction.loss, (*prefix, *batch))
+    checked = source.checked if extras.transform is None else batch
+    value = direction.first_value(model, (*prefix, *batch), (*prefix, *checked))
     if bool(jnp.isfinite(value)):
         return
     labels = [f"{x.min()} to {x.max()}" for x in jtu.tree_leaves(source.checked) if x.dtype.kind in "iu"]
