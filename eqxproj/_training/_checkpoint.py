@@ -27,7 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from .._errors import described
+from .._errors import described, is_key
 from .._files import replacing
 from .._program._sharding import placed_as
 from ._evaluation import Record
@@ -142,7 +142,7 @@ class _Hashed:
 
 def save(folder: pathlib.Path, state: TrainingState) -> None:
     """Writes a checkpoint, and takes away all but the last two. Of several processes, the first one writes."""
-    arrays = jtu.tree_map(_whole, _arrays(state))
+    arrays = jtu.tree_map(_whole, _plain(_arrays(state)))
     if jax.process_index() != 0:
         return
     header = {"format": _FORMAT, "version": _VERSION, "arrays": _described(arrays), **_numbers(state)}
@@ -156,6 +156,15 @@ def save(folder: pathlib.Path, state: TrainingState) -> None:
         old.unlink(missing_ok=True)
     for left in folder.glob(".step-*.eqxproj.*"):  # of a process that was killed while it wrote
         left.unlink(missing_ok=True)
+
+
+def _plain(arrays: PyTree) -> PyTree:
+    """PRNG keys as numbers, as a file holds them."""
+    return jtu.tree_map(lambda x: jax.random.key_data(x) if is_key(x) else x, arrays)
+
+
+def _as_key(x: Array, like: Array) -> Array:
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if is_key(like) else x
 
 
 def _whole(x: Array) -> Array:
@@ -257,8 +266,10 @@ def load(path: pathlib.Path, fresh: TrainingState) -> TrainingState:
                 f"library reads version {_VERSION} of {_FORMAT!r}."
             )
         template = _arrays(fresh)
-        _check_same(header["arrays"], _described(template), f"The checkpoint {str(path)!r}")
-        arrays, best = eqx.tree_deserialise_leaves(file, template)
+        plain = _plain(template)
+        _check_same(header["arrays"], _described(plain), f"The checkpoint {str(path)!r}")
+        found = eqx.tree_deserialise_leaves(file, plain)
+    arrays, best = jtu.tree_map(_as_key, found, template)
     names = ("step", "batch_size", "count", "best_value", "best_step", "waited", "seconds")
     impl = header["key"]["impl"]
     key = jax.random.wrap_key_data(jnp.asarray(header["key"]["data"], jnp.uint32), impl=impl)

@@ -197,7 +197,8 @@ class Evaluation(eqx.Module):
 
     def history(self, records: Sequence[Record], compile_seconds: float) -> History:
         """The records as one array a name."""
-        names = dict.fromkeys(("step", "loss", "seconds", *(name for record in records for name in record)))
+        recorded = (name for record in records for name in record)
+        names = dict.fromkeys(("step", "seconds", *self.names, *recorded))
         columns = {name: np.asarray([record.get(name, np.nan) for record in records]) for name in names}
         columns["step"] = columns["step"].astype(int)
         return {**columns, "compile_seconds": compile_seconds}
