@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 
 from .._errors import ConstraintError, as_number, check_flag, check_function, check_key, described
 from .._metric import Metric, check_metric
-from .._problem._constraints import Constraint, check_common_points, held, outside
+from .._problem._constraints import Constraint, Held, check_common_points, held, outside
 from .._problem._problem import Copies
 from .._program._sharding import automatic, on_automatic_mesh, on_mesh_of, placed_as, stacked_on
 from ..rules._base import Noise
@@ -40,7 +40,7 @@ from ._nnx import takes_nnx
 from ._optimizer import REPLACING, checked_optimizer, default_optimizer
 from ._regime import in_projection_regime, settings
 from ._source import AbstractSource, source_of
-from ._step import Extras, prepare, transformed, widened
+from ._step import Extras, Step, TrainState, prepare, transformed, widened
 from ._watch import Callback, EarlyStopping, check_watchers
 
 M = TypeVar("M")
@@ -183,50 +183,84 @@ def train(
     model and the history; `ConstraintError`, with the trained model, where several sets of one array were left and not
     found again.
     """
-    check_positive("steps", steps)
-    steps = int(steps)
-    check_function("loss", loss, "loss(model, *batch) -> scalar")
-    check_flag("has_aux", has_aux)
-    check_flag("progress", progress)
-    if method not in ("projection", "gradient"):
-        raise ValueError(f'`method` must be "projection" or "gradient", got {described(method)}.')
-    has_layers = _check_layers(model_state, has_aux)
-    extras = _extras(transform, accumulate, has_layers, ema, eval_parameters)
-    run_key = check_key(key)
-    sharding = _check_sharding(sharding)
-    source = source_of(data, columns, batch_size, run_key, sharding is not None)
-    if source.batch_size % extras.parts:
-        raise ValueError(f"`accumulate` must divide the batch size, {source.batch_size}; got {extras.parts}.")
-    has_aux = has_aux or has_layers
-    value = ValueAlone(loss, has_aux)
-    evaluation = _evaluation(eval_data, evaluate, (eval_every, eval_batch_size), value, steps)
-    plan = _plan(evaluation, (callbacks, early_stopping), checkpoint, checkpoint_every, progress, sharding)
+    steps = _check_basics(steps, loss, method, (has_aux, progress))
+    extras = _extras(transform, accumulate, (model_state, has_aux), ema, eval_parameters)
+    run_key, divided = check_key(key), _check_sharding(sharding)
+    source = source_of(data, columns, batch_size, run_key, divided is not None)
+    has_aux = has_aux or extras.has_layers
+    sizes = (eval_every, eval_batch_size)
+    evaluation = _evaluation(eval_data, evaluate, sizes, ValueAlone(loss, has_aux), steps)
+    plan = _plan(evaluation, (callbacks, early_stopping), checkpoint, checkpoint_every, progress, divided)
     check_model(model)
     given, model = model, on_automatic_mesh(model)
-    model = model if sharding is None else on_mesh_of(sharding, model)
+    model = model if divided is None else on_mesh_of(divided, model)
     all_held = held(model, constraints)
     options = _options(solver, solver_steps, metric, copies, tau, noise, replaces=optimizer is None)
     optimizer = REPLACING if options.raw and method == "projection" else optimizer
     is_preconditioned = _check_precondition(precondition, optimizer, method)
     fixed = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
-    displacement = Displacement(loss, has_aux, options, fixed)
-    direction = displacement if method == "projection" else Gradient(loss, has_aux)
-    optimizer = default_optimizer(steps) if optimizer is None else optimizer
+    direction = Displacement(loss, has_aux, options, fixed) if method == "projection" else Gradient(loss, has_aux)
     check_common_points(model, all_held)
+    prepared = _prepared(model, direction, optimizer, (all_held, steps, extras), model_state, source, run_key)
+    return _run(*prepared, source, plan, (run_key, divided, resume), (all_held, given))
+
+
+def _check_basics(steps: Any, loss: Any, method: Any, flags: tuple[Any, Any]) -> int:
+    """The number of steps; `flags` are `has_aux` and `progress`."""
+    check_positive("steps", steps)
+    check_function("loss", loss, "loss(model, *batch) -> scalar")
+    for name, flag in zip(("has_aux", "progress"), flags, strict=True):
+        check_flag(name, flag)
+    if method not in ("projection", "gradient"):
+        raise ValueError(f'`method` must be "projection" or "gradient", got {described(method)}.')
+    return int(steps)
+
+
+def _prepared(
+    model: PyTree,
+    direction: AbstractDirection,
+    optimizer: optax.GradientTransformation | None,
+    settings: tuple[Sequence[Held], int, Extras],
+    model_state: PyTree,
+    source: AbstractSource,
+    key: Array,
+) -> tuple[Step, TrainState]:
+    """A step of training and the state to start from, once the loss and the optimizer have been tried."""
+    all_held, steps, extras = settings
+    if source.batch_size % extras.parts:
+        raise ValueError(f"`accumulate` must divide the batch size, {source.batch_size}; got {extras.parts}.")
     layers = jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, model_state)
-    _check_first_value(direction, model, source, extras, layers, run_key)
+    _check_first_value(direction, model, source, extras, layers, key)
+    optimizer = default_optimizer(steps) if optimizer is None else optimizer
     chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
-    step, arrays = prepare(model, direction, chain, all_held, steps, extras, layers)
-    if sharding is not None:
-        arrays, run_key = on_mesh_of(sharding, arrays), on_mesh_of(sharding, run_key)
-    best = None if early_stopping is None else eqx.filter((step.model(arrays), layers), eqx.is_array)
-    fresh = TrainingState(0, arrays, run_key, source.batch_size, source.count, best)
+    return prepare(model, direction, chain, all_held, steps, extras, layers)
+
+
+def _run(
+    step: Step,
+    arrays: TrainState,
+    source: AbstractSource,
+    plan: Plan,
+    start: tuple[Array, NamedSharding | None, Any],
+    end: tuple[Sequence[Held], Any],
+) -> TrainResult[Any]:
+    """Trains from a state, or from where another run has ended.
+
+    `start` holds the key, the sharding and the argument `resume`, `end` the constraints and the model as it was given.
+    """
+    (key, divided, resume), (all_held, given) = start, end
+    if divided is not None:
+        arrays, key = on_mesh_of(divided, arrays), on_mesh_of(divided, key)
+    shown = eqx.filter((step.model(arrays), arrays.layers), eqx.is_array)
+    best = None if plan.early_stopping is None else shown
+    fresh = TrainingState(0, arrays, key, source.batch_size, source.count, best)
     state = state_of(resume, plan.folder, fresh)
-    _check_steps(steps, state)
+    _check_steps(plan.evaluation.steps, state)
     trained = Loop(step, source, state, plan).run()
     if names := outside(trained.model, all_held):
         raise ConstraintError(names, trained.model, trained.history)
-    return TrainResult(placed_as(trained.model, given), trained.history, trained.state, trained.reason, trained.layers)
+    model = placed_as(trained.model, given)
+    return TrainResult(model, trained.history, trained.state, trained.reason, trained.layers)
 
 
 def _plan(
@@ -262,8 +296,9 @@ def _check_sharding(sharding: Any) -> NamedSharding | None:
     return automatic(sharding)
 
 
-def _extras(transform: Any, accumulate: Any, has_layers: bool, ema: Any, eval_parameters: Any) -> Extras:
-    """What a run asks for beside a direction and an optimizer, checked."""
+def _extras(transform: Any, accumulate: Any, layers: tuple[PyTree, bool], ema: Any, eval_parameters: Any) -> Extras:
+    """What a run asks for beside a direction and an optimizer, checked; `layers` are `model_state` and `has_aux`."""
+    has_layers = _check_layers(*layers)
     check_positive("accumulate", accumulate)
     if transform is not None:
         check_function("transform", transform, "transform(*batch) -> batch")
