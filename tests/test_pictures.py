@@ -262,9 +262,7 @@ def trained():
 
     evaluate = {"loss": fit, "size": lambda w, x, y: jnp.sum(w) - 100.0}
     data = (jnp.ones((8, 3)), jnp.zeros(8))
-    return eqxproj.train(
-        jnp.ones(3), data, fit, steps=6, batch_size=4, eval_every=2, eval_data=data, evaluate=evaluate
-    )
+    return eqxproj.train(jnp.ones(3), data, fit, steps=6, batch_size=4, eval_every=2, eval_data=data, evaluate=evaluate)
 
 
 def lines_of(axes):
