@@ -206,8 +206,8 @@ def _add_network(compare: argparse.ArgumentParser) -> None:
     )
     compare.add_argument("--model", metavar="MODULE:FUNCTION", help=model_help)
     loss_help = (
-        "your own loss: a function loss(model, x, y) of a minibatch that returns one number; with an argument named key "
-        "it gets a new PRNG key each step (default: the mean cross-entropy of jax.vmap(model)(x))"
+        "your own loss: a function loss(model, x, y) of a minibatch that returns one number; with an argument "
+        "named key it gets a new PRNG key each step (default: the mean cross-entropy of jax.vmap(model)(x))"
     )
     compare.add_argument("--loss", metavar="MODULE:FUNCTION", help=loss_help)
     flatten_help = "give your own network each image as one vector (by default as channels, height, width)"
