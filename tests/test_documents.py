@@ -93,7 +93,8 @@ def test_every_figure_is_shown_on_a_page():
 def test_the_figures_are_made(tmp_path):
     (tmp_path / "docs" / "figures").mkdir(parents=True)
     (tmp_path / "docs" / "page.md").write_text(
-        "```python\nimport pathlib\n```\n![a](figures/a.png)\n```python\npathlib.Path('a.png').write_text('made')\n```\n"
+        "```python\nimport pathlib\n```\n![a](figures/a.png)\n"
+        "```python\npathlib.Path('a.png').write_text('made')\n```\n"
     )
     (tmp_path / "docs" / "other.md").write_text("```python\nraise ValueError\n```\n")
     script = tmp_path / "docs" / "figures" / "make.py"

@@ -1,7 +1,7 @@
 """Makes the figures of the pages again: `python docs/figures/make.py`.
 
-A figure is a file that the code of its page writes. So this runs the code of every page with figures in an empty folder,
-and keeps the files that the page shows.
+A figure is a file that the code of its page writes. So this runs the code of every page with figures in an empty
+folder, and keeps the files that the page shows.
 """
 
 import os
