@@ -15,6 +15,7 @@ from . import rules as rules
 from . import sets as sets
 from . import solvers as solvers
 from ._control_flow._builtin import BUILTIN as _BUILTIN
+from ._errors import CheckpointError as CheckpointError
 from ._errors import ConstraintError as ConstraintError
 from ._errors import EvaluationError as EvaluationError
 from ._errors import NonFiniteError as NonFiniteError
@@ -30,12 +31,16 @@ from ._problem._state import combine as combine
 from ._program._custom import custom_loss as custom_loss
 from ._program._custom import custom_projection as custom_projection
 from ._program._threshold import threshold as threshold
+from ._training._checkpoint import TrainingState as TrainingState
 from ._training._displacement import filter_displacement as filter_displacement
 from ._training._displacement import filter_value_and_displacement as filter_value_and_displacement
+from ._training._evaluation import on_host as on_host
 from ._training._optimizer import default_optimizer as default_optimizer
 from ._training._projection import projection as projection
 from ._training._train import TrainResult as TrainResult
 from ._training._train import train as train
+from ._training._watch import EarlyStopping as EarlyStopping
+from ._training._watch import Report as Report
 from .rules._registry import RULES as _RULES
 from .rules._registry import register_projection as register_projection
 from .rules._registry import unregister_projection as unregister_projection

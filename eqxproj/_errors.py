@@ -135,15 +135,33 @@ class ConstraintError(ValueError):
         return type(self), (self.names, picklable(self.model), self.history)
 
 
+class CheckpointError(OSError):
+    """A checkpoint could not be written, as where a disk is full. Those that were written before are there still.
+
+    `model` is the model after the last finished step, `step` the number of finished steps, `history` what had been
+    recorded till then, and `why` what the system said.
+    """
+
+    def __init__(self, why: str, step: int, model: Any, history: Any):
+        self.why, self.step, self.model, self.history = why, step, model, history
+        super().__init__(
+            f"The checkpoint of step {step} could not be written: {why}. The model is in the attribute `model` of this "
+            "error. Make room, or name another folder, and go on with `resume=`."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.why, self.step, picklable(self.model), self.history)
+
+
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was interrupted from the keyboard.
 
-    `model` is the model after the last finished step, `step` the number of finished steps, and `history` what had been
-    recorded till then.
+    `model` is the model after the last finished step, `step` the number of finished steps, `history` what had been
+    recorded till then, and `state` what `train(resume=...)` goes on from; it is left out where this is pickled.
     """
 
-    def __init__(self, step: int, model: Any, history: Any):
-        self.step, self.model, self.history = step, model, history
+    def __init__(self, step: int, model: Any, history: Any, state: Any = None):
+        self.step, self.model, self.history, self.state = step, model, history, state
         super().__init__(
             f"Training was interrupted after step {step}. The model is in the attribute `model` of this exception."
         )

@@ -12,7 +12,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from ._errors import described
 
@@ -64,10 +64,17 @@ def write_whole(target: pathlib.Path, content: bytes) -> None:
     if not is_replaced(target):
         target.write_bytes(content)
         return
+    with replacing(target) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(target: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of another when all is written."""
     target = target.resolve()  # what a link leads to is replaced, not the link
     with _beside(target) as (temporary, descriptor):
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # a full disk may show itself here only
         os.chmod(temporary, target.stat().st_mode if target.exists() else 0o666 & ~_umask())

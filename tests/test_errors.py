@@ -10,7 +10,7 @@ from jax.scipy.ndimage import map_coordinates
 
 import eqxproj
 from eqxproj import NonFiniteError, TrainingInterrupted, UnsupportedPrimitiveError
-from eqxproj._training._loop import Evaluation
+from eqxproj._training._evaluation import Evaluation
 from eqxproj.losses import cross_entropy, squared_error
 
 RNG = np.random.default_rng(0)
@@ -273,9 +273,17 @@ def test_bad_constraints(error, constraint, part, untyped, no_training):
     raises(error, "`constraints[0]`", part, call=train, constraints=[constraint])
 
 
-@pytest.mark.parametrize("method", ["projection", "gradient"])
-def test_an_optimizer_that_evaluates_the_loss_itself(method, no_training):
-    raises(TypeError, "`optimizer`", "value_fn", "linesearch=None", call=train, optimizer=optax.lbfgs(), method=method)
+def test_an_optimizer_that_asks_for_a_gradient_function(no_training):
+    optimizer = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True)
+    raises(TypeError, "`optimizer`", "grad_fn", "opaque_mode=False", call=train, optimizer=optimizer)
+
+
+def test_an_optimizer_whose_state_changes_its_kind(no_training):
+    def update(updates, state, params=None):
+        return updates, jnp.zeros(state.size + 1)
+
+    growing = optax.GradientTransformation(lambda p: jnp.zeros(1), update)
+    raises(TypeError, "`optimizer`", "keep its structure, shapes and dtypes", call=train, optimizer=growing)
 
 
 # Operations without a rule.
@@ -422,10 +430,10 @@ def test_overflow_is_at_the_step_and_node_where_it_happens():
 def test_interrupt_returns_model_and_history(stop):
     """A KeyboardInterrupt, here out of an evaluation, loses nothing."""
 
-    def interrupt(self, step, value, seconds, model, records):
-        if step == stop:
+    def interrupt(self, known, *others):
+        if known["step"] == stop:
             raise KeyboardInterrupt
-        return record(self, step, value, seconds, model, records)
+        return record(self, known, *others)
 
     record = Evaluation.record
     with pytest.MonkeyPatch.context() as patch:

@@ -110,7 +110,7 @@ def test_constraints_that_overlap_in_one_array():
 
 
 def test_sets_that_do_not_meet_are_said_before_training(monkeypatch):
-    monkeypatch.setattr("eqxproj._training._train.fit", None)
+    monkeypatch.setattr("eqxproj._training._train.Loop", None)
     for pair in (
         (sets.Box(1.0, 2.0), sets.NonNegative(), sets.Box(-2.0, 0.5)),
         (sets.Sparse(k=2), sets.Quantized([-1.0, 1.0])),

@@ -65,6 +65,7 @@ class Materialized(eqxproj.AbstractSolver):
         return eqxproj.AlternatingProjections().step(problem, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_without_materialized_copies_alternating_projections_are_the_same(model):
     """The exact rules: keeping the sums of equal copies gives what keeping every copy gives."""

@@ -1,6 +1,8 @@
 """The pictures of a graph, a solution and a training run: what they show, where they are written, what is an error."""
 
 import collections
+import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -252,17 +254,22 @@ def history(steps, **curves):
 
 
 def result(steps, **curves):
-    return eqxproj.TrainResult(None, history(steps, **curves))
+    return dataclasses.replace(trained_once(), history=history(steps, **curves))
 
 
-@pytest.fixture(scope="module")
-def trained():
+@functools.cache
+def trained_once():
     def fit(w, x, y):
         return jnp.mean(jnp.square(x @ w - y))
 
     evaluate = {"loss": fit, "size": lambda w, x, y: jnp.sum(w) - 100.0}
     data = (jnp.ones((8, 3)), jnp.zeros(8))
     return eqxproj.train(jnp.ones(3), data, fit, steps=6, batch_size=4, eval_every=2, eval_data=data, evaluate=evaluate)
+
+
+@pytest.fixture
+def trained():
+    return trained_once()
 
 
 def lines_of(axes):
@@ -312,7 +319,7 @@ def test_a_loss_that_is_not_positive_or_not_finite_is_plotted():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"others": {"this run": result(2)}}, ValueError, "'this run'.*`name`"),
+        ({"others": {"this run": history(2)}}, ValueError, "'this run'.*`name`"),
         ({"others": {"a": 3}}, TypeError, "'a' must be a `TrainResult`.*3"),
         ({"others": {"a": {"loss": [1.0]}}}, TypeError, "'a' must be a `TrainResult`"),
         ({"others": {"a": history(2) | {"loss": ["x", "y"]}}}, TypeError, "'a'.*real numbers"),
@@ -336,7 +343,7 @@ def test_unusable_arguments_of_a_plot_of_runs(untyped):
         with pytest.raises(TypeError, match="names of runs.*3"):
             run.plot(**wrong)
     with pytest.raises(ValueError, match="outside of `jit`"):
-        jax.jit(lambda loss: eqxproj.TrainResult(None, run.history | {"loss": loss}).plot())(jnp.ones(2))
+        jax.jit(lambda loss: dataclasses.replace(run, history=run.history | {"loss": loss}).plot())(jnp.ones(2))
 
 
 # --- errors ---

@@ -247,6 +247,7 @@ def trained(**options):
     return eqxproj.train(eqx.nn.MLP(6, 4, 5, 1, key=KEYS[0]), (X,), loss_of(linear), steps=5, **options).model
 
 
+@pytest.mark.slow
 def test_it_is_on_with_the_default_optimizer_alone():
     same, other = trained(), trained(precondition=True)
     assert eqx.tree_equal(same, other)

@@ -147,6 +147,7 @@ def test_cross_entropy_reaches_the_optimum(kind, n):
             assert residual(z, d, y, tau) <= 1e-5, tau
 
 
+@pytest.mark.slow
 def test_cross_entropy_with_probabilities():
     z, labels = batch(5, (50, 6), 4.0)
     for y in (jax.nn.softmax(batch(6, (50, 6))[0]), 2.5 * jax.nn.softmax(z), jnp.zeros_like(z)):
@@ -222,6 +223,7 @@ def test_cross_entropy_keeps_small_displacements(tau):
     np.testing.assert_allclose(d, tau * np.array([s[1] + s[2], -s[1], -s[2]]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_masked_classes_do_not_move():
     z = jnp.array([[1.0, -jnp.inf, 0.5], [-jnp.inf, -jnp.inf, 2.0]])
     labels = jnp.array([2, 2])

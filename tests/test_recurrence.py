@@ -44,6 +44,7 @@ def arrays(tree):
     return jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_all_steps_at_once_move_as_the_unrolled_graph(reverse):
     """Two-color steps on the graph of a `scan` and on the graph of a Python loop, which has other identity nodes."""
@@ -58,6 +59,7 @@ def test_all_steps_at_once_move_as_the_unrolled_graph(reverse):
         assert float(jnp.vdot(a, b) / size) > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [eqxproj.DouglasRachford(), eqxproj.DifferenceMap(), eqxproj.CyclicProjections()])
 def test_solvers_run_on_the_cycle(solver):
     model, x, y = case(4)
@@ -179,6 +181,7 @@ class Gated(eqx.Module):
         return jax.vmap(self.last)(jax.lax.scan(step, jnp.zeros(6), x)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", [eqxproj.Metric(1e3, 1e4), eqxproj.Metric(1e18, 1e4)], ids=["1e3", "1e18"])
 @pytest.mark.parametrize(
     "solver",

@@ -260,6 +260,7 @@ def test_registration_reaches_a_compiled_projection():
     np.testing.assert_array_equal(project(0.1 * x)[0], own)
 
 
+@pytest.mark.slow
 def test_registration_reaches_the_branches_of_a_problem():
     """The rule of a branch looks its operations' rules up when a step is traced."""
 

@@ -208,6 +208,7 @@ def test_a_steep_metric_gives_the_vjp(name, log_kappa):
             assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in CASES if n not in FLAT])
 def test_the_pullback_is_the_vjp_whatever_the_weights(name):
     found = []

@@ -141,7 +141,8 @@ def test_history(steps, every, want, method):
     evaluate = {"loss": loss, "accuracy": lambda p, x, y: (jnp.argmax(x @ p["w"] + p["b"], -1) == y).mean()}
     result = train(steps=steps, eval_every=every, eval_data=(X, Y), evaluate=evaluate, method=method)
     history = result.history
-    assert set(history) == {"step", "loss", "seconds", "eval_loss", "eval_accuracy", "compile_seconds"}
+    names = {"step", "loss", "norm", "learning_rate", "seconds", "eval_loss", "eval_accuracy", "compile_seconds"}
+    assert set(history) == names
     assert history["step"].tolist() == want
     assert all(len(history[k]) == len(want) for k in history if k != "compile_seconds")
     assert np.isnan(history["loss"][0]) and np.isfinite(history["loss"][1:]).all()
@@ -153,7 +154,8 @@ def test_history(steps, every, want, method):
 
 
 def test_history_without_evaluation():
-    assert set(train().history) == {"step", "loss", "seconds", "compile_seconds"}
+    assert set(train().history) == {"step", "loss", "norm", "learning_rate", "seconds", "compile_seconds"}
+    assert "learning_rate" not in train(optimizer=optax.adam(1e-3)).history
 
 
 def test_evaluation_is_of_the_loss_by_default():

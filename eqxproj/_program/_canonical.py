@@ -43,13 +43,16 @@ def canonicalised(function: Callable[[], Any], program: Program) -> Any:
     return eqx.combine(_evaluated(_rewritten(closed, inside=False), shape)(), others)
 
 
-def lowered(function: Callable[..., Any], *args: PyTree) -> jax.stages.Lowered:
-    """`jax.jit(function).lower(*args)`, with the convolutions of the function canonicalised."""
-    traced = jax.jit(function).trace(*args)
+def lowered(function: Callable[..., Any], *args: PyTree, donated: tuple[int, ...] = ()) -> jax.stages.Lowered:
+    """`jax.jit(function).lower(*args)`, with the convolutions of the function canonicalised.
+
+    `donated`: positions of the arguments whose memory the results may take over.
+    """
+    traced = jax.jit(function, donate_argnums=donated).trace(*args)
     new = _rewritten(traced.jaxpr, inside=False)
     if jax.default_backend() != "cpu" or new is traced.jaxpr:
         return traced.lower()
-    return jax.jit(_evaluated(new, traced.out_info)).lower(*args)
+    return jax.jit(_evaluated(new, traced.out_info), donate_argnums=donated).lower(*args)
 
 
 def _evaluated(closed: ClosedJaxpr, shape: PyTree) -> Callable[..., Any]:

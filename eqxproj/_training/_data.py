@@ -1,10 +1,12 @@
-"""Minibatches: the user's arrays, checked and brought to the host, and an endless stream of shuffled batches of them.
+"""The user's arrays, checked, and an endless stream of shuffled minibatches of their rows.
 
-Limits: all samples are in memory, and every array has one entry a sample along its first axis.
+Transforms a tuple of pytrees into one of arrays on the host. Limits: every array has one entry a sample along its first
+axis. Arrays that are mapped into memory from a file stay there, and are read batch by batch.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,9 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._errors import as_array, described, is_key
+
+_BLOCK = 2**26
+"""Bytes of the part of an array that is looked at in one go."""
 
 
 def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
@@ -42,8 +47,7 @@ def check_data(data: Any, what: str) -> tuple[tuple[PyTree, ...], int]:
     if count == 0:
         raise ValueError(f"`{what}` is empty: its arrays have no samples.")
     for (name, _), array in zip(named, arrays, strict=True):
-        if not _finite(array).all():
-            bad = int(np.argmin(_finite(array).reshape(count, -1).all(1)))
+        if (bad := _first_bad(array)) is not None:
             raise ValueError(f"`{name}` holds NaN or infinity, first at sample {bad}. Remove or replace such samples.")
     return jtu.tree_unflatten(treedef, arrays), count
 
@@ -75,10 +79,21 @@ def _as_host(x: Any, name: str) -> np.ndarray:
         raise ValueError(f"`{name}` holds PRNG keys. Give the loss an argument named `key` instead.")
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"`{name}` is a traced array: `train` runs outside of `jax.jit` and other transformations.")
-    return _canonical(as_array(name, x), name)
+    array = as_array(name, x)
+    return array if is_mapped(array) else canonical(array, name)
 
 
-def _canonical(array: np.ndarray, name: str) -> np.ndarray:
+def is_mapped(array: np.ndarray) -> bool:
+    """Whether an array lies in a file that is mapped into memory."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return True
+        base = base.base
+    return isinstance(base, mmap.mmap)
+
+
+def canonical(array: np.ndarray, name: str) -> np.ndarray:
     """The array in the dtype that JAX has for its own. Too large floats become infinite; integers must fit."""
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
     if array.dtype.kind in "iu" and array.size and dtype.itemsize < array.dtype.itemsize:
@@ -92,11 +107,17 @@ def _canonical(array: np.ndarray, name: str) -> np.ndarray:
         return array.astype(dtype, copy=False)
 
 
-def _finite(x: np.ndarray) -> np.ndarray:
-    """Where an array is finite."""
-    if x.dtype.kind in "biu":
-        return np.ones(x.shape, bool)
-    return np.isfinite(x if x.dtype.kind in "fc" else np.asarray(x, np.float32))
+def _first_bad(array: np.ndarray) -> int | None:
+    """The first sample that is not finite, if any; looked for block by block, so that nothing large is made."""
+    if array.dtype.kind in "biu":
+        return None
+    rows = max(1, _BLOCK // max(1, array[:1].nbytes))
+    for start in range(0, len(array), rows):
+        block = array[start : start + rows]
+        finite = np.isfinite(block if block.dtype.kind in "fc" else np.asarray(block, np.float32))
+        if not finite.all():
+            return start + int(np.argmin(finite.reshape(len(block), -1).all(1)))
+    return None
 
 
 def check_model(model: PyTree) -> None:
@@ -125,5 +146,9 @@ def batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray]:
 
 
 def take(data: Sequence[PyTree], rows: np.ndarray) -> tuple[PyTree, ...]:
-    """The samples of some rows."""
-    return tuple(jtu.tree_map(lambda x: x[rows] if isinstance(x, np.ndarray) else x, part) for part in data)
+    """The samples of some rows, in the precision that JAX computes with."""
+
+    def of(path: Any, x: Any) -> Any:
+        return canonical(x[rows], f"data{jtu.keystr(path)}") if isinstance(x, np.ndarray) else x
+
+    return tuple(jtu.tree_map_with_path(of, tuple(data)))

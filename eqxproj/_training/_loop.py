@@ -1,178 +1,212 @@
-"""The loop of training: minibatches in, the trained model and the history of its evaluations out.
+"""The loop of training: chunks of steps on the device, and between them records, checkpoints and the wish to stop.
 
-Steps are dispatched without waiting for their results; whether all of them were finite is looked up where the model is
-evaluated. Limits: the loop runs on the host, one step a turn.
+Transforms a state and a stream of minibatches into the state after the last step. A chunk is one compiled program of
+many steps; whether all of them were finite is looked up after it. Limits: nobody looks on inside of a chunk, which
+takes a few tenths of a second, or one step.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
+import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+import optax
+from jaxtyping import PyTree
 
-from .._errors import EvaluationError, NonFiniteError, TrainingInterrupted, described
-from .._program._compiled import jitted
+from .._errors import CheckpointError, NonFiniteError, TrainingInterrupted
 from .._progress import progress
-from ._data import take
-from ._step import Step, TrainState, compiled
+from ._checkpoint import TrainingState, save
+from ._evaluation import Evaluation, History, Record
+from ._source import AbstractSource, Chunks
+from ._step import Advance, Step, StepReport, compiled, copied, transformed
+from ._watch import Asked, Callback, EarlyStopping, Report, termination, uninterrupted
 
-Pick = tuple[np.ndarray, Array]
-"""The rows of a minibatch, and its key."""
-Record = dict[str, Any]
-"""Name to number, after one step."""
-History = dict[str, Any]
-"""Name to array, with one entry a record; and `"compile_seconds"`, a number."""
-
-
-def _returned(value: Any) -> str:
-    """What a function returned in place of a number."""
-    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
-    return f"an array of shape {value.shape} and dtype {value.dtype}" if is_array else described(value)
+_SECONDS = 0.2
+"""How long a chunk is to take."""
 
 
-def _said(error: Exception) -> str:
-    """The message of an error; of one that came through a callback of a compiled function, its last line alone."""
-    text = str(error).strip()
-    return (text.splitlines()[-1] if "Traceback" in text else text).rstrip(".")
+class Plan(NamedTuple):
+    """What happens beside the steps.
 
-
-def _remedy(error: Exception) -> str:
-    """What may help where a function of `evaluate` raised."""
-    if isinstance(error, jax.errors.JAXTypeError):
-        return " The functions of `evaluate` are compiled: compute with `jax.numpy` in them, not with numpy or Python."
-    if isinstance(error, TypeError) and "argument" in str(error):
-        return (
-            " It is called with the model and the parts of `eval_data` alone: give further arguments, such as a `key`, "
-            "a default, or bind them by a `lambda`."
-        )
-    return ""
-
-
-class Evaluation(eqx.Module):
-    """What is recorded of a model in training, and after which steps.
-
-    - `data`: what the `functions` are given after the model; `None` where only the loss of a step is recorded.
-    - `plain`: the functions before they are compiled. `is_loss`: whether the one is the loss, by default.
-    - `every`: number of steps from one record to the next. `steps`: the number of all, after which stands the last.
+    - `evaluation`, `callbacks`, `early_stopping`: at each record.
+    - `folder`, `every`: where checkpoints are written, and after how many steps each.
+    - `shown`: whether progress is.
     """
 
-    data: tuple[PyTree, ...] | None
-    plain: dict[str, Callable[..., Any]]
-    functions: dict[str, Callable[..., Any]]
-    is_loss: bool
+    evaluation: Evaluation
+    callbacks: tuple[Callback, ...]
+    early_stopping: EarlyStopping | None
+    folder: pathlib.Path | None
     every: int
-    steps: int
+    shown: bool
 
-    def __init__(
-        self,
-        data: tuple[PyTree, ...] | None,
-        functions: dict[str, Callable[..., Any]],
-        is_loss: bool,
-        every: int | None,
-        steps: int,
-    ):
-        self.data = None if data is None else jtu.tree_map(jnp.asarray, data)
-        self.plain, self.is_loss = {} if data is None else functions, is_loss
-        self.functions = {name: jitted(f) for name, f in self.plain.items()}
-        self.every = max(1, steps // 20) if every is None else int(every)
-        self.steps = steps
 
-    def is_due(self, step: int) -> bool:
-        return step % self.every == 0 or step == self.steps
+class Trained(NamedTuple):
+    """What a run leaves: the model it returns, the state of its layers, the state it goes on from, and why it ended."""
 
-    def record(self, step: int, loss: float, seconds: float, model: PyTree, records: Sequence[Record]) -> Record:
-        """One record, after others. `seconds` are those of training so far.
+    model: PyTree
+    layers: PyTree
+    state: TrainingState
+    history: History
+    reason: str
 
-        **Raises:** `EvaluationError` where a function raises, or returns no number.
+
+class Loop:
+    """One run of training. Its `state` is that after the last whole chunk, also where the run ends early."""
+
+    def __init__(self, step: Step, source: AbstractSource, state: TrainingState, plan: Plan):
+        self.step, self.source, self.plan, self.state = step, source, plan, state
+        self._chunks = Chunks(source.items(state.step), source.longest)
+        self._programs: dict[Any, Advance] = {}
+        self._compile_seconds, self._pace = 0.0, 1
+        self._saved: int | None = None
+
+    @property
+    def history(self) -> History:
+        return self.plan.evaluation.history(self.state.records, self._compile_seconds)
+
+    def run(self) -> Trained:
+        """Trains to the end.
+
+        **Raises:** `NonFiniteError`, `CheckpointError`, `EvaluationError`, and `TrainingInterrupted` on Ctrl-C.
         """
-
-        def number(name: str, function: Callable[..., Any]) -> float:
-            why, cause, found = "", None, None
-            try:
-                found = function(model, *(self.data or ()))
-                if jnp.shape(found) == () and jnp.result_type(found).kind in "biuf":
-                    if step == 0 and jnp.isnan(found):
-                        self._explain(name, model)
-                    return float(found)
-                why = f"must return one real number, but it returned {_returned(found)}."
-            except Exception as error:
-                why, cause = f"raised {type(error).__name__}: {_said(error)}.{_remedy(error)}", error
-            raise EvaluationError(name, why, step, model, self.history(records, 0.0)) from cause
-
-        found = {f"eval_{name}": number(name, function) for name, function in self.functions.items()}
-        return {"step": step, "loss": loss, "seconds": seconds, **found}
-
-    def _explain(self, name: str, model: PyTree) -> None:
-        """Raises what a function that answers NaN says of concrete data; for the loss itself, that it is NaN."""
+        bar = progress(self.plan.evaluation.steps, self.step.direction.name, self.plan.shown)
         try:
-            self.plain[name](model, *(self.data or ()))
-        except Exception as error:
-            raise ValueError(f"it is NaN on `eval_data`, and before it is compiled it raises: {error}") from error
-        if self.is_loss:
-            integers = [x for x in jtu.tree_leaves(self.data) if x.dtype.kind in "iu"]
-            runs = ", ".join(f"{x.min()} to {x.max()}" for x in integers)
-            hint = f" The integer arrays of `eval_data` run from {runs}: are labels out of range?" if runs else ""
-            raise ValueError(f"it is NaN on `eval_data` before any training, though model and data are finite.{hint}")
+            with termination(self.plan.folder is not None) as asked:
+                reason = self._all_steps(bar, asked)
+        except KeyboardInterrupt as error:
+            self._save()
+            model = self.step.model(self.state.arrays)
+            raise TrainingInterrupted(self.state.step, model, self.history, self.state) from error
+        finally:
+            bar.close()
+            self._chunks.close()
+        model, layers = self._shown()
+        if self.plan.early_stopping is not None and not math.isnan(self.state.best_value):
+            others = eqx.filter((model, layers), eqx.is_array, inverse=True)
+            model, layers = eqx.combine(copied(self.state.best), others)
+        return Trained(model, layers, self.state, self.history, reason)
 
-    def history(self, records: Sequence[Record], compile_seconds: float) -> History:
-        """The records as one array a name."""
-        names = ("step", "loss", "seconds", *(f"eval_{name}" for name in self.functions))
-        return {**{n: np.asarray([r[n] for r in records]) for n in names}, "compile_seconds": compile_seconds}
+    def _all_steps(self, bar: Any, asked: Asked) -> str:
+        """Runs chunk after chunk; the answer is why it ended."""
+        evaluation, last = self.plan.evaluation, StepReport(jnp.asarray(jnp.nan), jnp.asarray(jnp.nan))
+        bar.update(self.state.step)
+        if not self.state.records:
+            self._look(last)
+        while self.state.step < evaluation.steps:
+            done, last = self._chunk(self._goal() - self.state.step, last)
+            bar.update(done)
+            reason = None if done else "data"
+            if (evaluation.is_due(self.state.step) or not done) and self.state.records[-1]["step"] != self.state.step:
+                reason = self._look(last) or reason
+                bar.set_postfix_str(f"loss {self.state.records[-1]['loss']:.4g}")
+            if reason is None and asked.by_all():
+                reason = "terminated"
+            if reason is not None or self.state.step % self.plan.every == 0:
+                self._save()
+            if reason is not None:
+                return reason
+        self._save()
+        return "steps"
 
+    def _goal(self) -> int:
+        """The next step after which the host has something to do."""
+        step = self.state.step
+        save = (step // self.plan.every + 1) * self.plan.every if self.plan.folder is not None else math.inf
+        return int(min(self.plan.evaluation.next(step), save))
 
-def fit(
-    step: Step, state: TrainState, data: Sequence[PyTree], picks: Iterator[Pick], evaluation: Evaluation, shown: bool
-) -> tuple[PyTree, History]:
-    """The trained model and its history, after as many steps as the evaluation counts; `data` is on the host.
-
-    **Raises:** `NonFiniteError`, and `TrainingInterrupted` on Ctrl-C, as [`train`][].
-    """
-    records: list[Record] = []
-    recent: list[Pick] = []
-    done, value, seconds, compile_seconds = 0, float("nan"), 0.0, 0.0
-    bar = progress(evaluation.steps, step.direction.name, shown)
-    try:
-        first = next(picks)
-        records.append(evaluation.record(0, value, seconds, step.model(state), records))
+    def _chunk(self, most: int, last: StepReport) -> tuple[int, StepReport]:
+        """Takes steps, at most so many: how many they were, and the report of the last one."""
+        feed, items = self._chunks.next(min(most, self._pace))
+        if not items:
+            return 0, last
+        first, count = self.state.step, len(items)
+        advance = self._compiled(feed)
         start = time.perf_counter()
-        advance = compiled(step, state, take(data, first[0]), first[1])
-        compile_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        for rows, key in itertools.islice(itertools.chain([first], picks), evaluation.steps):
-            state, value = advance(state, np.int32(done), take(data, rows), key)
-            done += 1
-            recent.append((rows, key))
-            bar.update()
-            if evaluation.is_due(done):
-                jax.block_until_ready(state)
-                seconds += time.perf_counter() - start
-                if int(state.bad_step) >= 0:
-                    picked = recent[int(state.bad_step) - (done - len(recent))]
-                    raise _non_finite(step, state, data, picked, evaluation.history(records, compile_seconds))
-                recent.clear()
-                records.append(evaluation.record(done, float(value), seconds, step.model(state), records))
-                bar.set_postfix_str(f"loss {float(value):.4g}")
-                start = time.perf_counter()
-    except KeyboardInterrupt as error:
-        history = evaluation.history(records, compile_seconds)
-        raise TrainingInterrupted(done, step.model(state), history) from error
-    finally:
-        bar.close()
-    return step.model(state), evaluation.history(records, compile_seconds)
+        with uninterrupted():
+            arrays, report = jax.block_until_ready(advance(self.state.arrays, first, count, feed))
+            seconds = time.perf_counter() - start
+            self.state = replace(self.state, arrays=arrays, step=first + count, seconds=self.state.seconds + seconds)
+        if jax.process_count() > 1:
+            self._pace = self.source.longest  # the same in all processes
+        elif count == self._pace:
+            self._pace = max(1, min(2 * count, self.source.longest, int(_SECONDS * count / max(seconds, 1e-9))))
+        if int(arrays.bad_step) >= 0:
+            raise self._non_finite(items[int(arrays.bad_step) - first])
+        return count, report
+
+    def _compiled(self, feed: PyTree) -> Advance:
+        """The program for chunks of this shape."""
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree_util.tree_leaves(feed))
+        if shapes not in self._programs:
+            start = time.perf_counter()
+            self._programs[shapes] = compiled(self.step, self.state.arrays, self.source.whole, feed, self.state.key)
+            self._compile_seconds += time.perf_counter() - start
+        return self._programs[shapes]
+
+    def _shown(self) -> tuple[PyTree, PyTree]:
+        """The model that the state stands for, and the state of its layers."""
+        return self.step.model(self.state.arrays), copied(self.state.arrays.layers)
+
+    def _look(self, report: StepReport) -> str | None:
+        """Makes a record, and asks who looks on; the answer is why to stop, if somebody wants to."""
+        model, layers = self._shown()
+        state, evaluation = self.state, self.plan.evaluation
+        known = {"step": state.step, "loss": float(report.loss), "norm": float(report.norm), "seconds": state.seconds}
+        rate = learning_rate(state.arrays.optimizer)
+        known |= {} if rate is None else {"learning_rate": rate}
+        prefix = () if layers is None else (layers,)
+        record = evaluation.record(known, model, prefix, state.records, self._compile_seconds)
+        self.state = replace(state, records=(*state.records, record))
+        reason = self._compare(record, (model, layers))
+        values = {name: value for name, value in record.items() if name != "step"}
+        seen = Report(state.step, values, self.history, model, layers)
+        answers = [callback(state.step, seen) for callback in self.plan.callbacks]
+        return "callback" if any(answer is True for answer in answers) else reason
+
+    def _compare(self, record: Record, shown: PyTree) -> str | None:
+        """Keeps a model that is the best so far; the answer is why to stop, where none has been better for long."""
+        rule, state = self.plan.early_stopping, self.state
+        if rule is None:
+            return None
+        value = record[rule.monitor]
+        if rule.is_better(value, state.best_value):
+            best = eqx.filter(shown, eqx.is_array)
+            self.state = replace(state, best=best, best_value=value, best_step=state.step, waited=0)
+            return None
+        waited = state.waited + (not math.isnan(state.best_value))
+        self.state = replace(state, waited=waited)
+        return "early_stopping" if rule.patience is not None and waited >= rule.patience else None
+
+    def _save(self) -> None:
+        """Writes a checkpoint, where they are asked for and it is not there yet."""
+        if self.plan.folder is None or self._saved == self.state.step:
+            return
+        try:
+            save(self.plan.folder, self.state)
+        except OSError as error:
+            model = self.step.model(self.state.arrays)
+            raise CheckpointError(str(error), self.state.step, model, self.history) from error
+        self._saved = self.state.step
+
+    def _non_finite(self, item: PyTree) -> NonFiniteError:
+        """The error of a run whose step on a minibatch was not finite; the state is that before it."""
+        state, number = self.state.arrays, int(self.state.arrays.bad_step)
+        key = jax.random.fold_in(self.state.key, number)
+        batch = transformed(self.step.extras.transform, self.source.batch(item), key)
+        node = self.step.direction.failing_node(self.step.running(state), self.step.arguments(state, batch), key)
+        return NonFiniteError(node, number, self.step.model(state), self.history)
 
 
-def _non_finite(
-    step: Step, state: TrainState, data: Sequence[PyTree], picked: Pick, history: History
-) -> NonFiniteError:
-    """The error of a run whose step on a minibatch was not finite; the state is that before it."""
-    model, (rows, key) = step.model(state), picked
-    node = step.direction.failing_node(model, take(data, rows), key)
-    return NonFiniteError(node, int(state.bad_step), model, history)
+def learning_rate(state: PyTree) -> float | None:
+    """The learning rate that the state of an optimizer holds, as those of `optax.inject_hyperparams` do."""
+    found = [value for _, value in optax.tree_utils.tree_get_all_with_path(state, "learning_rate")]
+    numbers = [x for x in found if eqx.is_array_like(x) and np.shape(x) == ()]
+    return float(numbers[0]) if numbers else None

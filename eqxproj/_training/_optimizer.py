@@ -6,13 +6,13 @@ The default rate is chosen for the coordinates of [`Preconditioner`][], and suit
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._errors import described
 from .._numerics._promotion import with_own_promotion
@@ -40,7 +40,30 @@ def default_optimizer(steps: int) -> optax.GradientTransformation:
         optax.constant_schedule(peak),
         optax.cosine_decay_schedule(peak, max(steps - hold, 1), 0.01),
     ]
-    return optax.chain(_in_first_units(), optax.adam(optax.join_schedules(parts, [warm, hold]), b2=0.99))
+    rate = optax.join_schedules(parts, [warm, hold])
+    return optax.chain(_in_first_units(), optax.scale_by_adam(b2=0.99), _scheduled(rate))
+
+
+class Scheduled(NamedTuple):
+    """How many steps there were, and the learning rate of the last one, where the history reads it."""
+
+    count: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+def _scheduled(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Goes down with a rate that follows a schedule and can be read from the state."""
+
+    def init(params: PyTree) -> Scheduled:
+        count = jnp.zeros((), jnp.int32)
+        return Scheduled(count, jnp.asarray(schedule(count), jnp.float32))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Scheduled]:
+        rate = jnp.asarray(schedule(state.count), jnp.float32)
+        moved = jtu.tree_map(lambda u: (-rate).astype(u.dtype) * u, updates)
+        return moved, Scheduled(jnp.asarray(optax.safe_increment(state.count)), rate)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _in_first_units() -> optax.GradientTransformation:
@@ -77,14 +100,21 @@ def checked_optimizer(optimizer: Any, parameters: PyTree) -> optax.GradientTrans
     chain = _extended(optimizer)
 
     def first(transformation: optax.GradientTransformationExtraArgs, parameters: PyTree) -> PyTree:
+        def value_fn(p: PyTree) -> Array:
+            leaves = [jnp.sum(jnp.abs(x) ** 2).astype(jnp.result_type(float)) for x in jtu.tree_leaves(p)]
+            return jnp.sum(jnp.stack(leaves))
+
         state = transformation.init(parameters)
-        return transformation.update(parameters, state, parameters, value=jnp.asarray(0.0))[0]
+        known = dict(value=jnp.asarray(0.0), grad=parameters, value_fn=value_fn)
+        updates, after = transformation.update(parameters, state, parameters, **known)
+        _check_kept(state, after)
+        return updates
 
     try:
         updates = jax.eval_shape(lambda p: first(chain, p), parameters)
     except TypeError as error:
         # Some take no further arguments, though they say that they do.
-        if "value" not in str(error):
+        if "value" not in str(error) and "grad" not in str(error):
             raise _unusable(error) from error
         chain = _without_value(chain)
         try:
@@ -121,11 +151,24 @@ def _without_value(optimizer: optax.GradientTransformationExtraArgs) -> optax.Gr
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
+def _check_kept(before: PyTree, after: PyTree) -> None:
+    """Raises a `TypeError` where an update changes what kind of state an optimizer has."""
+    old, new = (jtu.tree_leaves_with_path(state) for state in (before, after))
+    for (path, a), (other, b) in zip(old, new, strict=False):
+        if path != other or jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
+            raise TypeError(
+                "its state must keep its structure, shapes and dtypes from one step to the next, but "
+                f"`state{jtu.keystr(path)}` does not"
+            )
+    if len(old) != len(new):
+        raise TypeError("its state must keep its structure from one step to the next")
+
+
 def _unusable(error: Exception) -> TypeError:
     return TypeError(
         "`optimizer` must take an update like the parameters, its state, the parameters, and the value of the "
-        f"loss as `value`, but it raised {type(error).__name__}: {error}. Optimizers with a line search or a "
-        "`grad_fn` evaluate the loss on their own, which `train` does not offer: turn it off, as in "
-        "`optax.lbfgs(1e-2, linesearch=None)` and `optax.contrib.sam(..., opaque_mode=False)`, or write the loop "
-        "yourself, with `eqxproj.filter_value_and_displacement`."
+        f"loss as `value`, as `grad` and `value_fn` for a line search, but it raised {type(error).__name__}: {error}. "
+        "Optimizers that ask for a `grad_fn` are not offered one: turn it off, as in "
+        "`optax.contrib.sam(..., opaque_mode=False)`, or write the loop yourself, with "
+        "`eqxproj.filter_value_and_displacement`."
     )

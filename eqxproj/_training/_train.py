@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .._errors import ConstraintError, check_flag, check_function, check_key, described
+from .._errors import ConstraintError, as_number, check_flag, check_function, check_key, described
 from .._files import check_packages, check_picture, write_figure
 from .._metric import Metric, check_metric
 from .._problem._constraints import Constraint, check_common_points, held, outside
@@ -29,29 +29,42 @@ from .._program._sharding import on_automatic_mesh, placed_as
 from ..rules._base import Noise
 from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive, check_solver
-from ._data import batches, check_data, check_model, take
+from ._checkpoint import TrainingState, check_folder, state_of
+from ._data import check_data, check_model
 from ._direction import AbstractDirection, Displacement, Gradient, ValueAlone, key_argument
 from ._displacement import Options, checked_options
-from ._loop import Evaluation, fit
+from ._evaluation import Evaluation
+from ._loop import Loop, Plan
 from ._nnx import takes_nnx
 from ._optimizer import REPLACING, checked_optimizer, default_optimizer
 from ._plot import checked_runs, plotted
 from ._regime import in_projection_regime, settings
-from ._step import prepare, widened
+from ._source import AbstractSource, source_of
+from ._step import Extras, prepare, transformed, widened
+from ._watch import Callback, EarlyStopping, check_watchers
 
+M = TypeVar("M")
 Metrics = Mapping[str, Callable[..., Any]]
 
 
-class TrainResult(eqx.Module):
+class TrainResult(eqx.Module, Generic[M]):
     """What [`train`][] returns.
 
-    - `model`: the trained model.
-    - `history`: `"step"`, `"loss"` (of that step's minibatch), `"seconds"` (of training, without compilation and
-        evaluation) and `"eval_<name>"` as arrays with one entry an evaluation, and `"compile_seconds"`.
+    - `model`: the trained model; with `early_stopping`, the best one.
+    - `history`: `"step"`, `"loss"` (of that step's minibatch), `"norm"` (of its gradient or displacement), `"seconds"`
+        (of training, without compilation and evaluation), `"learning_rate"` where the optimizer tells it, and
+        `"eval_<name>"` as arrays with one entry a record, and `"compile_seconds"`.
+    - `state`: what `train(resume=result.state)` goes on from.
+    - `reason`: why training ended: `"steps"`, `"callback"`, `"early_stopping"`, `"data"` where an iterable gave no
+        more, or `"terminated"` by the system.
+    - `model_state`: the state of the model's layers, where `train` was given one.
     """
 
-    model: PyTree
+    model: M
     history: dict[str, Any]
+    state: TrainingState
+    reason: str = "steps"
+    model_state: PyTree = None
 
     def plot(
         self,
@@ -90,8 +103,8 @@ class TrainResult(eqx.Module):
 
 @takes_nnx
 def train(
-    model: PyTree,
-    data: Sequence[Any],
+    model: M,
+    data: Any,
     loss: Callable[..., Any],
     *,
     steps: int,
@@ -106,13 +119,25 @@ def train(
     solver_steps: int | None = None,
     precondition: bool | None = None,
     method: Literal["projection", "gradient"] = "projection",
+    columns: Sequence[str] | None = None,
+    transform: Callable[..., Any] | None = None,
+    accumulate: int = 1,
+    model_state: PyTree = None,
+    ema: float | None = None,
+    eval_parameters: Callable[[PyTree, PyTree], PyTree] | None = None,
     eval_data: Sequence[Any] | None = None,
     eval_every: int | None = None,
+    eval_batch_size: int | None = None,
     evaluate: Metrics | None = None,
+    early_stopping: EarlyStopping | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: TrainingState | str | os.PathLike[str] | bool | None = None,
     constraints: Sequence[Constraint] = (),
     has_aux: bool = False,
     progress: bool = False,
-) -> TrainResult:
+) -> TrainResult[M]:
     """Trains a model by projections.
 
     **Arguments:**
@@ -121,26 +146,50 @@ def train(
         of the optimizer, are kept in float32 between the steps; the model runs, and is returned, in its own types. Of
         an nnx module the `nnx.Param` variables are trained, its other variables follow the calls of the loss, and the
         returned model is a new module. Optimizers are given the conjugates of complex gradients and displacements.
-    - `data`: `(x, y)`, or any tuple of pytrees of arrays with one entry a sample along their first axis.
+    - `data`: `(x, y)`, or any tuple of pytrees of arrays with one entry a sample along their first axis; arrays that
+        are mapped from a file (`numpy.memmap`) are read batch by batch. Or a `datasets.Dataset`, streamed or not, with
+        `columns`. Or any iterable of batches, such as a loader of torch or grain: a batch is the tuple of what the loss
+        takes after the model, or a dictionary, of which `columns` picks entries.
     - `loss`: `loss(model, *batch)`, a scalar. One with an argument named `key` gets a new PRNG key each step.
     - `steps`: number of minibatches. `batch_size`: their samples; 256, or all of them if they are fewer, by default.
     - `key`: PRNG key of the shuffling and of the loss's `key`; `jax.random.key(0)` by default.
     - `solver`, `solver_steps`: the solver on each minibatch, and its steps from the forward pass; one cyclic sweep by
         default. Another solver, or this one with a `metric` of a grade below 100, means the projection regime:
         `metric`, `copies`, `tau` and `solver_steps` then follow from the solver and the depth of the graph.
-    - `optimizer`: any optax transformation of the displacements. In the projection regime there is none by default: the
-        new parameters are the projection's, without rate or schedule. In the gradient regime it is Adam, its rate
-        rising to 3e-3 at first and falling with a cosine to a hundredth of that over the last four tenths of the
-        `steps`.
+    - `optimizer`: any optax transformation of the displacements, also one with a line search, which is given the loss
+        of the minibatch. In the projection regime there is none by default: the new parameters are the projection's,
+        without rate or schedule. In the gradient regime it is Adam, its rate rising to 3e-3 at first and falling with
+        a cosine to a hundredth of that over the last four tenths of the `steps`.
     - `metric`, `copies`, `tau`, `noise`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
         [`filter_value_and_displacement`][].
     - `precondition`: whether the steps of layers are measured by how much they change the layers' outputs, given the
         mean, deviation and number of their inputs: the origin and unit of the inputs then make no difference. By
         default wherever the default optimizer runs on displacements. One rate means larger steps with it than without.
     - `method`: `"projection"`, or `"gradient"` to run the same loop on gradients.
+    - `columns`: names of what the loss takes, of a data set or of batches that are dictionaries.
+    - `transform`: `transform(*batch) -> batch`, compiled into the step, as for augmentation; with an argument named
+        `key` it gets a new PRNG key each step.
+    - `accumulate`: in how many parts a minibatch is computed, one after another, to save memory. The step is taken in
+        the mean of their directions; it divides the batch size.
+    - `model_state`: the state of layers such as `equinox.nn.BatchNorm`, from `equinox.nn.make_with_state`. The loss is
+        then `loss(model, state, *batch) -> (value, state)`, and functions of `evaluate` take the state after the model.
+    - `ema`: the decay, such as 0.999, of a moving average of the parameters, which then is the model that is evaluated
+        and returned.
+    - `eval_parameters`: `function(optimizer_state, parameters) -> parameters` of the model that is evaluated and
+        returned, such as `optax.contrib.schedule_free_eval_params`.
     - `eval_data`: further data, evaluated before the first step, every `eval_every` steps (a twentieth of `steps` by
-        default) and after the last, in one call of each function of `evaluate`.
-    - `evaluate`: name to `function(model, *eval_data) -> scalar`, which is compiled; the loss by default.
+        default) and after the last. `eval_batch_size`: how many samples in one call; all by default. The mean over the
+        batches is recorded.
+    - `evaluate`: name to `function(model, *eval_data) -> scalar`, which is compiled; the loss by default. One that is
+        marked with [`on_host`][] runs as it is, on all data.
+    - `early_stopping`: an [`EarlyStopping`][], which keeps the best model and may stop.
+    - `callbacks`: functions `(step, report)`, called after each record with a [`Report`][]; one that returns `True`
+        stops training.
+    - `checkpoint`, `checkpoint_every`: a folder for checkpoints, and after how many steps each is written; after as
+        many as `eval_every` by default, and at the end, also at one by Ctrl-C or SIGTERM. The last two stay.
+    - `resume`: goes on from `result.state`, a checkpoint, or the last whole one of a folder; `True` means that of
+        `checkpoint`, if there is one. With the arguments of the first run, the result is the same bit for bit, as long
+        as the data come in the same order; `steps` counts from the beginning.
     - `constraints`: pairs `(where, set)`: `where(model)` picks an array, as in `equinox.tree_at`, and the array is
         projected onto the set after every step. For discrete sets (`Sparse`, `Quantized`) the steps move an array that
         is kept for it, and the loss sees its projection: of more and more entries, those with the shortest way first,
@@ -153,20 +202,28 @@ def train(
     **Returns:** A [`TrainResult`][].
 
     **Raises:** `ValueError` or `TypeError` for unusable arguments, before any training; `NonFiniteError` where a
-    state becomes NaN or infinite, `EvaluationError` where a function of `evaluate` raises or returns no number, and
-    `TrainingInterrupted` on Ctrl-C, all with the last good model and the history; `ConstraintError`, with the trained
-    model, where several sets of one array were left and not found again.
+    state becomes NaN or infinite, `EvaluationError` where a function of `evaluate` raises or returns no number,
+    `CheckpointError` where a checkpoint cannot be written, and `TrainingInterrupted` on Ctrl-C, all with the last good
+    model and the history; `ConstraintError`, with the trained model, where several sets of one array were left and not
+    found again.
     """
     check_positive("steps", steps)
+    steps = int(steps)
     check_function("loss", loss, "loss(model, *batch) -> scalar")
     check_flag("has_aux", has_aux)
     check_flag("progress", progress)
     if method not in ("projection", "gradient"):
         raise ValueError(f'`method` must be "projection" or "gradient", got {described(method)}.')
-    arrays, count = check_data(data, "data")
-    _check_arguments(loss, arrays)
-    batch_size = _check_batch_size(batch_size, count)
-    evaluation = _evaluation(eval_data, evaluate, eval_every, ValueAlone(loss, has_aux), int(steps))
+    has_layers = _check_layers(model_state, has_aux)
+    extras = _extras(transform, accumulate, has_layers, ema, eval_parameters)
+    key = check_key(key)
+    source = source_of(data, columns, batch_size, key)
+    if source.batch_size % extras.parts:
+        raise ValueError(f"`accumulate` must divide the batch size, {source.batch_size}; got {extras.parts}.")
+    has_aux = has_aux or has_layers
+    value = ValueAlone(loss, has_aux)
+    evaluation = _evaluation(eval_data, evaluate, (eval_every, eval_batch_size), value, steps)
+    plan = _plan(evaluation, callbacks, early_stopping, checkpoint, checkpoint_every, progress)
     check_model(model)
     given, model = model, on_automatic_mesh(model)
     all_held = held(model, constraints)
@@ -176,18 +233,73 @@ def train(
     fixed = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
     displacement = Displacement(loss, has_aux, options, fixed)
     direction = displacement if method == "projection" else Gradient(loss, has_aux)
-    optimizer = default_optimizer(int(steps)) if optimizer is None else optimizer
-    key = check_key(key)
+    optimizer = default_optimizer(steps) if optimizer is None else optimizer
     check_common_points(model, all_held)
-    _check_first_value(direction, model, arrays, count)
+    layers = jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, model_state)
+    _check_first_value(direction, model, source, extras, layers, key)
     chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
-    step, state = prepare(model, direction, chain, all_held, int(steps))
-    rows = batches(count, batch_size, key)
-    picks = ((picked, jax.random.fold_in(key, number)) for number, picked in enumerate(rows))
-    trained, history = fit(step, state, arrays, picks, evaluation, progress)
-    if names := outside(trained, all_held):
-        raise ConstraintError(names, trained, history)
-    return TrainResult(placed_as(trained, given), history)
+    step, arrays = prepare(model, direction, chain, all_held, steps, extras, layers)
+    best = None if early_stopping is None else eqx.filter((step.model(arrays), layers), eqx.is_array)
+    fresh = TrainingState(0, arrays, key, source.batch_size, source.count, best)
+    state = state_of(resume, plan.folder, fresh)
+    _check_steps(steps, state)
+    trained = Loop(step, source, state, plan).run()
+    if names := outside(trained.model, all_held):
+        raise ConstraintError(names, trained.model, trained.history)
+    return TrainResult(placed_as(trained.model, given), trained.history, trained.state, trained.reason, trained.layers)
+
+
+def _plan(
+    evaluation: Evaluation,
+    callbacks: Any,
+    early_stopping: Any,
+    checkpoint: Any,
+    every: int | None,
+    shown: bool,
+) -> Plan:
+    """What happens beside the steps, of these arguments."""
+    watchers = check_watchers(callbacks, early_stopping, evaluation.names)
+    if every is not None:
+        check_positive("checkpoint_every", every)
+        if checkpoint is None:
+            raise ValueError("`checkpoint_every` was given without a folder. Name one as `checkpoint`.")
+    folder = None if checkpoint is None else check_folder(checkpoint)
+    return Plan(evaluation, watchers, early_stopping, folder, evaluation.every if every is None else int(every), shown)
+
+
+def _extras(transform: Any, accumulate: Any, has_layers: bool, ema: Any, eval_parameters: Any) -> Extras:
+    """What a run asks for beside a direction and an optimizer, checked."""
+    check_positive("accumulate", accumulate)
+    if transform is not None:
+        check_function("transform", transform, "transform(*batch) -> batch")
+    if eval_parameters is not None:
+        check_function("eval_parameters", eval_parameters, "(optimizer_state, parameters) -> parameters")
+    decay = None if ema is None else as_number(ema)
+    if ema is not None and (decay is None or not 0 < decay < 1):
+        raise ValueError(f"`ema` must be a decay between 0 and 1 such as 0.999, got {described(ema)}.")
+    if ema is not None and eval_parameters is not None:
+        raise ValueError("`ema` and `eval_parameters` both say which model is evaluated. Choose one of them.")
+    return Extras(transform, int(accumulate), has_layers, decay, eval_parameters)
+
+
+def _check_layers(model_state: PyTree, has_aux: bool) -> bool:
+    """Whether the loss takes the state of layers."""
+    if model_state is not None and has_aux:
+        raise ValueError("With `model_state`, the loss returns `(value, state)`: leave `has_aux` out.")
+    if model_state is not None and not any(map(eqx.is_array, jtu.tree_leaves(model_state))):
+        raise TypeError(
+            "`model_state` must be the state of layers, from `equinox.nn.make_with_state(...)(...)[1]`; got "
+            f"{described(model_state)}, which holds no arrays."
+        )
+    return model_state is not None
+
+
+def _check_steps(steps: int, state: TrainingState) -> None:
+    if steps < state.step:
+        raise ValueError(
+            f"`steps` is {steps}, but the run to resume has taken {state.step}. It counts from the beginning: give at "
+            f"least {state.step}."
+        )
 
 
 def _options(
@@ -240,21 +352,17 @@ def _check_arguments(loss: Callable[..., Any], data: tuple[PyTree, ...]) -> None
         ) from error
 
 
-def _check_batch_size(batch_size: int | None, count: int) -> int:
-    if batch_size is None:
-        return min(256, count)
-    check_positive("batch_size", batch_size)
-    if batch_size > count:
-        raise ValueError(
-            f"`batch_size` is {batch_size}, but `data` has only {count} samples. Use a batch size of at most {count}."
-        )
-    return int(batch_size)
-
-
 def _evaluation(
-    eval_data: Sequence[Any] | None, evaluate: Metrics | None, every: int | None, loss: Callable[..., Any], steps: int
+    eval_data: Sequence[Any] | None,
+    evaluate: Metrics | None,
+    sizes: tuple[int | None, int | None],
+    loss: Callable[..., Any],
+    steps: int,
 ) -> Evaluation:
-    """The evaluation of these arguments; of the loss alone where no functions are given."""
+    """The evaluation of these arguments; of the loss alone where no functions are given.
+
+    `sizes` are `eval_every` and `eval_batch_size`.
+    """
     if evaluate is not None and not isinstance(evaluate, Mapping):
         wanted = "must map names to functions `(model, *eval_data) -> scalar`, as in `{'accuracy': accuracy}`"
         raise TypeError(f"`evaluate` {wanted}, got {described(evaluate)}.")
@@ -264,25 +372,35 @@ def _evaluation(
         check_function(f"evaluate[{name!r}]", function, "(model, *eval_data) -> scalar")
     if evaluate is not None and eval_data is None:
         raise ValueError("`evaluate` was given without data. Pass the data to evaluate on as `eval_data`.")
-    if every is not None:
-        check_positive("eval_every", every)
+    every, batch_size = sizes
+    for name, size in (("eval_every", every), ("eval_batch_size", batch_size)):
+        if size is not None:
+            check_positive(name, size)
+    if batch_size is not None and eval_data is None:
+        raise ValueError("`eval_batch_size` was given without data. Pass the data to evaluate on as `eval_data`.")
     data = None if eval_data is None else check_data(eval_data, "eval_data")[0]
     functions = {"loss": loss} if evaluate is None else dict(evaluate)
-    return Evaluation(data, functions, evaluate is None, every, steps)
+    return Evaluation(data, functions, evaluate is None, every, steps, None if batch_size is None else int(batch_size))
 
 
-def _check_first_value(direction: AbstractDirection, model: PyTree, data: Sequence[PyTree], count: int) -> None:
-    """Traces the loss on the first sample, and on those with the least and the largest entry of each integer array."""
-    integers = [x for x in jtu.tree_leaves(data) if x.dtype.kind in "iu"]
-    flat = [x.reshape(count, -1) for x in integers]
-    extremes = [int(row) for x in flat for row in (np.argmin(x.min(1)), np.argmax(x.max(1)))]
-    rows = np.unique(np.array([0, *extremes], int))
-    value = direction.first_value(model, take(data, rows), data)
+def _check_first_value(
+    direction: AbstractDirection, model: PyTree, source: AbstractSource, extras: Extras, layers: PyTree, key: Array
+) -> None:
+    """Traces the loss on a few samples, and evaluates it.
+
+    **Raises:** `TypeError` where the loss does not take the data, `ValueError` where its value is not finite.
+    """
+    samples = source.first()
+    batch = transformed(extras.transform, samples, jax.random.fold_in(key, 0))
+    prefix = (layers,) if extras.has_layers else ()
+    _check_arguments(direction.loss, (*prefix, *batch))
+    checked = source.checked if extras.transform is None else batch
+    value = direction.first_value(model, (*prefix, *batch), (*prefix, *checked))
     if bool(jnp.isfinite(value)):
         return
-    labels = [f"{x.min()} to {x.max()}" for x in integers]
+    labels = [f"{x.min()} to {x.max()}" for x in jtu.tree_leaves(source.checked) if x.dtype.kind in "iu"]
     hint = f" The integer arrays of `data` run from {', '.join(labels)}: are labels out of range?" if labels else ""
     raise ValueError(
-        f"`loss` is {float(value)} at the initial parameters, on samples {rows.tolist()}, though data and "
-        f"parameters are finite.{hint}"
+        f"`loss` is {float(value)} at the initial parameters, on {len(jtu.tree_leaves(samples)[0])} samples, though "
+        f"data and parameters are finite.{hint}"
     )
