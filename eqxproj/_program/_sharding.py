@@ -18,6 +18,8 @@ import jax.tree_util as jtu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from .._errors import is_key
+
 
 def _typed(x: Any) -> Any:
     """The sharding in the type of an array, where its mesh has explicit axes; `None` elsewhere."""
@@ -62,9 +64,7 @@ def on_automatic_mesh(tree: PyTree) -> PyTree:
     def place(x: Any) -> Any:
         if isinstance(x, jax.core.Tracer) or _typed(x) is None:
             return x
-        mesh = x.sharding.mesh
-        automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        return jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
+        return jax.device_put(x, automatic(x.sharding))
 
     return jtu.tree_map(place, tree)
 
@@ -83,3 +83,38 @@ def constrained_as(x: Array, sharding: Any) -> Array:
     """Inside of a `jit`, an array divided as a sharding says, where that is one over named axes."""
     is_named = isinstance(sharding, NamedSharding)
     return jax.lax.with_sharding_constraint(jnp.asarray(x), sharding) if is_named else x
+
+
+def automatic(sharding: NamedSharding) -> NamedSharding:
+    """A sharding on the mesh of the same devices whose axes are all automatic."""
+    mesh: Any = sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return sharding
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    return NamedSharding(jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types), sharding.spec)
+
+
+def on_mesh_of(sharding: NamedSharding, tree: Any) -> Any:
+    """A pytree whose arrays lie on all devices of a mesh: those that are divided stay so, the others are repeated."""
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+
+    def place(x: Any) -> Any:
+        if is_key(x):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        is_placed = not isinstance(x, jax.Array) or isinstance(x.sharding, NamedSharding)
+        return x if is_placed else jax.device_put(x, everywhere)
+
+    return jtu.tree_map(place, tree)
+
+
+def stacked_on(sharding: NamedSharding, batches: PyTree) -> PyTree:
+    """Batches of the host, stacked along a first axis, on devices: each divided as the sharding says.
+
+    Where there are several processes, each one gives its part of the batches.
+    """
+
+    def place(x: Any) -> Array:
+        spec = PartitionSpec(None, *sharding.spec[: max(0, x.ndim - 1)])
+        return jax.make_array_from_process_local_data(NamedSharding(sharding.mesh, spec), x)
+
+    return jtu.tree_map(place, batches)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
 
     - `evaluation`, `callbacks`, `early_stopping`: at each record.
     - `folder`, `every`: where checkpoints are written, and after how many steps each.
-    - `shown`: whether progress is.
+    - `shown`: whether progress is. `divided`: places stacked batches on devices.
     """
 
     evaluation: Evaluation
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     folder: pathlib.Path | None
     every: int
     shown: bool
+    divided: Callable[[PyTree], PyTree]
 
 
 class Trained(NamedTuple):
@@ -63,7 +65,7 @@ class Loop:
 
     def __init__(self, step: Step, source: AbstractSource, state: TrainingState, plan: Plan):
         self.step, self.source, self.plan, self.state = step, source, plan, state
-        self._chunks = Chunks(source.items(state.step), source.longest)
+        self._chunks = Chunks(source.items(state.step), source.longest, plan.divided)
         self._programs: dict[Any, Advance] = {}
         self._compile_seconds, self._pace = 0.0, 1
         self._saved: int | None = None

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from .._errors import NonFiniteError, TrainingInterrupted
+from .._errors import CheckpointError, EvaluationError, NonFiniteError, TrainingInterrupted, described
+from ._watch import Report
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -39,7 +40,7 @@ def takes_nnx(train: _F) -> _F:
         bound.arguments |= _converted(flax, bound.arguments)
         try:
             result = train(*bound.args, **bound.kwargs)
-        except (NonFiniteError, TrainingInterrupted) as error:
+        except (CheckpointError, EvaluationError, NonFiniteError, TrainingInterrupted) as error:
             error.model = error.model.to_nnx()
             raise
         return replace(result, model=result.model.to_nnx())  # not as a pytree, which shares no layers
@@ -49,10 +50,22 @@ def takes_nnx(train: _F) -> _F:
 
 def _converted(flax: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `train` that see the model, as they are for a pytree."""
+    if given.get("model_state") is not None:
+        raise TypeError(
+            "`model_state` is that of Equinox's layers; an nnx module holds its own: leave it out. Got "
+            f"{described(given['model_state'])}."
+        )
     found = {"model": flax.from_nnx(given["model"])}
     if callable(given["loss"]):
         found |= {"loss": flax.ModuleLoss(given["loss"], given.get("has_aux", False)), "has_aux": True}
     if isinstance(given.get("evaluate"), Mapping):
         found["evaluate"] = {name: flax.of_module(f) if callable(f) else f for name, f in given["evaluate"].items()}
+    if isinstance(given.get("callbacks"), (list, tuple)):
+        found["callbacks"] = [_of_module(f) if callable(f) else f for f in given["callbacks"]]
     pairs = [(flax.picked(c[0]), *c[1:]) if isinstance(c, tuple) and c else c for c in given.get("constraints", ())]
     return {**found, "constraints": pairs}
+
+
+def _of_module(callback: Callable[[int, Report], Any]) -> Callable[[int, Report], Any]:
+    """A callback that is shown the module."""
+    return lambda step, seen: callback(step, Report(step, seen.values, seen.history, seen.model.to_nnx()))

@@ -66,11 +66,11 @@ class AbstractSource(abc.ABC):
 class ArraySource(AbstractSource):
     """Batches of arrays, shuffled anew each epoch."""
 
-    def __init__(self, arrays: Batch, count: int, batch_size: int, key: Array):
+    def __init__(self, arrays: Batch, count: int, batch_size: int, key: Array, is_divided: bool):
         self.arrays, self.checked, self.count, self.batch_size = arrays, arrays, count, batch_size
         self._rows = lambda: batches(count, batch_size, key)
         leaves = jtu.tree_leaves(arrays)
-        is_kept = sum(x.nbytes for x in leaves) <= _ON_DEVICE and not any(map(is_mapped, leaves))
+        is_kept = not is_divided and sum(x.nbytes for x in leaves) <= _ON_DEVICE and not any(map(is_mapped, leaves))
         self.whole = jtu.tree_map(jnp.asarray, arrays) if is_kept else None
         row = sum(x[:1].nbytes for x in leaves)
         self.longest = _LONGEST if is_kept else _fitting(batch_size * row)
@@ -165,8 +165,10 @@ class BatchSource(AbstractSource):
         return self._first
 
 
-def source_of(data: Any, columns: Sequence[str] | None, batch_size: int | None, key: Array) -> AbstractSource:
-    """The source of the argument `data` of [`train`][].
+def source_of(
+    data: Any, columns: Sequence[str] | None, batch_size: int | None, key: Array, is_divided: bool
+) -> AbstractSource:
+    """The source of the argument `data` of [`train`][]; `is_divided` says whether batches lie on several devices.
 
     **Raises:** `TypeError` for what is neither arrays nor gives batches; `ValueError` for unusable arrays, columns and
     batch sizes.
@@ -182,10 +184,17 @@ def source_of(data: Any, columns: Sequence[str] | None, batch_size: int | None, 
     if columns is not None:
         raise ValueError("`columns` names those of a `datasets.Dataset`, or of batches that are dictionaries.")
     arrays, count = check_data(data, "data")
-    return ArraySource(arrays, count, check_batch_size(batch_size, count), key)
+    return ArraySource(arrays, count, check_batch_size(batch_size, count), key, is_divided)
 
 
 def check_batch_size(batch_size: int | None, count: int) -> int:
+    """The samples of a batch that this process reads: all of them, or its part where there are several."""
+    processes = jax.process_count()
+    if processes > 1 and batch_size is not None:
+        check_positive("batch_size", batch_size)
+        if batch_size % processes:
+            raise ValueError(f"`batch_size` is {batch_size}, which {processes} processes cannot share evenly.")
+        batch_size = batch_size // processes
     if batch_size is None:
         return min(256, count)
     check_positive("batch_size", batch_size)
@@ -319,8 +328,8 @@ def read_ahead(items: Iterator[_T], most: int = 4) -> Iterator[_T]:
 class Chunks:
     """Items in stacks, as the device takes them, of one shape."""
 
-    def __init__(self, items: Iterator[PyTree], longest: int):
-        self._items, self._longest = items, longest
+    def __init__(self, items: Iterator[PyTree], longest: int, put: Callable[[PyTree], PyTree]):
+        self._items, self._longest, self._put = items, longest, put
         self._held: list[PyTree] = []
 
     def next(self, most: int) -> tuple[PyTree, list[PyTree]]:
@@ -334,7 +343,7 @@ class Chunks:
                 self._held.append(item)
                 break
             found.append(item)
-        return (jtu.tree_map(self._stacked, *found) if found else None), found
+        return (self._put(jtu.tree_map(self._stacked, *found)) if found else None), found
 
     def close(self) -> None:
         close = getattr(self._items, "close", None)

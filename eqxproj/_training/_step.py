@@ -314,7 +314,8 @@ def compiled(step: Step, state: TrainState, whole: PyTree, items: PyTree, key: A
                 return jtu.tree_map(constrained_as, new, shardings), report
 
             nothing = jnp.zeros((), jnp.result_type(float))
-            return jax.lax.fori_loop(0, count, body, (arrays, StepReport(nothing, nothing)))
+            new, report = jax.lax.fori_loop(0, count, body, (arrays, StepReport(nothing, nothing)))
+            return jtu.tree_map(constrained_as, new, shardings), report
 
         return lowered(steps, *arguments, donated=(0,)).compile()
 

@@ -7,6 +7,7 @@ batches and evaluation run on gradients, for comparison. This module checks the 
 
 from __future__ import annotations
 
+import functools as ft
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from .._errors import ConstraintError, as_number, check_flag, check_function, check_key, described
@@ -25,7 +27,7 @@ from .._files import check_packages, check_picture, write_figure
 from .._metric import Metric, check_metric
 from .._problem._constraints import Constraint, check_common_points, held, outside
 from .._problem._problem import Copies
-from .._program._sharding import on_automatic_mesh, placed_as
+from .._program._sharding import automatic, on_automatic_mesh, on_mesh_of, placed_as, stacked_on
 from ..rules._base import Noise
 from ..solvers import AbstractSolver
 from ..solvers._solve import check_positive, check_solver
@@ -120,6 +122,7 @@ def train(
     precondition: bool | None = None,
     method: Literal["projection", "gradient"] = "projection",
     columns: Sequence[str] | None = None,
+    sharding: NamedSharding | None = None,
     transform: Callable[..., Any] | None = None,
     accumulate: int = 1,
     model_state: PyTree = None,
@@ -167,6 +170,10 @@ def train(
         default wherever the default optimizer runs on displacements. One rate means larger steps with it than without.
     - `method`: `"projection"`, or `"gradient"` to run the same loop on gradients.
     - `columns`: names of what the loss takes, of a data set or of batches that are dictionaries.
+    - `sharding`: a `jax.sharding.NamedSharding` of batches, such as `NamedSharding(mesh, PartitionSpec("data"))`, whose
+        axes divide the samples among devices. Parameters that are divided already stay so, with the state of the
+        optimizer; others are repeated on all devices. With several processes (`jax.distributed`), `data` is the part
+        of each, and the batch size counts the samples of all.
     - `transform`: `transform(*batch) -> batch`, compiled into the step, as for augmentation; with an argument named
         `key` it gets a new PRNG key each step.
     - `accumulate`: in how many parts a minibatch is computed, one after another, to save memory. The step is taken in
@@ -216,16 +223,18 @@ def train(
         raise ValueError(f'`method` must be "projection" or "gradient", got {described(method)}.')
     has_layers = _check_layers(model_state, has_aux)
     extras = _extras(transform, accumulate, has_layers, ema, eval_parameters)
-    key = check_key(key)
-    source = source_of(data, columns, batch_size, key)
+    run_key = check_key(key)
+    sharding = _check_sharding(sharding)
+    source = source_of(data, columns, batch_size, run_key, sharding is not None)
     if source.batch_size % extras.parts:
         raise ValueError(f"`accumulate` must divide the batch size, {source.batch_size}; got {extras.parts}.")
     has_aux = has_aux or has_layers
     value = ValueAlone(loss, has_aux)
     evaluation = _evaluation(eval_data, evaluate, (eval_every, eval_batch_size), value, steps)
-    plan = _plan(evaluation, callbacks, early_stopping, checkpoint, checkpoint_every, progress)
+    plan = _plan(evaluation, (callbacks, early_stopping), checkpoint, checkpoint_every, progress, sharding)
     check_model(model)
     given, model = model, on_automatic_mesh(model)
+    model = model if sharding is None else on_mesh_of(sharding, model)
     all_held = held(model, constraints)
     options = _options(solver, solver_steps, metric, copies, tau, noise, replaces=optimizer is None)
     optimizer = REPLACING if options.raw and method == "projection" else optimizer
@@ -236,11 +245,13 @@ def train(
     optimizer = default_optimizer(steps) if optimizer is None else optimizer
     check_common_points(model, all_held)
     layers = jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, model_state)
-    _check_first_value(direction, model, source, extras, layers, key)
+    _check_first_value(direction, model, source, extras, layers, run_key)
     chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
     step, arrays = prepare(model, direction, chain, all_held, steps, extras, layers)
+    if sharding is not None:
+        arrays, run_key = on_mesh_of(sharding, arrays), on_mesh_of(sharding, run_key)
     best = None if early_stopping is None else eqx.filter((step.model(arrays), layers), eqx.is_array)
-    fresh = TrainingState(0, arrays, key, source.batch_size, source.count, best)
+    fresh = TrainingState(0, arrays, run_key, source.batch_size, source.count, best)
     state = state_of(resume, plan.folder, fresh)
     _check_steps(steps, state)
     trained = Loop(step, source, state, plan).run()
@@ -251,20 +262,35 @@ def train(
 
 def _plan(
     evaluation: Evaluation,
-    callbacks: Any,
-    early_stopping: Any,
+    watching: tuple[Any, Any],
     checkpoint: Any,
     every: int | None,
     shown: bool,
+    sharding: NamedSharding | None,
 ) -> Plan:
-    """What happens beside the steps, of these arguments."""
+    """What happens beside the steps, of these arguments; `watching` are `callbacks` and `early_stopping`."""
+    callbacks, early_stopping = watching
     watchers = check_watchers(callbacks, early_stopping, evaluation.names)
     if every is not None:
         check_positive("checkpoint_every", every)
         if checkpoint is None:
             raise ValueError("`checkpoint_every` was given without a folder. Name one as `checkpoint`.")
     folder = None if checkpoint is None else check_folder(checkpoint)
-    return Plan(evaluation, watchers, early_stopping, folder, evaluation.every if every is None else int(every), shown)
+    every = evaluation.every if every is None else int(every)
+    divided = (lambda x: x) if sharding is None else ft.partial(stacked_on, sharding)
+    return Plan(evaluation, watchers, early_stopping, folder, every, shown, divided)
+
+
+def _check_sharding(sharding: Any) -> NamedSharding | None:
+    """The sharding on automatic axes."""
+    if sharding is None:
+        return None
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            '`sharding` must be a `jax.sharding.NamedSharding` such as `NamedSharding(mesh, PartitionSpec("data"))`, '
+            f"got {described(sharding)}."
+        )
+    return automatic(sharding)
 
 
 def _extras(transform: Any, accumulate: Any, has_layers: bool, ema: Any, eval_parameters: Any) -> Extras:
