@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import pathlib
 import tempfile
@@ -44,6 +45,13 @@ def check_packages(who: str, packages: Sequence[str]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{who} needs {' and '.join(missing)}, which is missing: pip install 'eqxproj[plot]'.")
+
+
+def write_figure(target: pathlib.Path, figure: Any) -> None:
+    """Writes a figure of matplotlib to a path that `check_picture` has seen."""
+    content = io.BytesIO()
+    figure.savefig(content, format=target.suffix.removeprefix(".").lower(), dpi=150)
+    write_whole(target, content.getvalue())
 
 
 def is_replaced(target: pathlib.Path) -> bool:

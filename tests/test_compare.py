@@ -22,14 +22,13 @@ SMALL = ["compare", "--steps", "3", "--batch-size", "32", "--width", "8", "--dep
 
 def fake_train(model, data, loss, *, steps, method, eval_data, evaluate, **_):
     """Stands in for `eqxproj.train` where only what happens around it is tested."""
-    value = float(evaluate["accuracy"](model, *eval_data))
+    found = {f"eval_{name}": np.full(steps, float(f(model, *eval_data))) for name, f in evaluate.items()}
     history = {
         "step": np.arange(1, steps + 1),
         "loss": np.full(steps, math.nan),
         "seconds": np.arange(1, steps + 1) * 0.1,
         "compile_seconds": 2.0,
-        "eval_accuracy": np.full(steps, value),
-    }
+    } | found
     return types.SimpleNamespace(model=model, history=history)
 
 
@@ -53,8 +52,8 @@ def test_help(arguments, capsys):
 
 def test_defaults_of_the_parser():
     options = _command._parser().parse_args(["compare"])
-    assert (options.dataset, options.width, options.depth, options.seed) == ("digits", 128, 2, 0)
-    assert options.output == "compare.png"
+    assert (options.dataset, options.seed, options.flatten) == ("digits", 0, False)
+    assert options.output == "compare.png" and options.model is options.loss is options.width is options.depth is None
     assert options.data_dir is options.steps is options.batch_size is options.solver is options.json is None
 
 
@@ -83,12 +82,12 @@ def test_every_solver_of_the_command_line_can_be_made():
 
 
 def test_table():
-    finished = _command._Outcome("projection", 0.97251, 3.456, 1.2, 1200, {})
+    finished = _command._Outcome("projection", 0.97251, 3.456, 1.2, 1200, {}, loss=0.12345)
     stopped = _command._Outcome("gradient", steps=12, is_complete=False)
     lines = _command._table([finished, stopped]).split("\n")
-    assert lines[0].split() == ["method", "test", "accuracy", "seconds", "compile", "seconds", "steps"]
-    assert lines[2].split() == ["projection", "0.9725", "3.46", "1.20", "1,200"]
-    assert lines[3].split() == ["gradient", "-", "-", "-", "12,", "interrupted"]
+    assert lines[0].split() == ["method", "test", "accuracy", "test", "loss", "seconds", "compile", "seconds", "steps"]
+    assert lines[2].split() == ["projection", "0.9725", "0.1235", "3.46", "1.20", "1,200"]
+    assert lines[3].split() == ["gradient", "-", "-", "-", "-", "12,", "interrupted"]
     assert len(set(map(len, lines))) == 1
 
 
@@ -266,6 +265,176 @@ def test_the_scale_shows_the_last_nine_tenths():
     assert low < min(late) and max(late) < high < 0.2
     exact = _picture.Curve("", history | {"eval_accuracy": [1.0] * 11})
     assert _picture.errors_of(exact, 50) == [0.01] * 11
+
+
+OWN = """
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+calls = []
+
+
+class Images(eqx.Module):
+    linear: eqx.nn.Linear
+
+    def __init__(self, key):
+        calls.append(jax.random.key_data(key).tolist())
+        self.linear = eqx.nn.Linear(64, 10, key=key)
+
+    def __call__(self, x):
+        return self.linear(x.reshape(-1))
+
+
+def vectors(size=64):
+    return eqx.nn.Linear(size, 10, key=jax.random.key(1))
+
+
+def autoencoder(*, key):
+    return eqx.nn.Linear(64, 64, key=key)
+
+
+def squared(model, x, y):
+    assert y.dtype == jnp.int32
+    return jnp.mean(jnp.square(jax.vmap(model)(x) - x)) - 100.0
+
+
+def noisy(model, x, y, key):
+    logits = jax.vmap(model)(x + 0.1 * jax.random.normal(key, x.shape))
+    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(y)), y])
+
+
+def batched(model, x):
+    return jnp.mean(model(x))
+
+
+def no_number(model, x, y):
+    return jax.vmap(model)(x)
+
+
+def broken(model, x, y):
+    raise ValueError("this is mine")
+
+
+def of_width(width, *, key):
+    return None
+
+
+def nothing():
+    return None
+
+
+def two(key):
+    return eqx.nn.Linear(64, 2, key=key)
+
+
+ready = vectors()
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with a user's module, which is the current one."""
+    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "lacking.py").write_text("import a_package_that_is_missing\n")
+    (tmp_path / "wrong.py").write_text("raise ImportError('half installed')\n")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("mine", "lacking", "wrong"):
+        sys.modules.pop(name, None)
+
+
+def run_own(*words):
+    return _command.main(["compare", "--steps", "3", "--batch-size", "32", "--no-progress", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["mine:Images"], ["mine:vectors", "--flatten"], ["mine:vectors", "--flatten", "--loss", "mine:noisy"]],
+)
+def test_a_model_of_ones_own(words, own, capsys):
+    before = list(sys.path)
+    assert run_own("--model", *words, "--json", "a.json") == 0
+    out = capsys.readouterr().out
+    assert f"{words[0]}, 650 parameters" in out and sys.path == before
+    content = json.loads((own / "a.json").read_text())
+    assert content["settings"]["model"] == words[0] and content["settings"]["width"] is None
+    for outcome in content["outcomes"]:
+        assert 0 < outcome["accuracy"] < 1 and outcome["loss"] == outcome["history"]["eval_loss"][-1] > 0
+    assert (own / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_both_methods_start_from_the_model_of_the_seed(own, faked, capsys):
+    for seed in ("0", "1", "0"):
+        assert run_own("--model", "mine:Images", "--seed", seed, "--no-picture") == 0
+    first, other, again = sys.modules["mine"].calls
+    assert first == again != other
+
+
+def test_a_loss_of_ones_own_without_accuracy(own, capsys):
+    words = ["--model", "mine:autoencoder", "--flatten", "--loss", "mine:squared", "--json", "a.json"]
+    assert run_own(*words, "--output", "a.svg") == 0
+    out = capsys.readouterr().out
+    assert "no accuracy: of one sample, the model gives an output of the shape [64], not 10 numbers" in out
+    for outcome in json.loads((own / "a.json").read_text())["outcomes"]:
+        assert outcome["accuracy"] is None and -100 < outcome["loss"] < -98
+    assert "<svg" in (own / "a.svg").read_text()
+
+
+def test_a_loss_of_ones_own_on_the_network_of_the_command(own, capsys):
+    assert run_own("--width", "4", "--depth", "0", "--loss", "mine:noisy", "--no-picture") == 0
+    assert "relu network 64-10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "mine"], ["--model", "'mine'", "colon", "mine:model"]),
+        (["--model", "mine.py:vectors"], ["--model", "mine:vectors"]),
+        (["--model", ":vectors"], ["--model", "models:vectors"]),
+        (["--loss", ".mine:noisy"], ["--loss", "mine:noisy"]),
+        (["--loss", "mine:"], ["--loss", "mine:loss"]),
+        (["--model", "nowhere:f"], ["--model", "no module 'nowhere'", "in '"]),
+        (["--model", "mine.deeper:f"], ["--model", "no module 'mine.deeper'"]),
+        (["--model", "mine:vector"], ["--model", "no name 'vector'", "vectors"]),
+        (["--model", "mine:Images.make"], ["--model", "no name 'make'"]),
+        (["--model", "mine:number"], ["--model", "function, got 3"]),
+        (["--loss", "mine:number"], ["--loss", "function, got 3"]),
+        (["--model", "mine:of_width"], ["--model", "f(key=key)", "(width, *, key)", "'width'"]),
+        (["--model", "mine:ready"], ["--model", "Is it a model already?"]),
+        (["--model", "mine:nothing"], ["--model", "returned None"]),
+        (["--model", "mine:two", "--flatten"], ["--model", "shape [2], not 10 numbers", "--loss"]),
+        (["--loss", "mine:batched"], ["--loss is called with the model and the 2 parts", "(model, x)"]),
+        (["--loss", "mine:no_number"], ["scalar"]),
+        (["--model", "mine:Images", "--width", "3"], ["--width", "--model"]),
+        (["--model", "mine:Images", "--depth", "0"], ["--depth", "--model"]),
+        (["--flatten"], ["--flatten", "--model"]),
+    ],
+)
+def test_an_unusable_model_or_loss(words, said, own, capsys):
+    assert run_own(*words, "--no-picture") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and all(word in err for word in said), err
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (["--model", "lacking:f"], ModuleNotFoundError, "a_package_that_is_missing"),
+        (["--model", "wrong:f"], ImportError, "half installed"),
+        (["--loss", "mine:broken"], ValueError, "this is mine"),
+    ],
+)
+def test_what_the_users_code_raises_is_shown_as_it_is(words, error, said, own):
+    with pytest.raises(error, match=said):
+        run_own(*words, "--no-picture")
+
+
+def test_a_model_that_wants_vectors_is_told_of_flatten(own):
+    with pytest.raises(TypeError) as raised:
+        run_own("--model", "mine:vectors", "--no-picture")
+    assert any("[1, 8, 8]; --flatten" in note for note in raised.value.__notes__)
 
 
 def test_missing_data(capsys, tmp_path):

@@ -20,7 +20,7 @@ MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 16, 500, 60
 LATE = {
     "_compare": {"matplotlib"},
     "_problem": {"matplotlib", "networkx"},
-    "_training": {"datasets", "tqdm"},
+    "_training": {"datasets", "matplotlib", "tqdm"},
     "datasets": {"PIL", "datasets", "pandas"},
     "flax": {"flax"},
     "solvers": {"matplotlib"},

@@ -1,6 +1,8 @@
-"""The picture of a graph and the plot of a solution: what they show, where they are written, and what is an error."""
+"""The pictures of a graph, a solution and a training run: what they show, where they are written, what is an error."""
 
 import collections
+import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -240,6 +242,110 @@ def test_measures_of_zero_and_several_runs_are_plotted(solved):
     assert [len(line.get_xydata()) for line in lines[2:]] == [len(stats["step"]), len(stats["step"]) - 2]
 
 
+# --- training ---
+
+
+def history(steps, **curves):
+    step = np.arange(0, steps + 1, 2)
+    loss = np.where(step == 0, np.nan, 0.9**step)
+    return {"step": step, "loss": loss, "seconds": step * 0.5, "compile_seconds": 2.0, "learning_rate": step * 0.1} | {
+        f"eval_{name}": np.linspace(*ends, len(step)) for name, ends in curves.items()
+    }
+
+
+def result(steps, **curves):
+    return dataclasses.replace(trained_once(), history=history(steps, **curves))
+
+
+@functools.cache
+def trained_once():
+    def fit(w, x, y):
+        return jnp.mean(jnp.square(x @ w - y))
+
+    evaluate = {"loss": fit, "size": lambda w, x, y: jnp.sum(w) - 100.0}
+    data = (jnp.ones((8, 3)), jnp.zeros(8))
+    return eqxproj.train(jnp.ones(3), data, fit, steps=6, batch_size=4, eval_every=2, eval_data=data, evaluate=evaluate)
+
+
+@pytest.fixture
+def trained():
+    return trained_once()
+
+
+def lines_of(axes):
+    return {line.get_label(): line.get_xydata() for line in axes.lines}
+
+
+def test_a_run_is_plotted_over_steps_and_seconds(trained, tmp_path):
+    plt.switch_backend("agg")
+    before = plt.get_fignums()
+    figure = trained.plot(tmp_path / "run.svg")
+    assert plt.get_fignums() == before and (tmp_path / "run.svg").read_text().startswith("<?xml")
+    assert len(figure.axes) == 6 and not figure.legends
+    measured = trained.history
+    for row, name in enumerate(("loss", "eval_loss", "eval_size")):
+        for axes, over in zip(figure.axes[2 * row : 2 * row + 2], ("step", "seconds")):
+            np.testing.assert_allclose(*[np.c_[measured[over], measured[name]], lines_of(axes)["this run"]])
+    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 4 + ["linear"] * 2
+    assert [axes.get_xlabel() for axes in figure.axes] == [""] * 4 + ["steps", "seconds of training"]
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["loss", "loss (evaluated)", "size (evaluated)"]
+
+
+def test_runs_are_plotted_beside_one_another():
+    others = {"Adam": result(8, accuracy=(0.1, 0.8), error=(0.0, 1.0)), "stopped": history(4)}
+    figure = result(6, accuracy=(0.1, 0.9)).plot(others=others, name="projections")
+    shown = [set(lines_of(axes)) for axes in figure.axes]
+    assert shown == [{"projections", "Adam", "stopped"}] * 2 + [{"projections", "Adam"}] * 2 + [{"Adam"}] * 2
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["projections", "Adam", "stopped"]
+    colors = {line.get_label(): {line.get_color()} for line in figure.axes[0].lines}
+    for axes in figure.axes:
+        for line in axes.lines:
+            colors[line.get_label()].add(line.get_color())
+    assert all(len(found) == 1 for found in colors.values()) and len(set.union(*colors.values())) == 3
+    np.testing.assert_array_equal(lines_of(figure.axes[1])["stopped"][:, 0], [0.0, 1.0, 2.0])
+
+
+def test_a_loss_that_is_not_positive_or_not_finite_is_plotted():
+    run = result(6)
+    run.history["loss"][:] = [np.nan, 1.0, np.inf, -1.0]
+    axes = run.plot().axes[0]
+    assert axes.get_yscale() == "linear"
+    np.testing.assert_array_equal(lines_of(axes)["this run"][:, 1], [np.nan, 1.0, np.nan, -1.0])
+    run.history["loss"][:] = np.nan
+    assert run.plot().axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"others": {"this run": history(2)}}, ValueError, "'this run'.*`name`"),
+        ({"others": {"a": 3}}, TypeError, "'a' must be a `TrainResult`.*3"),
+        ({"others": {"a": {"loss": [1.0]}}}, TypeError, "'a' must be a `TrainResult`"),
+        ({"others": {"a": history(2) | {"loss": ["x", "y"]}}}, TypeError, "'a'.*real numbers"),
+        ({"others": {"a": history(2) | {"eval_b": [1.0]}}}, ValueError, r"'a'.*step \[2\].*eval_b \[1\]"),
+        ({"others": {"a": history(2) | {"loss": 1.0}}}, ValueError, r"'a'.*loss \[\]"),
+        ({"others": {"a": history(-2)}}, ValueError, "'a' has no records"),
+    ],
+)
+def test_an_unusable_run(options, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        result(2).plot(tmp_path / "run.png", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unusable_arguments_of_a_plot_of_runs(untyped):
+    run = result(2)
+    for wrong in (run, [run], "Adam"):
+        with pytest.raises(TypeError, match="`others` must map names to results"):
+            run.plot(others=wrong)
+    for wrong in ({"name": 3}, {"others": {3: run}}):
+        with pytest.raises(TypeError, match="names of runs.*3"):
+            run.plot(**wrong)
+    with pytest.raises(ValueError, match="outside of `jit`"):
+        jax.jit(lambda loss: dataclasses.replace(run, history=run.history | {"loss": loss}).plot())(jnp.ones(2))
+
+
 # --- errors ---
 
 
@@ -264,7 +370,7 @@ def undrawn(monkeypatch):
 def test_an_unusable_path(name, error, words, problem, solved, undrawn, tmp_path):
     (tmp_path / "folder.png").mkdir()
     path = tmp_path / name if isinstance(name, str) else name
-    for draw in (problem.draw, solved[1].plot):
+    for draw in (problem.draw, solved[1].plot, result(2).plot):
         with pytest.raises(error, match=words):
             draw(path)
     assert [found.name for found in tmp_path.iterdir()] == ["folder.png"]
@@ -277,8 +383,9 @@ def test_a_missing_package(missing, problem, solved, undrawn, monkeypatch, tmp_p
     with pytest.raises(ImportError, match=rf"{missing}.*pip install 'eqxproj\[plot\]'"):
         problem.draw(tmp_path / "graph.png")
     if missing == "matplotlib":
-        with pytest.raises(ImportError, match=rf"{missing}.*pip install"):
-            solved[1].plot()
+        for plot in (solved[1].plot, result(2).plot):
+            with pytest.raises(ImportError, match=rf"{missing}.*pip install"):
+                plot()
     assert not list(tmp_path.iterdir())
 
 

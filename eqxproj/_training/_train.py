@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from .._errors import ConstraintError, as_number, check_flag, check_function, check_key, described
+from .._files import check_packages, check_picture, write_figure
 from .._metric import Metric, check_metric
 from .._problem._constraints import Constraint, Held, check_common_points, held, outside
 from .._problem._problem import Copies
@@ -38,6 +39,7 @@ from ._evaluation import Evaluation
 from ._loop import Loop, Plan
 from ._nnx import takes_nnx
 from ._optimizer import REPLACING, checked_optimizer, default_optimizer
+from ._plot import checked_runs, plotted
 from ._regime import in_projection_regime, settings
 from ._source import AbstractSource, source_of
 from ._step import Extras, Step, TrainState, prepare, transformed, widened
@@ -65,6 +67,35 @@ class TrainResult(eqx.Module, Generic[M]):
     state: TrainingState
     reason: str = "steps"
     model_state: PyTree = None
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        others: Mapping[str, Any] | None = None,
+        name: str = "this run",
+    ) -> Any:
+        """Plots the loss and each evaluation, over steps and over seconds, of this run and of others beside it.
+
+        **Arguments:**
+
+        - `path`: the file to write, one of `.png`, `.svg` and `.pdf`, in a folder that is there; by default none.
+        - `others`: name to [`TrainResult`][], or to a history, such as that of a `TrainingInterrupted`.
+        - `name`: that of this run in the legend, where there are others.
+
+        **Returns:**
+
+        The `matplotlib.figure.Figure`, which a notebook shows. It belongs to no window: nothing is to be closed.
+
+        **Raises:** `TypeError`, `ValueError` and `FileNotFoundError` for unusable arguments, and `ImportError` where
+        matplotlib is missing (`pip install 'eqxproj[plot]'`).
+        """
+        target = None if path is None else check_picture(path)
+        runs = checked_runs(name, self, others)
+        check_packages("`result.plot`", ("matplotlib",))
+        figure = plotted(runs)
+        if target is not None:
+            write_figure(target, figure)
+        return figure
 
     def __repr__(self) -> str:
         last = {name: values[-1] for name, values in self.history.items() if np.ndim(values) and len(values)}

@@ -108,7 +108,7 @@ class Bilinear(AbstractRule):
 
         With $t = \lambda/\sqrt{\alpha\omega}$ every product moves its copies, in duals, by
         $(\lambda w_0 + t^2 \alpha a_0)/(1-t^2)$ and $(\lambda a_0 + t^2 \omega w_0)/(1-t^2)$. Where $|t|$ reaches one,
-        see [`_parted`][].
+        see `_parted`.
         """
         alpha, omega = ctx.weights
         unit, tilt = math.sqrt(alpha) * math.sqrt(omega), ctx.relative(0, 1) ** 0.5

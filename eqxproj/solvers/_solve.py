@@ -7,7 +7,6 @@ and does between the calls what a program cannot: errors that name a node, progr
 
 from __future__ import annotations
 
-import io
 import numbers
 import os
 import time
@@ -23,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._errors import NonFiniteError, as_number, check_flag, check_function, check_key, described
-from .._files import check_packages, check_picture, write_whole
+from .._files import check_packages, check_picture, write_figure
 from .._numerics._promotion import with_own_promotion
 from .._problem._measures import Measures
 from .._problem._problem import FeasibilityProblem
@@ -95,9 +94,7 @@ class Solution(eqx.Module):
         check_packages("`solution.plot`", ("matplotlib",))
         figure = plotted(self.stats, self.state, problem)
         if target is not None:
-            content = io.BytesIO()
-            figure.savefig(content, format=target.suffix.removeprefix(".").lower(), dpi=150)
-            write_whole(target, content.getvalue())
+            write_figure(target, figure)
         return figure
 
     def __repr__(self) -> str:
