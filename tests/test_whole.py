@@ -10,7 +10,8 @@ import scipy.optimize
 from bilinear_oracle import node_of
 
 from eqxproj._problem._readers import context
-from eqxproj.rules import _whole
+from eqxproj.rules._base import as_duals
+from eqxproj.rules._whole import Basis
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -53,7 +54,8 @@ def projected(function, operands, wanted, logs, dtype):
     assert not swapped
     ctx = ctx.reweighted(list(logs[:2]), [logs[2]], [1.0])
     dual = jnp.asarray(wanted * np.exp(logs[2]), dtype)
-    nus = jax.jit(lambda inputs, dual: node.rule.project(ctx, inputs, [dual]))(list(map(jnp.asarray, operands)), dual)
+    project = jax.jit(lambda inputs, dual: as_duals(node.rule.project(ctx, inputs, [dual])))
+    nus = project(list(map(jnp.asarray, operands)), dual)
     return [x + np.asarray(nu) / np.exp(log) for x, nu, log in zip(operands, nus, logs[:2], strict=True)]
 
 
@@ -115,14 +117,14 @@ def test_it_is_the_nearest_point_in_float64(name, kind):
 
 @pytest.mark.parametrize("name", ["tall", "wide", "batched"])
 def test_the_equation_is_inverted(name):
-    """The left side of the equation at two matrices, written out, applied to what `_inverse` returns."""
+    """The left side of the equation at two matrices, written out, applied to what its inverse returns."""
     rng = np.random.default_rng(1)
     formula, *shapes = PRODUCTS[name]
     a, w = (rng.normal(size=(1, *s) if len(s) == 2 else s).astype(np.float32) for s in shapes)
     right = rng.normal(size=(a.shape[0], a.shape[1], w.shape[1])).astype(np.float32)
     of_a, of_w = 0.7, 3.0
-    inverse = _whole._inverse(jnp.asarray(a), jnp.asarray(w), jnp.float32(of_a), jnp.float32(of_w))
-    found = np.asarray(inverse(jnp.asarray(right)))
+    basis = Basis.of(jnp.asarray(a), jnp.asarray(w))
+    found = np.asarray(basis.inverse(jnp.asarray(right), jnp.float32(of_a), jnp.float32(of_w)))
     t = lambda x: np.swapaxes(x, -1, -2)  # noqa: E731
     np.testing.assert_allclose(found + of_w * a @ t(a) @ found + of_a * found @ w @ t(w), right, rtol=1e-3, atol=1e-4)
 
@@ -163,6 +165,6 @@ def test_a_product_of_bfloat16_that_adds_up_in_float32_is_projected(knows_one):
         one = lambda *x, o=operands: function(*x, *o[len(x) :])  # noqa: E731
         problem, number = node_of(one, *unknown, copies="none")
         rule, ctx = problem.graph.nodes[number].rule, context(problem, number, False)
-        moves[dtype] = rule.project(ctx, unknown, [jnp.asarray(0.3 * direction, jnp.float32)])
+        moves[dtype] = as_duals(rule.project(ctx, unknown, [jnp.asarray(0.3 * direction, jnp.float32)]))
     for exact, rough in zip(moves[jnp.float32], moves[jnp.bfloat16], strict=True):
         np.testing.assert_allclose(np.asarray(rough, np.float32), exact, atol=0.05 * np.abs(exact).max())

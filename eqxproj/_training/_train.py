@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import equinox as eqx
@@ -33,7 +34,7 @@ from ._displacement import Options, checked_options
 from ._loop import Evaluation, fit
 from ._nnx import takes_nnx
 from ._optimizer import REPLACING, checked_optimizer, default_optimizer
-from ._regime import in_projection_regime, settings
+from ._regime import ROUGH, in_projection_regime, settings
 from ._step import prepare, widened
 
 Metrics = Mapping[str, Callable[..., Any]]
@@ -180,7 +181,8 @@ def _options(
     own = settings(solver)
     metric, copies = metric or own.metric, copies or own.copies
     tau = own.tau if tau is None and replaces else tau
-    return checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps", replaces)
+    chosen = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps", replaces)
+    return replace(chosen, accuracy=ROUGH)
 
 
 def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:
