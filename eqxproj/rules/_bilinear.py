@@ -238,8 +238,11 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> lis
         return nearest_locally(ctx, inputs, duals)
     known, matrix = _known(ctx, layout, inputs)
     mu = layout.from_output(duals[0]).astype(matrix.dtype)
-    mu = jnp.swapaxes(mu, -1, -2) if known == 0 else mu  # a row for each row of the unknown operand
-    nu = (mu @ matrix) @ inverse if _is_tall(matrix) else (mu @ inverse) @ matrix
+    if known == 0:  # the known operand is transposed, not the dual, which takes longer
+        turned = jnp.swapaxes(matrix, -1, -2)
+        nu = jnp.swapaxes(inverse @ (turned @ mu) if _is_tall(matrix) else turned @ (inverse @ mu), -1, -2)
+    else:
+        nu = (mu @ matrix) @ inverse if _is_tall(matrix) else (mu @ inverse) @ matrix
     return [layout.from_matrix(1 - known, nu).astype(inputs[0].dtype)]
 
 
