@@ -129,8 +129,54 @@ def test_the_equation_is_inverted(name):
     np.testing.assert_allclose(found + of_w * a @ t(a) @ found + of_a * found @ w @ t(w), right, rtol=1e-3, atol=1e-4)
 
 
+def answer(name, logs, wanted, **changes):
+    """The context, the operands, the duals wanted, and what the rule answers, with changes of the context."""
+    function, operands, _ = setting(name, np.float32)
+    problem, number = node_of(function, *map(jnp.asarray, operands), copies="none")
+    ctx = replace(context(problem, number, False).reweighted(list(logs[:2]), [logs[2]], [1.0]), **changes)
+    mu = jnp.asarray(wanted * np.exp(logs[2]), jnp.float32)
+    rule = problem.graph.nodes[number].rule
+    project = jax.jit(lambda inputs, mu: rule.project(ctx, inputs, [mu]))
+    return function, operands, mu, project(list(map(jnp.asarray, operands)), mu)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wide", "step"), ("batched", "stiff first")])
+def test_eigenvectors_of_other_matrices_do_no_harm(name, kind):
+    """Those of a forward pass that is long ago: as with those of the operands themselves."""
+    *logs, _ = SETTINGS[kind]
+    wanted = 0.1 * setting(name, np.float32)[2]
+    *_, own = answer(name, logs, wanted)
+    shapes = [s if len(s) == 3 else (1, *s) for s in PRODUCTS[name][1:]]
+    other = Basis.of(*(jnp.asarray(np.random.default_rng(5).normal(size=s), jnp.float32) for s in shapes))
+    *_, kept = answer(name, logs, wanted, prepared=other)
+    for a, b in zip(as_duals(own), as_duals(kept), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(a).max())
+
+
+@pytest.mark.parametrize(("name", "kind", "accuracy"), [("wide", "step", 1e-2), ("batched", "stiff first", 1e-4)])
+def test_what_is_left_of_the_equations(name, kind, accuracy):
+    """The slope of the cost vanishes, to the accuracy that was asked for; the output moves as the function does."""
+    *logs, size = SETTINGS[kind]
+    wanted = size * setting(name, np.float32)[2]
+    function, operands, _, found = answer(name, logs, wanted, accuracy=accuracy)
+    nus = as_duals(found)
+    flat = np.concatenate([np.ravel(x + nu / np.exp(log)) for x, nu, log in zip(operands, nus, logs[:2], strict=True)])
+    slope = cost_of(name, operands, wanted, logs)(flat.astype(np.float64))[1]
+    start = cost_of(name, operands, wanted, logs)(np.concatenate([x.ravel() for x in operands]).astype(float))[1]
+    assert np.abs(slope).max() <= 20 * accuracy * np.abs(start).max()
+    moved = [jnp.asarray(x + nu / np.exp(log)) for x, nu, log in zip(operands, nus, logs[:2], strict=True)]
+    move = function(*moved) - function(*map(jnp.asarray, operands))
+    np.testing.assert_allclose(found.output_moves[0], move, atol=1e-4 * float(np.abs(move).max()))
+
+
+def test_where_nothing_is_wanted_nothing_moves():
+    found = answer("batched", SETTINGS["step"][:3], np.zeros((2, 5, 3), np.float32))[-1]
+    for x in (*found.input_duals, *found.output_moves):
+        assert np.all(np.asarray(x) == 0)
+
+
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", ["tall", "batched"])
+@pytest.mark.parametrize("name", ["tall", "wide", "batched"])
 def test_a_prepared_inverse_gives_the_same(name, first):
     function, (a, w), direction = setting(name, np.float32)
     known, unknown = (jnp.asarray(w), jnp.asarray(a)) if first else (jnp.asarray(a), jnp.asarray(w))
