@@ -10,7 +10,8 @@ import scipy.optimize
 from bilinear_oracle import node_of
 
 from eqxproj._problem._readers import context
-from eqxproj.rules import _whole
+from eqxproj.rules._base import as_duals
+from eqxproj.rules._whole import Basis
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -53,7 +54,8 @@ def projected(function, operands, wanted, logs, dtype):
     assert not swapped
     ctx = ctx.reweighted(list(logs[:2]), [logs[2]], [1.0])
     dual = jnp.asarray(wanted * np.exp(logs[2]), dtype)
-    nus = jax.jit(lambda inputs, dual: node.rule.project(ctx, inputs, [dual]))(list(map(jnp.asarray, operands)), dual)
+    project = jax.jit(lambda inputs, dual: as_duals(node.rule.project(ctx, inputs, [dual])))
+    nus = project(list(map(jnp.asarray, operands)), dual)
     return [x + np.asarray(nu) / np.exp(log) for x, nu, log in zip(operands, nus, logs[:2], strict=True)]
 
 
@@ -115,20 +117,66 @@ def test_it_is_the_nearest_point_in_float64(name, kind):
 
 @pytest.mark.parametrize("name", ["tall", "wide", "batched"])
 def test_the_equation_is_inverted(name):
-    """The left side of the equation at two matrices, written out, applied to what `_inverse` returns."""
+    """The left side of the equation at two matrices, written out, applied to what its inverse returns."""
     rng = np.random.default_rng(1)
     formula, *shapes = PRODUCTS[name]
     a, w = (rng.normal(size=(1, *s) if len(s) == 2 else s).astype(np.float32) for s in shapes)
     right = rng.normal(size=(a.shape[0], a.shape[1], w.shape[1])).astype(np.float32)
     of_a, of_w = 0.7, 3.0
-    inverse = _whole._inverse(jnp.asarray(a), jnp.asarray(w), jnp.float32(of_a), jnp.float32(of_w))
-    found = np.asarray(inverse(jnp.asarray(right)))
+    basis = Basis.of(jnp.asarray(a), jnp.asarray(w))
+    found = np.asarray(basis.inverse(jnp.asarray(right), jnp.float32(of_a), jnp.float32(of_w)))
     t = lambda x: np.swapaxes(x, -1, -2)  # noqa: E731
     np.testing.assert_allclose(found + of_w * a @ t(a) @ found + of_a * found @ w @ t(w), right, rtol=1e-3, atol=1e-4)
 
 
+def answer(name, logs, wanted, **changes):
+    """The context, the operands, the duals wanted, and what the rule answers, with changes of the context."""
+    function, operands, _ = setting(name, np.float32)
+    problem, number = node_of(function, *map(jnp.asarray, operands), copies="none")
+    ctx = replace(context(problem, number, False).reweighted(list(logs[:2]), [logs[2]], [1.0]), **changes)
+    mu = jnp.asarray(wanted * np.exp(logs[2]), jnp.float32)
+    rule = problem.graph.nodes[number].rule
+    project = jax.jit(lambda inputs, mu: rule.project(ctx, inputs, [mu]))
+    return function, operands, mu, project(list(map(jnp.asarray, operands)), mu)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wide", "step"), ("batched", "stiff first")])
+def test_eigenvectors_of_other_matrices_do_no_harm(name, kind):
+    """Those of a forward pass that is long ago: as with those of the operands themselves."""
+    *logs, _ = SETTINGS[kind]
+    wanted = 0.1 * setting(name, np.float32)[2]
+    *_, own = answer(name, logs, wanted)
+    shapes = [s if len(s) == 3 else (1, *s) for s in PRODUCTS[name][1:]]
+    other = Basis.of(*(jnp.asarray(np.random.default_rng(5).normal(size=s), jnp.float32) for s in shapes))
+    *_, kept = answer(name, logs, wanted, prepared=other)
+    for a, b in zip(as_duals(own), as_duals(kept), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(a).max())
+
+
+@pytest.mark.parametrize(("name", "kind", "accuracy"), [("wide", "step", 1e-2), ("batched", "stiff first", 1e-4)])
+def test_what_is_left_of_the_equations(name, kind, accuracy):
+    """The slope of the cost vanishes, to the accuracy that was asked for; the output moves as the function does."""
+    *logs, size = SETTINGS[kind]
+    wanted = size * setting(name, np.float32)[2]
+    function, operands, _, found = answer(name, logs, wanted, accuracy=accuracy)
+    nus = as_duals(found)
+    flat = np.concatenate([np.ravel(x + nu / np.exp(log)) for x, nu, log in zip(operands, nus, logs[:2], strict=True)])
+    slope = cost_of(name, operands, wanted, logs)(flat.astype(np.float64))[1]
+    start = cost_of(name, operands, wanted, logs)(np.concatenate([x.ravel() for x in operands]).astype(float))[1]
+    assert np.abs(slope).max() <= 20 * accuracy * np.abs(start).max()
+    moved = [jnp.asarray(x + nu / np.exp(log)) for x, nu, log in zip(operands, nus, logs[:2], strict=True)]
+    move = function(*moved) - function(*map(jnp.asarray, operands))
+    np.testing.assert_allclose(found.output_moves[0], move, atol=1e-4 * float(np.abs(move).max()))
+
+
+def test_where_nothing_is_wanted_nothing_moves():
+    found = answer("batched", SETTINGS["step"][:3], np.zeros((2, 5, 3), np.float32))[-1]
+    for x in (*found.input_duals, *found.output_moves):
+        assert np.all(np.asarray(x) == 0)
+
+
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", ["tall", "batched"])
+@pytest.mark.parametrize("name", ["tall", "wide", "batched"])
 def test_a_prepared_inverse_gives_the_same(name, first):
     function, (a, w), direction = setting(name, np.float32)
     known, unknown = (jnp.asarray(w), jnp.asarray(a)) if first else (jnp.asarray(a), jnp.asarray(w))
@@ -163,6 +211,6 @@ def test_a_product_of_bfloat16_that_adds_up_in_float32_is_projected(knows_one):
         one = lambda *x, o=operands: function(*x, *o[len(x) :])  # noqa: E731
         problem, number = node_of(one, *unknown, copies="none")
         rule, ctx = problem.graph.nodes[number].rule, context(problem, number, False)
-        moves[dtype] = rule.project(ctx, unknown, [jnp.asarray(0.3 * direction, jnp.float32)])
+        moves[dtype] = as_duals(rule.project(ctx, unknown, [jnp.asarray(0.3 * direction, jnp.float32)]))
     for exact, rough in zip(moves[jnp.float32], moves[jnp.bfloat16], strict=True):
         np.testing.assert_allclose(np.asarray(rough, np.float32), exact, atol=0.05 * np.abs(exact).max())

@@ -80,7 +80,7 @@ def _problem_of(traced: Trace, ctx: Context, residuals: Sequence[Array], reached
         noise=ctx.noise,
         sends=reached,
     )
-    return replace(problem, outer_unit=ctx.unit)
+    return replace(problem, outer_unit=ctx.unit, accuracy=ctx.accuracy)
 
 
 def _traced(

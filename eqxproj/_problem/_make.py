@@ -32,7 +32,7 @@ from ..rules._scalar import identity
 from ._constraints import Constraint, Held, check_common_points, held
 from ._problem import Copies, FeasibilityProblem
 from ._projector import Projector
-from ._readers import context
+from ._readers import context, shown
 
 
 def _copy_counts(graph: Graph, known: Mapping[int, Any], copies: Copies, edge: int, value: int) -> float | Array:
@@ -163,7 +163,11 @@ def make_problem(
 def _prepared(problem: FeasibilityProblem) -> dict[int, Any]:
     """What the rules of the nodes compute in advance, for the projection regime."""
     rules = {i: node.rule for i, node in enumerate(problem.graph.nodes) if node.rule is not None}
-    found = {i: rule.prepare(context(problem, i, False)) for i, rule in rules.items()}
+    nodes, state = problem.graph.nodes, problem.start(False)
+    found = {
+        i: rule.prepare(context(problem, i, False), [shown(problem, state, e) for e in nodes[i].edges])
+        for i, rule in rules.items()
+    }
     return {i: made for i, made in found.items() if made is not None}
 
 

@@ -18,7 +18,7 @@ from .._graph._graph import Graph, table
 from .._graph._reach import Reach, jumps, reach_of
 from .._metric import Metric, clamped
 from .._program._trace import Trace
-from ..rules._base import Noise
+from ..rules._base import EXACT, Noise
 from ._constraints import Held
 from ._draw import drawn
 from ._state import State
@@ -58,6 +58,7 @@ class FeasibilityProblem(eqx.Module):
     - `held`: for some parameters, by number, the sets that they are held in.
     - `prepared`: what the rules of some nodes have computed in advance.
     - `outer_unit`: the unit of the duals, where the problem is part of another.
+    - `accuracy`: of projections that are found by iteration, what may be left of their equations.
     """
 
     trace: Trace
@@ -78,6 +79,7 @@ class FeasibilityProblem(eqx.Module):
     noise: Noise = eqx.field(static=True)
     reach: Reach = eqx.field(static=True)
     outer_unit: float | None = eqx.field(static=True, default=None)
+    accuracy: float = eqx.field(static=True, default=EXACT)
 
     def project(self, state: State, nodes: Sequence[int]) -> State:
         """The state projected onto the constraints of some nodes, no two of which share an edge.

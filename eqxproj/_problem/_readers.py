@@ -52,6 +52,7 @@ def context(problem: FeasibilityProblem, node: int, store_copies: bool) -> Conte
         noise=problem.noise,
         reached=tuple(problem.reach.reached[v] for v in spec.outputs),
         prepared=problem.prepared.get(node),
+        accuracy=problem.accuracy,
     )
     logs = [problem.log_weights[e] for e in spec.edges]
     return plain.reweighted(logs, [log for log, _ in outputs], [_positive(count) for _, count in outputs])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools as ft
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import equinox as eqx
@@ -29,7 +29,7 @@ from .._program._canonical import canonicalised
 from .._program._compiled import jitted
 from .._program._sharding import with_automatic_axes
 from .._program._trace import Trace, trace
-from ..rules._base import Noise
+from ..rules._base import EXACT, Noise
 from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
@@ -59,6 +59,7 @@ class Options:
     """How a displacement is computed: the solver, its number of steps, and the problem that it runs on.
 
     `steps` is `None` where it follows from the depth of the graph. With `raw`, a displacement is taken off as it is.
+    `accuracy` is that of projections that are found by iteration.
     """
 
     solver: AbstractSolver
@@ -68,6 +69,7 @@ class Options:
     tau: float | None
     noise: Noise
     raw: bool = False
+    accuracy: float = EXACT
 
     def problem(self, traced: Trace) -> FeasibilityProblem:
         """The problem of a traced loss, whose tau by default is small in the gradient regime, except in float16."""
@@ -80,7 +82,7 @@ class Options:
             traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors, noise=self.noise
         )
         self.solver.check(problem)
-        return problem
+        return replace(problem, accuracy=self.accuracy)
 
     def state(self, problem: FeasibilityProblem) -> State:
         """The state after all steps."""

@@ -18,6 +18,9 @@ from ..solvers import AbstractSolver, AlternatingReflections, CyclicProjections
 PROJECTION_TAU = 5.0
 """The factor of one sample's loss where the new parameters are the projection's: a sample goes far toward its label."""
 
+ROUGH = 1e-2
+"""What may be left of the equation of a product: the next sweep finds it, and so does the next minibatch."""
+
 
 class Settings(NamedTuple):
     """How a minibatch is projected: see [`feasibility_problem`][]."""

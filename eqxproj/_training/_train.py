@@ -11,6 +11,7 @@ import functools as ft
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 import equinox as eqx
@@ -40,7 +41,7 @@ from ._loop import Loop, Plan
 from ._nnx import takes_nnx
 from ._optimizer import REPLACING, checked_optimizer, default_optimizer
 from ._plot import checked_runs, plotted
-from ._regime import in_projection_regime, settings
+from ._regime import ROUGH, in_projection_regime, settings
 from ._source import AbstractSource, source_of
 from ._step import Extras, Step, TrainState, prepare, transformed, widened
 from ._watch import Callback, EarlyStopping, check_watchers
@@ -385,7 +386,8 @@ def _options(
     own = settings(solver)
     metric, copies = metric or own.metric, copies or own.copies
     tau = own.tau if tau is None and replaces else tau
-    return checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps", replaces)
+    chosen = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps", replaces)
+    return replace(chosen, accuracy=ROUGH)
 
 
 def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:

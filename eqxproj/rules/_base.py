@@ -32,6 +32,8 @@ from .._program._equations import Equation
 
 Scale = float | Array | np.ndarray
 """A weight: one number, or one an element."""
+EXACT = 1e-4
+"""What may be left of an equation that is solved by iteration, as a part of its right side."""
 Noise = Literal["unreached", "everywhere", "never"]
 """Where operations with jumps answer under noise: where no gradient reaches, wherever they are, or nowhere."""
 
@@ -58,6 +60,7 @@ class Context:
     - `noise`: for a pullback, whether jumps answer under noise; with `"never"` by the derivative, as JAX defines it.
     - `reached`: for each output, whether its dual is a gradient. A node that is a program needs it.
     - `prepared`: what the rule's `prepare` returned.
+    - `accuracy`: of projections that are found by iteration, what may be left of their equations.
     """
 
     function: Callable[..., list[Array]]
@@ -79,6 +82,7 @@ class Context:
     noise: Noise = "everywhere"
     reached: tuple[bool, ...] = ()
     prepared: Any = None
+    accuracy: float = EXACT
 
     @classmethod
     def plain(cls, unknown: Sequence[bool] = ()) -> Context:
@@ -135,10 +139,10 @@ class Context:
 
 
 class Projected(NamedTuple):
-    """The answer of a rule that owns several copies of an operand without holding them.
+    """The answer of a rule that says where the outputs go, as one that owns several copies without holding them must.
 
     - `input_duals`: for each operand the sum of its copies' duals.
-    - `output_moves`: how far each output moves. It cannot be evaluated at the operands, since each of its elements was
+    - `output_moves`: how far each output moves. It cannot be evaluated at the operands where each of its elements was
         reached with copies of its own.
     """
 
@@ -214,8 +218,11 @@ class AbstractRule(abc.ABC):
         """What `explain()` prints in the column of the rule."""
         return self.label
 
-    def prepare(self, ctx: Context) -> Any:
-        """What projections need that depends on known values alone, as arrays; computed once, and then in `ctx`."""
+    def prepare(self, ctx: Context, inputs: Sequence[Array]) -> Any:
+        """What projections need of known values, or of the operands on the forward pass, as arrays.
+
+        It is computed once, and then in `ctx`.
+        """
         return None
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:

@@ -7,7 +7,7 @@ node owns, the choice `copies=`:
   (`_numerics/_multiplier.py`), and three products lead from the multipliers to the duals. Copies that are equal are not
   held, unless the solver stores copies.
 - `"none"`: one constraint for the whole product. Where one operand is known it is a small linear system, solved
-  directly; else the local solver answers.
+  directly; where both are unknown, by eigenvectors and corrections (`_whole.py`). Else the local solver answers.
 
 Limits: with two unknown operands the minimum of the whole product is a local one.
 """
@@ -31,7 +31,7 @@ from ._base import AbstractRule, Context, Projected, Scale, step, transposed
 from ._bilinear_forms import BilinearForm, ConvForm, CopyForm, DotForm, ElementForm
 from ._copies import Copies
 from ._local import nearest_locally
-from ._whole import is_small, nearest_whole
+from ._whole import Basis, is_small, nearest_whole
 
 
 class Bilinear(AbstractRule):
@@ -63,8 +63,14 @@ class Bilinear(AbstractRule):
             return super().gathered(ctx, copies, outputs)
         return sum((x.sum(-1) for x in copies), start=layout.from_output(outputs[0]))
 
-    def prepare(self, ctx: Context) -> Array | None:
-        return _known_inverse(ctx) if ctx.copies == "none" else None
+    def prepare(self, ctx: Context, inputs: Sequence[Array]) -> Array | Basis | None:
+        if ctx.copies != "none" or not _is_plain(ctx):
+            return None
+        if not all(ctx.unknown):
+            return _known_inverse(ctx, inputs)
+        assert ctx.equation is not None
+        layout = Copies(ctx.equation)
+        return Basis.of(*(layout.matrix(i, x) for i, x in enumerate(inputs))) if is_small(layout) else None
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         form, stored, a, w = _read(ctx, inputs)
@@ -218,23 +224,26 @@ def _back(form: BilinearForm, a: Array, w: Array, multiplier: Array, first: bool
 
 
 _DIRECT = 1024
-"""Rows of a known operand up to which their scalar products are factorized."""
+"""Rows of the largest matrix that is factorized for a known operand."""
 
 
-def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array] | Projected:
     """One constraint for the whole product: by eigenvectors (`_whole.py`), by [`_known_inverse`][], or locally."""
     assert ctx.equation is not None
     layout = Copies(ctx.equation)
     if all(ctx.unknown) and _is_plain(ctx) and is_small(layout):
         return nearest_whole(ctx, layout, inputs, duals)
-    inverse = ctx.prepared if ctx.prepared is not None else _known_inverse(ctx)
+    inverse = ctx.prepared if ctx.prepared is not None else _known_inverse(ctx, inputs)
     if inverse is None:
         return nearest_locally(ctx, inputs, duals)
-    form, _, a, w = _read(ctx, inputs)
-    assert isinstance(form, DotForm)
-    first = ctx.unknown[0]
-    multiplier = form.along(lambda mu: inverse @ mu, duals[0].astype(inverse.dtype), first=not first)
-    return [_back(form, a, w, multiplier, first)]
+    known, matrix = _known(ctx, layout, inputs)
+    mu = layout.from_output(duals[0]).astype(matrix.dtype)
+    if known == 0:  # the known operand is transposed, not the dual, which takes longer
+        turned = jnp.swapaxes(matrix, -1, -2)
+        nu = jnp.swapaxes(inverse @ (turned @ mu) if _is_tall(matrix) else turned @ (inverse @ mu), -1, -2)
+    else:
+        nu = (mu @ matrix) @ inverse if _is_tall(matrix) else (mu @ inverse) @ matrix
+    return [layout.from_matrix(1 - known, nu).astype(inputs[0].dtype)]
 
 
 def _is_plain(ctx: Context) -> bool:
@@ -245,25 +254,34 @@ def _is_plain(ctx: Context) -> bool:
     return all(v.dtype in (jnp.float32, jnp.float64) for v in (*equation.inputs, *equation.outputs))
 
 
-def _known_inverse(ctx: Context) -> Array | None:
-    r"""The inverse of $1 + \kappa/w\, G$, where one operand is known, with $G$ the scalar products of its rows.
+def _known(ctx: Context, layout: Copies, inputs: Sequence[Array]) -> tuple[int, Array]:
+    """Which operand is known, and that as a matrix."""
+    known = ctx.unknown.index(False)
+    return known, layout.matrix(known, ctx.operands(inputs)[known])
 
-    Its product with $\mu$ is the multiplier. The sum of the eigenvalues, times the precision, is added to the diagonal,
-    so that rounding does not make the Cholesky factor fail. `None` where there are too many rows.
+
+def _is_tall(matrix: Array) -> bool:
+    return matrix.shape[-2] > matrix.shape[-1]
+
+
+def _known_inverse(ctx: Context, inputs: Sequence[Array]) -> Array | None:
+    r"""The inverse of $1 + \rho XX^T$ or of $1 + \rho X^TX$, with $X$ the known operand and $\rho = \kappa/w$.
+
+    The dual of the unknown operand is $X^T (1 + \rho XX^T)^{-1} \mu = (1 + \rho X^TX)^{-1} X^T \mu$; the smaller one is
+    inverted. The sum of the eigenvalues, times the precision, is added to the diagonal, so that rounding does not make
+    the Cholesky factor fail. `None` where both are large.
     """
     if all(ctx.unknown) or not _is_plain(ctx):
         return None
     assert ctx.equation is not None
-    unknown = [v for v, is_unknown in zip(ctx.equation.inputs, ctx.unknown, strict=True) if is_unknown]
-    form, _, a, w = _read(ctx, [jnp.zeros(v.shape, v.dtype) for v in unknown])
-    first = ctx.unknown[0]
-    known = w if first else a
-    if not isinstance(form, DotForm) or form.rows(known, not first) > _DIRECT:
+    _, x = _known(ctx, Copies(ctx.equation), inputs)
+    if min(x.shape[-2:]) > _DIRECT:
         return None
-    gram = form.gram(known, first=not first) * ctx.ratios[0][0]
+    left, right = (jnp.swapaxes(x, -1, -2), x) if _is_tall(x) else (x, jnp.swapaxes(x, -1, -2))
+    gram = (left @ right) * ctx.ratios[0][0]
     total = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=known.dtype), gram.shape)
-    matrix = gram + (1.0 + jnp.finfo(known.dtype).eps * total) * eye
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=x.dtype), gram.shape)
+    matrix = gram + (1.0 + jnp.finfo(x.dtype).eps * total) * eye
     return jax.scipy.linalg.cho_solve((jax.scipy.linalg.cho_factor(matrix, lower=True)[0], True), eye)
 
 

@@ -6,7 +6,6 @@ copies. The special cases below are cheaper ways to the same numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,26 +87,6 @@ class DotForm(BilinearForm):
         nb, na = len(self.batch_a), len(self.free_a)
         g = g.sum(tuple(range(nb, nb + na)))
         return _place(g, (*self.batch_w, *self.free_w), len(self.shape_w.shape))
-
-    def rows(self, operand: Array, first: bool) -> int:
-        """Into how many rows an operand falls, of each part of the batch dimensions."""
-        return math.prod(operand.shape[i] for i in (self.free_a if first else self.free_w))
-
-    def gram(self, operand: Array, first: bool) -> Array:
-        """The scalar products of an operand's rows: matrices, one a part of the batch dimensions."""
-        batch, contract = (self.batch_a, self.contract_a) if first else (self.batch_w, self.contract_w)
-        products = jax.lax.dot_general(operand, operand, ((contract, contract), (batch, batch)))
-        rows = self.rows(operand, first)
-        return products.reshape(*(operand.shape[i] for i in batch), rows, rows)
-
-    def along(self, solve: Callable[[Array], Array], output: Array, first: bool) -> Array:
-        """Applies a map of matrices' columns to an output, along the rows of one operand."""
-        nb, na = len(self.batch_a), len(self.free_a)
-        batch, of_a, of_w = output.shape[:nb], output.shape[nb : nb + na], output.shape[nb + na :]
-        columns = output.reshape(*batch, math.prod(of_a), math.prod(of_w))
-        if not first:
-            return jnp.swapaxes(solve(jnp.swapaxes(columns, -1, -2)), -1, -2).reshape(output.shape)
-        return solve(columns).reshape(output.shape)
 
 
 class ConvForm(BilinearForm):

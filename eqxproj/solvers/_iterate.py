@@ -133,6 +133,7 @@ def _key(problem: FeasibilityProblem, solver: AbstractSolver) -> tuple[Hashable,
     structure, objects = signature(traced.program)
     held = eqx.partition(problem.held, eqx.is_array)[1]
     fixed = (problem.metric, problem.copies, problem.tau, problem.log_weights, problem.projector, problem.noise)
+    fixed += (problem.accuracy,)
     shape = (type(graph), graph.variant, traced.is_parameter, traced.is_complex, problem.reach, problem.outer_unit)
     leaves, treedef = jtu.tree_flatten((held, fixed, solver))
     return (structure, shape, treedef, registry_version()), (*objects, *leaves)
