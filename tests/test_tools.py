@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
+import scipy.special
+from flax import nnx
 
 import eqxproj
 from eqxproj.losses import cross_entropy, squared_error
@@ -406,3 +408,20 @@ def test_the_model_is_not_given_away():
 def test_the_types_of_a_result():
     result = train(1)
     assert "TrainResult(model=<dict>" in repr(result) and "step=1" in repr(result.state)
+
+
+def test_an_nnx_module_is_shown_to_callbacks():
+    seen = []
+    module = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    options = {"eval_data": (X, Y), "eval_every": 2, "ema": 0.5, "early_stopping": eqxproj.EarlyStopping(patience=9)}
+
+    def nnx_loss(module, x, y):
+        return cross_entropy(module(x), y).mean()
+
+    whole = train(6, model=module, loss=nnx_loss, **options)
+    half = train(6, model=module, loss=nnx_loss, callbacks=[lambda s, r: seen.append(r.model) or s == 4], **options)
+    again = train(6, model=module, loss=nnx_loss, resume=half.state, **options)
+    assert all(isinstance(m, nnx.Linear) for m in (*seen, whole.model)) and len(seen) == 3
+    np.testing.assert_array_equal(again.model.kernel[...], whole.model.kernel[...])
+    with pytest.raises(TypeError, match="an nnx module holds its own"):
+        train(model=module, loss=nnx_loss, model_state={"n": jnp.zeros(())})
