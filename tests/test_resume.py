@@ -210,9 +210,10 @@ def test_another_version_is_said(tmp_path):
 
 
 SCRIPT = """
-    import sys, time
+    import signal, sys, time
     import numpy as np, jax.numpy as jnp, equinox as eqx, eqxproj
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 4)).astype(np.float32)
     y = (x[:, 0] > 0).astype(np.int32)
