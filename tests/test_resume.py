@@ -268,3 +268,63 @@ def test_killed_processes_go_on(number, tmp_path):
     again, whole = (np.load(tmp_path / f"{name}.npz") for name in ("again", "whole"))
     for name in ("w", "b"):
         np.testing.assert_array_equal(again[name], whole[name])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_chunk_runs_loses_nothing(number, monkeypatch):
+    """It comes while the memory of the old state is used for the new one, to a handler of the user."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop(number, frame):
+        raise Stop
+
+    def advance(*args):
+        real = compiled(*args)
+
+        def wrapped(*args):
+            out = real(*args)
+            if args[1] >= 10:
+                signal.raise_signal(number)
+            return out
+
+        return wrapped
+
+    compiled = eqxproj._training._loop.compiled
+    monkeypatch.setattr("eqxproj._training._loop.compiled", advance)
+    seen = []
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stop):
+            train(callbacks=[lambda step, report: seen.append(report.model)])
+    finally:
+        signal.signal(number, before)
+    assert len(seen) == 3 and all(np.isfinite(m["w"]).all() for m in seen)
+
+
+def test_ctrl_c_while_a_chunk_runs(monkeypatch):
+    """The state is that after the chunk, and the run can go on from it."""
+    compiled = eqxproj._training._loop.compiled
+
+    def advance(*args):
+        real = compiled(*args)
+
+        def wrapped(*args):
+            out = real(*args)
+            if args[1] + args[2] == 10:
+                signal.raise_signal(signal.SIGINT)
+            return out
+
+        return wrapped
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("eqxproj._training._loop.compiled", advance)
+            with pytest.raises(eqxproj.TrainingInterrupted) as caught:
+                train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert caught.value.step == 10
+    assert_same(train(resume=caught.value.state), train())

@@ -37,6 +37,7 @@ _FORMAT, _VERSION = "eqxproj checkpoint", 1
 _KEPT = 2
 """How many checkpoints stay in a folder: the last one, and the one before."""
 _NAME = re.compile(r"step-(\d{10})\.eqxproj")
+_NUMBERS = ("step", "batch_size", "count", "best_value", "best_step", "waited", "seconds", "loss", "norm")
 _DIGEST = hashlib.sha256
 
 
@@ -48,7 +49,7 @@ class TrainingState(eqx.Module):
     - `arrays`: the parameters, the state of the optimizer, and what else the steps change.
     - `best`: arrays of the best model, with [`EarlyStopping`][]; `best_value`, `best_step` what and when it was, and
         `waited` how many records there were since.
-    - `records`: what has been recorded. `seconds`: of training so far.
+    - `records`: what has been recorded. `seconds`: of training so far. `loss`, `norm`: of the last step.
     """
 
     step: int
@@ -62,6 +63,8 @@ class TrainingState(eqx.Module):
     waited: int = 0
     records: tuple[Record, ...] = ()
     seconds: float = 0.0
+    loss: float = math.nan
+    norm: float = math.nan
 
     @property
     def parameters(self) -> PyTree:
@@ -79,9 +82,8 @@ class TrainingState(eqx.Module):
 
 def _numbers(state: TrainingState) -> dict[str, Any]:
     """All but the arrays, as JSON has it."""
-    names = ("step", "batch_size", "count", "best_value", "best_step", "waited", "seconds")
     key = {"impl": str(jax.random.key_impl(state.key)), "data": np.asarray(jax.random.key_data(state.key)).tolist()}
-    return {**{name: getattr(state, name) for name in names}, "records": list(state.records), "key": key}
+    return {**{name: getattr(state, name) for name in _NUMBERS}, "records": list(state.records), "key": key}
 
 
 def _arrays(state: TrainingState) -> PyTree:
@@ -270,11 +272,10 @@ def load(path: pathlib.Path, fresh: TrainingState) -> TrainingState:
         _check_same(header["arrays"], _described(plain), f"The checkpoint {str(path)!r}")
         found = eqx.tree_deserialise_leaves(file, plain)
     arrays, best = jtu.tree_map(_as_key, found, template)
-    names = ("step", "batch_size", "count", "best_value", "best_step", "waited", "seconds")
     impl = header["key"]["impl"]
     key = jax.random.wrap_key_data(jnp.asarray(header["key"]["data"], jnp.uint32), impl=impl)
     records = tuple(header["records"])
-    return TrainingState(arrays=arrays, best=best, key=key, records=records, **{n: header[n] for n in names})
+    return TrainingState(arrays=arrays, best=best, key=key, records=records, **{n: header[n] for n in _NUMBERS})
 
 
 def _digest(file: IO[bytes], size: int) -> bytes:

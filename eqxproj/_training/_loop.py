@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
@@ -26,7 +25,7 @@ from .._progress import progress
 from ._checkpoint import TrainingState, save
 from ._evaluation import Evaluation, History, Record
 from ._source import AbstractSource, Chunks
-from ._step import Advance, Step, StepReport, compiled, copied, transformed
+from ._step import Advance, Step, compiled, copied, transformed
 from ._watch import Asked, Callback, EarlyStopping, Report, termination, uninterrupted
 
 _SECONDS = 0.2
@@ -98,17 +97,17 @@ class Loop:
 
     def _all_steps(self, bar: Any, asked: Asked) -> str:
         """Runs chunk after chunk; the answer is why it ended."""
-        evaluation, last = self.plan.evaluation, StepReport(jnp.asarray(jnp.nan), jnp.asarray(jnp.nan))
+        evaluation = self.plan.evaluation
         bar.update(self.state.step)
-        if not self.state.records:
-            self._look(last)
+        if evaluation.is_due(self.state.step) and not self._is_recorded:  # the first, or that of an interrupted run
+            self._look()
         while self.state.step < evaluation.steps:
-            done, last = self._chunk(self._goal() - self.state.step, last)
+            done = self._chunk(self._goal() - self.state.step)
             bar.update(done)
             reason = None if done else "data"
-            if (evaluation.is_due(self.state.step) or not done) and self.state.records[-1]["step"] != self.state.step:
-                reason = self._look(last) or reason
-                bar.set_postfix_str(f"loss {self.state.records[-1]['loss']:.4g}")
+            if (evaluation.is_due(self.state.step) or not done) and not self._is_recorded:
+                reason = self._look() or reason
+                bar.set_postfix_str(f"loss {self.state.loss:.4g}")
             if reason is None and asked.by_all():
                 reason = "terminated"
             if reason is not None or self.state.step % self.plan.every == 0:
@@ -118,31 +117,38 @@ class Loop:
         self._save()
         return "steps"
 
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether there is a record of the last step."""
+        return bool(self.state.records) and self.state.records[-1]["step"] == self.state.step
+
     def _goal(self) -> int:
         """The next step after which the host has something to do."""
         step = self.state.step
         save = (step // self.plan.every + 1) * self.plan.every if self.plan.folder is not None else math.inf
         return int(min(self.plan.evaluation.next(step), save))
 
-    def _chunk(self, most: int, last: StepReport) -> tuple[int, StepReport]:
-        """Takes steps, at most so many: how many they were, and the report of the last one."""
+    def _chunk(self, most: int) -> int:
+        """Takes steps, at most so many: how many they were."""
         feed, items = self._chunks.next(min(most, self._pace))
         if not items:
-            return 0, last
+            return 0
         first, count = self.state.step, len(items)
         advance = self._compiled(feed)
         start = time.perf_counter()
         with uninterrupted():
             arrays, report = jax.block_until_ready(advance(self.state.arrays, first, count, feed))
             seconds = time.perf_counter() - start
-            self.state = replace(self.state, arrays=arrays, step=first + count, seconds=self.state.seconds + seconds)
+            loss, norm = float(report.loss), float(report.norm)
+            total = self.state.seconds + seconds
+            self.state = replace(self.state, arrays=arrays, step=first + count, seconds=total, loss=loss, norm=norm)
         if jax.process_count() > 1:
             self._pace = self.source.longest  # the same in all processes
         elif count == self._pace:
             self._pace = max(1, min(2 * count, self.source.longest, int(_SECONDS * count / max(seconds, 1e-9))))
         if int(arrays.bad_step) >= 0:
             raise self._non_finite(items[int(arrays.bad_step) - first])
-        return count, report
+        return count
 
     def _compiled(self, feed: PyTree) -> Advance:
         """The program for chunks of this shape."""
@@ -157,11 +163,11 @@ class Loop:
         """The model that the state stands for, and the state of its layers."""
         return self.step.model(self.state.arrays), copied(self.state.arrays.layers)
 
-    def _look(self, report: StepReport) -> str | None:
+    def _look(self) -> str | None:
         """Makes a record, and asks who looks on; the answer is why to stop, if somebody wants to."""
         model, layers = self._shown()
         state, evaluation = self.state, self.plan.evaluation
-        known = {"step": state.step, "loss": float(report.loss), "norm": float(report.norm), "seconds": state.seconds}
+        known = {name: getattr(state, name) for name in ("step", "loss", "norm", "seconds")}
         rate = learning_rate(state.arrays.optimizer)
         known |= {} if rate is None else {"learning_rate": rate}
         prefix = () if layers is None else (layers,)

@@ -139,16 +139,22 @@ def termination(is_heard: bool) -> Iterator[Asked]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds back a Ctrl-C until the end: in between, the old state is gone and the new one not there yet."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    """Holds back Ctrl-C, and a SIGTERM that is listened to, until the end of what it surrounds.
+
+    In between, the old state is gone and the new one is not there yet.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     waiting: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in heard:
+        signal.signal(number, lambda number, frame: waiting.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if waiting:
-        raise KeyboardInterrupt
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+    for number in waiting:
+        heard[signal.Signals(number)](number, None)
