@@ -142,3 +142,41 @@ def test_two_processes(tmp_path):
             process.kill()
             process.communicate()
     end(start(COMMON + WHOLE, tmp_path / "run"))
+
+
+GATHERED = """
+import re
+import eqxproj._training._step as module
+
+where = lambda m: m.layers[1].weight
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, P("data"))
+model = eqx.nn.MLP(8, 4, 32, 2, key=jax.random.key(0))
+put = lambda a: jax.device_put(a, sharding) if eqx.is_array(a) and a.ndim == 2 else a
+divided = jax.tree.map(put, model)
+weights = {tuple(layer.weight.shape) for layer in model.layers}
+real, texts = module.lowered, []
+
+
+def watched(*args, **kwargs):
+    low = real(*args, **kwargs)
+    texts.append(low.compile().as_text())
+    return low
+
+
+module.lowered = watched
+for method in ("gradient", "projection"):
+    eqxproj.train(divided, (x, y), loss, batch_size=16, sharding=sharding, method=method, steps=2)
+    found = re.findall(r"= \\w+\\[([\\d,]+)\\][^ ]* all-gather\\(", texts[-1])
+    shapes = {tuple(map(int, s.split(","))) for s in found}
+    print(method, sorted(shapes))
+    assert shapes and not any({s, s[::-1]} & weights for s in shapes), shapes
+assert len(texts) == 2
+print("all")
+"""
+
+
+@pytest.mark.slow
+def test_no_weight_is_gathered():
+    """Of parameters that are divided, no device gets the whole: only activations of the batch are exchanged."""
+    end(start(COMMON + GATHERED, devices=4))
