@@ -113,6 +113,7 @@ def test_learns_through_steps(row):
     assert last <= frozen / 2, (first, last, frozen)
 
 
+@pytest.mark.slow
 def test_table():
     """The table that is written from the rows is up to date."""
     written = table.PATH.read_text()

@@ -119,6 +119,7 @@ def test_weight_of_a_value_with_several_consumers():
     assert len(set(map(float, jnp.broadcast_to(want, (3, 4))[0]))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grade", [1e-6, 1e6])
 def test_no_depth_overflows(grade):
     """Twenty layers: weights far beyond what float32 holds, and yet displacements are finite, at all layers."""
