@@ -180,3 +180,25 @@ print("all")
 def test_no_weight_is_gathered():
     """Of parameters that are divided, no device gets the whole: only activations of the batch are exchanged."""
     end(start(COMMON + GATHERED, devices=4))
+
+
+TENSOR_PARALLEL = """
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+sharding = NamedSharding(mesh, P("data"))
+first, second = (lambda m, i=i: m.layers[i].weight for i in (0, 1))
+put = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, P(*axes)))
+divided = eqx.tree_at(first, model, put(first(model), "model", None))
+divided = eqx.tree_at(second, divided, put(second(divided), None, "model"))
+for method in ("projection", "gradient"):
+    wanted = eqxproj.train(model, (x, y), loss, batch_size=16, method=method, **options)
+    found = eqxproj.train(divided, (x, y), loss, batch_size=16, method=method, sharding=sharding, **options)
+    same(found.model, wanted.model)
+    for where in (first, second):
+        assert where(found.model).sharding == where(divided).sharding
+print("all")
+"""
+
+
+@pytest.mark.slow
+def test_data_and_tensor_parallel_together():
+    end(start(COMMON + TENSOR_PARALLEL, devices=4))
