@@ -221,6 +221,12 @@ def test_callbacks_see_each_record_and_may_stop(tmp_path):
     assert eqx.tree_equal(result.model, seen[-1][1])
 
 
+def test_a_callback_may_stop_before_the_first_step():
+    result = train(20, callbacks=[lambda step, report: True])
+    assert result.reason == "callback" and result.state.step == 0 and result.history["step"].tolist() == [0]
+    assert eqx.tree_equal(result.model, MODEL)
+
+
 def test_norm_and_rate_are_recorded():
     result = train(
         8, eval_every=1, batch_size=48, optimizer=optax.inject_hyperparams(optax.sgd)(0.25), method="gradient"

@@ -99,9 +99,9 @@ class Loop:
         """Runs chunk after chunk; the answer is why it ended."""
         evaluation = self.plan.evaluation
         bar.update(self.state.step)
-        if evaluation.is_due(self.state.step) and not self._is_recorded:  # the first, or that of an interrupted run
-            self._look()
-        while self.state.step < evaluation.steps:
+        is_first = evaluation.is_due(self.state.step) and not self._is_recorded  # or that of an interrupted run
+        reason = self._look() if is_first else None
+        while reason is None and self.state.step < evaluation.steps:
             done = self._chunk(self._goal() - self.state.step)
             bar.update(done)
             reason = None if done else "data"
@@ -110,12 +110,10 @@ class Loop:
                 bar.set_postfix_str(f"loss {self.state.loss:.4g}")
             if reason is None and asked.by_all():
                 reason = "terminated"
-            if reason is not None or self.state.step % self.plan.every == 0:
+            if self.state.step % self.plan.every == 0:
                 self._save()
-            if reason is not None:
-                return reason
         self._save()
-        return "steps"
+        return reason or "steps"
 
     @property
     def _is_recorded(self) -> bool:
@@ -174,6 +172,8 @@ class Loop:
         record = evaluation.record(known, model, prefix, state.records, self._compile_seconds)
         self.state = replace(state, records=(*state.records, record))
         reason = self._compare(record, (model, layers))
+        if not self.plan.callbacks:
+            return reason
         values = {name: value for name, value in record.items() if name != "step"}
         seen = Report(state.step, values, self.history, model, layers)
         answers = [callback(state.step, seen) for callback in self.plan.callbacks]

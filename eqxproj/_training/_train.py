@@ -283,8 +283,9 @@ def _run(
     (key, divided, resume), (all_held, given) = start, end
     if divided is not None:
         arrays, key = on_mesh_of(divided, arrays), on_mesh_of(divided, key)
-    shown = eqx.filter((step.model(arrays), arrays.layers), eqx.is_array)
-    best = None if plan.early_stopping is None else shown
+    best = None
+    if plan.early_stopping is not None:
+        best = eqx.filter((step.model(arrays), arrays.layers), eqx.is_array)
     fresh = TrainingState(0, arrays, key, source.batch_size, source.count, best)
     state = state_of(resume, plan.folder, fresh)
     _check_steps(plan.evaluation.steps, state)
