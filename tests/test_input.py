@@ -1,9 +1,6 @@
 """What training takes: two constraints on one array, layers of no width, divided arrays, modes of JAX, any scale."""
 
-import os
 import pickle
-import subprocess
-import sys
 
 import equinox as eqx
 import jax
@@ -279,52 +276,3 @@ def test_the_strict_modes_change_nothing():
 
     with pytest.raises(Exception, match="strict"):  # the user's own code is checked still
         strictly(lambda: eqxproj.filter_displacement(mixed)(MODEL, X, Y))
-
-
-DIVIDED = """
-import equinox as eqx, jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-import eqxproj
-
-x = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
-y = (np.arange(16) % 3).astype(np.int32)
-model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
-
-
-def loss(model, x, y):
-    return jnp.mean(eqxproj.losses.cross_entropy(jax.vmap(model)(x), y))
-
-
-def same(a, b):
-    pairs = zip(jax.tree.leaves(eqx.filter(a, eqx.is_array)), jax.tree.leaves(eqx.filter(b, eqx.is_array)), strict=True)
-    for p, q in pairs:
-        np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-6)
-
-
-gradient, trained = eqx.filter_grad(loss)(model, x, y), eqxproj.train(model, (x, y), loss, steps=2).model
-for kind in (AxisType.Explicit, AxisType.Auto):
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
-    on = lambda tree, *axes: jax.tree.map(
-        lambda a: jax.device_put(a, NamedSharding(mesh, P(*axes))) if eqx.is_array(a) else a, tree
-    )
-    where = lambda m: m.layers[0].weight
-    divided = eqx.tree_at(where, on(model), on(where(model), "d"))
-    batch = on((x, y), "d")
-    same(eqx.filter_jit(eqxproj.filter_displacement(loss))(on(model), *batch), gradient)
-    moved = eqxproj.filter_displacement(loss)(divided, x, y)
-    same(moved, gradient)
-    assert where(moved).sharding.spec[0] == "d", where(moved).sharding
-    result = eqxproj.train(divided, batch, loss, steps=2).model
-    same(result, trained)
-    assert where(result).sharding == where(divided).sharding
-    problem = eqxproj.feasibility_problem(loss, divided, *batch)
-    assert np.isfinite(eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=1).stats["change"]).all()
-print("all")
-"""
-
-
-@pytest.mark.slow
-def test_arrays_divided_among_devices():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", DIVIDED], capture_output=True, text=True, env=env, timeout=600)
-    assert done.returncode == 0 and done.stdout.strip().endswith("all"), done.stderr[-2000:]

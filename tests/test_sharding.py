@@ -26,10 +26,10 @@ def loss(model, x, y):
     return jnp.mean(eqxproj.losses.cross_entropy(jax.vmap(model)(x), y))
 
 
-def same(a, b):
+def same(a, b, atol=1e-5):
     pairs = zip(jax.tree.leaves(eqx.filter(a, eqx.is_array)), jax.tree.leaves(eqx.filter(b, eqx.is_array)), strict=True)
     for p, q in pairs:
-        np.testing.assert_allclose(np.asarray(p), np.asarray(q), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(p), np.asarray(q), rtol=1e-4, atol=atol)
 
 
 options = {"steps": 6, "eval_every": 3, "eval_data": (x, y)}
@@ -202,3 +202,33 @@ print("all")
 @pytest.mark.slow
 def test_data_and_tensor_parallel_together():
     end(start(COMMON + TENSOR_PARALLEL, devices=4))
+
+
+DIVIDED = """
+x, y = x[:16], y[:16]
+gradient, trained = eqx.filter_grad(loss)(model, x, y), eqxproj.train(model, (x, y), loss, steps=2).model
+for kind in (AxisType.Explicit, AxisType.Auto):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    on = lambda tree, *axes: jax.tree.map(
+        lambda a: jax.device_put(a, NamedSharding(mesh, P(*axes))) if eqx.is_array(a) else a, tree
+    )
+    where = lambda m: m.layers[0].weight
+    divided = eqx.tree_at(where, on(model), on(where(model), "d"))
+    batch = on((x, y), "d")
+    same(eqx.filter_jit(eqxproj.filter_displacement(loss))(on(model), *batch), gradient, 1e-6)
+    moved = eqxproj.filter_displacement(loss)(divided, x, y)
+    same(moved, gradient, 1e-6)
+    assert where(moved).sharding.spec[0] == "d", where(moved).sharding
+    result = eqxproj.train(divided, batch, loss, steps=2).model
+    same(result, trained, 1e-6)
+    assert where(result).sharding == where(divided).sharding
+    problem = eqxproj.feasibility_problem(loss, divided, *batch)
+    assert np.isfinite(eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=1).stats["change"]).all()
+print("all")
+"""
+
+
+@pytest.mark.slow
+def test_arrays_divided_among_devices():
+    """Displacements, training and `solve`, without the argument `sharding`."""
+    end(start(COMMON + DIVIDED, devices=4))
