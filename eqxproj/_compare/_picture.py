@@ -66,7 +66,7 @@ def draw(title: str, curves: Sequence[Curve], samples: int, suffix: str) -> byte
         axes[0].yaxis.set_major_formatter(percent if has_accuracy else FuncFormatter(lambda loss, _: f"{loss:g}"))
     axes[0].set_ylim(low, high)
     axes[0].set_ylabel("test error" if has_accuracy else "test loss")
-    axes[0].legend(loc="upper right")
+    axes[0].legend(loc="upper right", fontsize="small")  # its lines are as wide as the axes
     content = io.BytesIO()
     figure.savefig(content, format=suffix.removeprefix(".") or "png", dpi=150)
     return content.getvalue()
