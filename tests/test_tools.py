@@ -329,7 +329,7 @@ def test_moving_average():
         each.append(train(steps, batch_size=8, **SGD).model)
     average = MODEL
     for number, model in enumerate(each[1:]):
-        decay = min(0.5, (1 + number) / (10 + number))
+        decay = min(0.5, number / (9 + number))
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, model)
     assert_close(result.model, average)
     assert_close(result.state.parameters, each[-1])

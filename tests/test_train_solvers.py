@@ -11,7 +11,7 @@ import pytest
 from every_solver import SOLVERS
 
 import eqxproj
-from eqxproj._training._regime import reach, settings, sweeps
+from eqxproj._training._regime import PROJECTION_TAU, reach, settings, sweeps, tau
 from eqxproj.losses import cross_entropy, squared_error
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -51,21 +51,19 @@ def branching(model, x, y):
 def test_the_parameters_are_those_of_the_projection():
     """In every step, as `filter_displacement` and `solve` have them with the same settings."""
     solver = SOLVERS["DM"]
-    trained = train(solver=solver).model
+    trained = train(solver=solver, ema=0.0).model
     options = settings(solver)
-    problem = eqxproj.feasibility_problem(
-        loss, MODEL, X, Y, metric=options.metric, copies=options.copies, tau=options.tau
-    )
-    count = sweeps(problem, solver)
+    problem = eqxproj.feasibility_problem(loss, MODEL, X, Y, metric=options.metric, copies=options.copies)
+    count, factor = sweeps(problem, solver), tau(problem, solver)
     assert count == 2 * reach(problem.graph) >= 2
     raw = eqxproj.filter_displacement(
-        loss, solver=solver, steps=count, raw=True, metric=options.metric, copies=options.copies, tau=options.tau
+        loss, solver=solver, steps=count, raw=True, metric=options.metric, copies=options.copies, tau=factor
     )
     stepped = solved = MODEL
     for _ in range(2):  # `train` takes all samples in each minibatch, whose order is of no matter
         stepped = jax.tree.map(jnp.subtract, stepped, raw(stepped, X, Y))
         problem = eqxproj.feasibility_problem(
-            loss, solved, X, Y, metric=options.metric, copies=options.copies, tau=options.tau
+            loss, solved, X, Y, metric=options.metric, copies=options.copies, tau=factor
         )
         solved = eqxproj.solve(problem, solver, steps=count).model
     for name in MODEL:
@@ -73,6 +71,36 @@ def test_the_parameters_are_those_of_the_projection():
         np.testing.assert_allclose(trained[name], solved[name], rtol=1e-4, atol=1e-5)
     assert not np.allclose(trained["w"], MODEL["w"], atol=1e-3)
     assert float(loss(trained, X, Y)) < float(loss(MODEL, X, Y))
+
+
+def test_the_model_is_an_average_of_projections():
+    """Of one projection it is that one; later the newest of n counts 9/(n+8), of 1,000 and more a thousandth."""
+    solver = SOLVERS["AR"]
+    first, second, last = (train(solver=solver, steps=n, ema=0.0).model for n in (1, 2, 3))
+    assert eqx.tree_equal(train(solver=solver, steps=1).model, first)
+    two = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, first, second)
+    for name, x in jax.tree.map(lambda a, b: (2 * a + 9 * b) / 11, two, last).items():
+        np.testing.assert_allclose(train(solver=solver, steps=3).model[name], x, rtol=1e-4, atol=1e-6)
+    with_optimizer, plain = (train(solver=solver, optimizer=optax.sgd(0.1), **e).model for e in ({}, {"ema": 0.0}))
+    assert eqx.tree_equal(with_optimizer, plain)
+
+
+def test_tau_falls_with_the_square_of_the_depth_for_reflections_alone():
+    def chain(model, x, y):
+        for w in model:
+            x = jnp.tanh(x @ w)
+        return squared_error(x, y).mean()
+
+    def found(solver, layers):
+        x, model = jnp.ones((3, 4)), [jnp.eye(4)] * layers
+        return tau(eqxproj.feasibility_problem(chain, model, x, x), solver)
+
+    reflections = SOLVERS["AR"], eqxproj.DouglasRachford(1.0), eqxproj.RelaxedReflectReflect(2.0)
+    for solver in reflections:
+        assert found(solver, 1) == PROJECTION_TAU
+        assert found(solver, 20) == pytest.approx(found(solver, 10) / 4, rel=0.15)
+    for name in ("AP", "DR", "DM", "RRR", "CDR", "CP"):
+        assert found(SOLVERS[name], 20) == PROJECTION_TAU
 
 
 def test_an_optimizer_and_a_flat_metric():

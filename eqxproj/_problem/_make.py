@@ -17,12 +17,14 @@ from jaxtyping import Array, PyTree
 
 from .._errors import as_number, check_flag, check_function, described
 from .._graph._build import build
+from .._graph._fusion import takes_precedence
 from .._graph._graph import Graph, Node, with_concurrence, with_identities
 from .._graph._reach import reach_of
 from .._graph._weights import edge_logs, reader_logs
 from .._metric import Metric, check_metric
 from .._numerics._promotion import with_own_promotion
 from .._program._fragment import View, forward
+from .._program._patches import with_patches
 from .._program._primitives import ONE_TO_ONE
 from .._program._sharding import on_automatic_mesh
 from .._program._trace import Trace, trace
@@ -122,6 +124,9 @@ def make_problem(
     forward pass that are known already. `sends` says for each argument whether the terms of the loss with this target
     send a gradient back; all do by default. `all_held` are the sets of parameters.
     """
+    if copies == "none" and not metric.in_gradient_regime:
+        seeds = traced.program.inputs[: len(traced.parameters) if data == "constant" else None]
+        traced = replace(traced, program=with_patches(traced.program, seeds, takes_precedence))
     joined = "products" if copies == "neuron" else "sums"
     graph = build(traced, data, not two_colors, thresholds="apart" if metric.in_gradient_regime else joined)
     if two_colors:

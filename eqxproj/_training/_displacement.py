@@ -35,6 +35,7 @@ from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
 from ._nnx import flax_for
 from ._regime import sweeps
+from ._regime import tau as tau_of
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
 """The metric of the gradient regime: so steep that a displacement is the gradient where there is one, at any depth.
@@ -58,8 +59,8 @@ a loss that computes in float16, where small duals are rounded to zero (duals ar
 class Options:
     """How a displacement is computed: the solver, its number of steps, and the problem that it runs on.
 
-    `steps` is `None` where it follows from the depth of the graph. With `raw`, a displacement is taken off as it is.
-    `accuracy` is that of projections that are found by iteration.
+    `steps` is `None` where it follows from the depth of the graph, as does the tau of a `raw` displacement, which is
+    taken off as it is. `accuracy` is that of projections that are found by iteration.
     """
 
     solver: AbstractSolver
@@ -82,6 +83,8 @@ class Options:
             traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors, noise=self.noise
         )
         self.solver.check(problem)
+        if self.raw and self.tau is None:
+            problem = replace(problem, tau=tau_of(problem, self.solver))
         return replace(problem, accuracy=self.accuracy)
 
     def state(self, problem: FeasibilityProblem) -> State:

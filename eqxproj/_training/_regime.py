@@ -1,7 +1,8 @@
-"""What `train(solver=X())` takes where nothing else is said: metric, copies, tau and number of sweeps.
+"""What `train(solver=X())` takes where nothing else is said: metric, copies, tau, number of sweeps, and average.
 
-Transforms a solver and the depth of a graph into settings of the projection regime. They were found on networks of two
-hidden layers, on digits and MNIST. Limits: a recurrence counts as deep as its body, whatever its number of time steps.
+Transforms a solver and the depth of a graph into settings of the projection regime. They were found on networks of 2, 8
+and 20 hidden layers, on digits and MNIST. Limits: a recurrence counts as deep as its body, whatever its number of time
+steps.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ from .._errors import described
 from .._graph._graph import Graph
 from .._metric import Metric
 from .._problem._problem import Copies, FeasibilityProblem
-from ..solvers import AbstractSolver, AlternatingReflections, CyclicProjections
+from ..solvers import AbstractSolver, CyclicProjections
 
 PROJECTION_TAU = 5.0
 """The factor of one sample's loss where the new parameters are the projection's: a sample goes far toward its label."""
+
+AVERAGE = 0.999
+"""The decay of the average of the parameters, which is the model. Each projection fits its minibatch alone: the average
+over the last tenth of them fits them all. With one it is the projection itself."""
+
+_SWEEPS_AT_TAU = 8
+"""So many sweeps alternating reflections may make with the factor above: a network of two hidden layers takes them."""
 
 ROUGH = 1e-2
 """What may be left of the equation of a product: the next sweep finds it, and so does the next minibatch."""
@@ -27,7 +35,6 @@ class Settings(NamedTuple):
 
     metric: Metric
     copies: Copies
-    tau: float
 
 
 def in_projection_regime(solver: AbstractSolver | None, metric: Metric | None) -> bool:
@@ -40,12 +47,28 @@ def in_projection_regime(solver: AbstractSolver | None, metric: Metric | None) -
 def settings(solver: AbstractSolver) -> Settings:
     """The settings of the projection regime.
 
-    The parameters of an algorithm that goes farther with each step are stiffer: of alternating reflections, which are
-    not relaxed at all, the most; the least of those that return to consensus before each projection.
+    The parameters of an algorithm with a memory are stiffer than those of one that returns to consensus before each
+    projection: it goes farther.
     """
     has_memory = solver.store_copies and not solver.is_cyclic
-    parameter = 3000.0 if isinstance(solver, AlternatingReflections) else 1000.0 if has_memory else 300.0
-    return Settings(Metric(1.0, parameter), "none", PROJECTION_TAU)
+    parameter = 500.0 if _is_undamped(solver) else 1000.0 if has_memory else 300.0
+    return Settings(Metric(1.0, parameter), "none")
+
+
+def tau(problem: FeasibilityProblem, solver: AbstractSolver) -> float:
+    r"""The factor of one sample's loss in the projection regime.
+
+    Alternating reflections damp nothing. In each of $n$ sweeps the objective pulls once more, and what it pulled before
+    goes on: after all of them the parameters have moved like $n^2$, by which the factor is divided in deep networks.
+    """
+    if not _is_undamped(solver):
+        return PROJECTION_TAU
+    return PROJECTION_TAU * min(1.0, _SWEEPS_AT_TAU / sweeps(problem, solver)) ** 2
+
+
+def _is_undamped(solver: AbstractSolver) -> bool:
+    """Whether a step goes the whole way of two reflections."""
+    return solver.store_copies and solver.gap_scale == 2.0
 
 
 def reach(graph: Graph) -> int:

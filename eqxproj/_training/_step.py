@@ -188,7 +188,7 @@ class Step(eqx.Module):
         """The moving average after a step: over few steps at first, so that the initial parameters are forgotten."""
         if self.extras.decay is None:
             return None
-        decay = jnp.minimum(self.extras.decay, (1.0 + number) / (10.0 + number))
+        decay = jnp.minimum(self.extras.decay, number / (9.0 + number))
         return jtu.tree_map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.average, parameters)
 
     def _shown(self, parameters: PyTree, number: Any) -> tuple[Array, ...]:

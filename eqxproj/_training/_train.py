@@ -41,7 +41,7 @@ from ._loop import Loop, Plan
 from ._nnx import takes_nnx
 from ._optimizer import REPLACING, checked_optimizer, default_optimizer
 from ._plot import checked_runs, plotted
-from ._regime import ROUGH, in_projection_regime, settings
+from ._regime import AVERAGE, ROUGH, in_projection_regime, settings
 from ._source import AbstractSource, source_of
 from ._step import Extras, Step, TrainState, prepare, transformed, widened
 from ._watch import Callback, EarlyStopping, check_watchers
@@ -182,7 +182,9 @@ def train(
     - `model_state`: the state of layers such as `equinox.nn.BatchNorm`, from `equinox.nn.make_with_state`. The loss is
         then `loss(model, state, *batch) -> (value, state)`, and functions of `evaluate` take the state after the model.
     - `ema`: the decay, such as 0.999, of a moving average of the parameters, which then is the model that is evaluated
-        and returned.
+        and returned. It averages over a tenth of the steps at most, so that the initial parameters are forgotten. Zero
+        means none; by default there is one where the parameters are the projection's, each of which fits its minibatch
+        alone.
     - `eval_parameters`: `function(optimizer_state, parameters) -> parameters` of the model that is evaluated and
         returned, such as `optax.contrib.schedule_free_eval_params`.
     - `eval_data`: further data, evaluated before the first step, every `eval_every` steps (a twentieth of `steps` by
@@ -216,6 +218,9 @@ def train(
     found again.
     """
     steps = _check_basics(steps, loss, method, (has_aux, progress))
+    options = _options(solver, solver_steps, metric, copies, tau, noise, replaces=optimizer is None)
+    replaces = options.raw and method == "projection"
+    ema = AVERAGE if ema is None and eval_parameters is None and replaces else ema
     extras = _extras(transform, accumulate, (model_state, has_aux), ema, eval_parameters)
     run_key, divided = check_key(key), _check_sharding(sharding)
     source = source_of(data, columns, batch_size, run_key, divided is not None)
@@ -227,8 +232,7 @@ def train(
     given, model = model, on_automatic_mesh(model)
     model = model if divided is None else on_mesh_of(divided, model)
     all_held = held(model, constraints)
-    options = _options(solver, solver_steps, metric, copies, tau, noise, replaces=optimizer is None)
-    optimizer = REPLACING if options.raw and method == "projection" else optimizer
+    optimizer = REPLACING if replaces else optimizer
     is_preconditioned = _check_precondition(precondition, optimizer, method)
     fixed = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
     direction = Displacement(loss, has_aux, options, fixed) if method == "projection" else Gradient(loss, has_aux)
@@ -337,12 +341,13 @@ def _extras(transform: Any, accumulate: Any, layers: tuple[PyTree, bool], ema: A
         check_function("transform", transform, "transform(*batch) -> batch")
     if eval_parameters is not None:
         check_function("eval_parameters", eval_parameters, "(optimizer_state, parameters) -> parameters")
-    decay = None if ema is None else as_number(ema)
-    if ema is not None and (decay is None or not 0 < decay < 1):
-        raise ValueError(f"`ema` must be a decay between 0 and 1 such as 0.999, got {described(ema)}.")
-    if ema is not None and eval_parameters is not None:
+    decay = as_number(0.0 if ema is None else ema)
+    if decay is None or not 0 <= decay < 1:
+        wanted = "a decay between 0 and 1 such as 0.999, or zero for no average"
+        raise ValueError(f"`ema` must be {wanted}, got {described(ema)}.")
+    if decay and eval_parameters is not None:
         raise ValueError("`ema` and `eval_parameters` both say which model is evaluated. Choose one of them.")
-    return Extras(transform, int(accumulate), has_layers, decay, eval_parameters)
+    return Extras(transform, int(accumulate), has_layers, decay or None, eval_parameters)
 
 
 def _check_layers(model_state: PyTree, has_aux: bool) -> bool:
@@ -386,7 +391,6 @@ def _options(
     assert solver is not None
     own = settings(solver)
     metric, copies = metric or own.metric, copies or own.copies
-    tau = own.tau if tau is None and replaces else tau
     chosen = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps", replaces)
     return replace(chosen, accuracy=ROUGH)
 

@@ -29,7 +29,9 @@ from .._program._fragment import Fragment
 from .._program._primitives import ELEMENTWISE, FLAT, REDUCTIONS, VIEWS
 from ._base import AbstractRule, Context, Scale, step, transposed
 
-_OUTER, _HALVINGS, _SMALL, _SAME = 6, 5, 1e-3, 1e-4
+_OUTER, _HALVINGS, _SMALL = 6, 5, 1e-3
+_LINEAR = 0.1
+"""What may be left of the linearized equations, as a part of what the context allows for the others."""
 
 
 def is_differentiable(fragment: Fragment, program: Program) -> bool:
@@ -131,17 +133,19 @@ def _linearized(
         images = forward(*(p * jnp.asarray(ratio, p.dtype) for p, ratio in zip(pulled, ratios, strict=True)))
         return [x + root * image for x, root, image in zip(m, roots, images, strict=True)]
 
+    tol = _LINEAR * ctx.accuracy
+
     def solve(b, tol):
         return conjugate_gradients(operator, b, [jnp.ones_like(x) for x in b], tol=tol, max_steps=30)
 
     scaled = [_quotient(r, root) for r, root in zip(right, roots, strict=True)]
     if start is None:
-        found = solve(scaled, 1e-5)
+        found = solve(scaled, tol)
     else:
         old = [_quotient(r, root) for r, root in zip(start, roots, strict=True)]
         lacking = [b - image for b, image in zip(scaled, operator(old), strict=True)]
         part = _size(lacking) / jnp.maximum(_size(scaled), jnp.finfo(jnp.float32).tiny)
-        more = solve(lacking, 1e-5 / jnp.clip(part, 1e-4, 1.0))
+        more = solve(lacking, tol / jnp.clip(part, ctx.accuracy, 1.0))
         found = [a + b for a, b in zip(old, more, strict=True)]
     return [x * root for x, root in zip(found, roots, strict=True)]
 
@@ -196,7 +200,7 @@ def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
         return [new - nu for new, nu in zip(_pull(ctx, at, multiplier), input_duals, strict=True)], multiplier
 
     def is_done(right, before):
-        return _size([a - b for a, b in zip(right, before, strict=True)]) <= _SAME * _size(duals)
+        return _size([a - b for a, b in zip(right, before, strict=True)]) <= ctx.accuracy * _size(duals)
 
     def cost(input_duals):
         return _cost(ctx, inputs, duals, input_duals)
