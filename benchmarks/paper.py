@@ -3,24 +3,23 @@
     python benchmarks/paper.py --data-dir path/to/data [--task mnist higgs] [--solver DifferenceMap] [--seeds 3]
     python benchmarks/paper.py --quick         # a smoke run on the digits of the package
 
-Every solver is run as `eqxproj.train(..., solver=X())`, with nothing else said: the parameters become the projection's,
-and there is no optimizer, rate or schedule. Beside them stand the defaults of `train`, and Adam with warm-up and cosine
-at the best of three peak rates by validation, both for the same number of minibatches. Batches have 256 samples.
+Every solver is run as `eqxproj.train(..., solver=X())`: the parameters become the projection's, and there is no
+optimizer, rate or schedule. It has three settings: nothing else said; softer projections (a smaller tau, and parameters
+that are less stiff); and more sweeps with stiff parameters. Beside them stand the defaults of `train`, and Adam with
+warm-up and cosine at three peak rates, both for the same number of minibatches. Of every method the setting counts that
+is best on the validation split with the first seed. Batches have 256 samples.
 
-A run of a solver ends after `--minibatches`, or where the validation value has not risen for five looks in a row, one
-each `--every` minibatches. The best model by validation counts, on the test set. `to paper` are the minibatches, and
-the seconds of training without compilation, until the validation value is that of the paper's own software.
-
-`--sweeps 50` takes the number of projection steps a minibatch that the paper has, in place of the default, which
-follows the depth of the network. `--parameter` and `--tau` are other weights of parameters and factors of the loss than
-the defaults, for what was tried. `--data-dir` is that of `accuracy.py`. `--limit` ends a run after so many seconds.
+Every `--every` minibatches the validation value is looked at; the best model by it counts, on the test set. A run of a
+solver ends after `--minibatches`, or where there was no better one for five looks in a row. `to paper` are the
+minibatches, and the seconds of training without compilation, until the validation value is that of the paper's own
+software. `--data-dir` is that of `accuracy.py`. `--limit` ends a run after so many seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,9 +39,23 @@ SOLVERS = (
     "CyclicProjections",
     "CyclicDouglasRachford",
 )
+SETTINGS: dict[str, Mapping[str, Any]] = {
+    "default": {},
+    "soft": {"metric": eqxproj.Metric(1.0, 30.0), "tau": 0.03},
+    "long": {"metric": eqxproj.Metric(1.0, 10_000.0), "solver_steps": 40},
+}
+"""What is said beside the solver."""
 PAPER = {"mnist": 0.958, "cifar10-cnn": 0.337, "higgs": 0.67, "shakespeare": 0.324}
 """The best of the paper's algorithms on each task, on test data, with 50 steps a minibatch."""
 _BATCH, _PATIENCE = 256, 5
+
+
+class Way(NamedTuple):
+    """A way to train: its name, and options of `train` from the number of steps. Only a solver's run stops early."""
+
+    name: str
+    options: Callable[[int], Mapping[str, Any]]
+    stops: bool
 
 
 class Run(NamedTuple):
@@ -61,36 +74,31 @@ class Run(NamedTuple):
         return "not reached"
 
 
-def projected(task: Task, data: Sequence[Any], solver: str, seed: int, options: argparse.Namespace) -> Run:
-    """A run in the projection regime, in parts of `--every` minibatches; only the parameters pass from one to the next.
+def ways(method: str, settings: Sequence[str]) -> list[Way]:
+    """The settings of a solver, or of a method of `accuracy_methods.py`.
 
     `CyclicProjections` is given a flat metric: without one it is the gradient regime.
     """
-    train, valid, test = data
-    model, key, began = task.make(jax.random.key(seed)), jax.random.key(1000 + seed), time.time()
-    chosen: dict[str, Any] = {"solver": getattr(eqxproj, solver)(), "solver_steps": options.sweeps, "tau": options.tau}
-    if options.parameter is not None or solver == "CyclicProjections":
-        chosen["metric"] = eqxproj.Metric(1.0, options.parameter or 300.0)
-    run, best, kept = Run([], [], [], 0.0), -np.inf, model
-    while len(run.valid) * options.every < options.minibatches:
-        part = jax.random.fold_in(key, len(run.valid))
-        batch = min(_BATCH, len(train[0]))
-        result = eqxproj.train(model, train, task.loss, steps=options.every, batch_size=batch, key=part, **chosen)
-        model = result.model
-        run.valid.append(task.over(model, valid))
-        run.minibatches.append(options.every * len(run.valid))
-        run.seconds.append(float(result.history["seconds"][-1]) + (run.seconds[-1] if run.seconds else 0.0))
-        if run.valid[-1] > best:
-            best, kept = run.valid[-1], model
-        has_stalled = len(run.valid) - 1 - int(np.argmax(run.valid)) >= _PATIENCE
-        if has_stalled or (options.limit is not None and time.time() - began > options.limit):
-            break
-    return run._replace(test=task.over(kept, test))
+    if method not in SOLVERS:
+        return [Way(setting.name, setting.options, False) for setting in METHODS[method]]
+    solver = getattr(eqxproj, method)()
+    flat = {"metric": eqxproj.Metric(1.0, 300.0)} if method == "CyclicProjections" else {}
+
+    def way(name: str) -> Way:
+        options = {"solver": solver, **flat, **SETTINGS[name]}
+        return Way(name, lambda steps: options, True)
+
+    return [way(name) for name in settings]
 
 
-def optimized(task: Task, data: Sequence[Any], setting: Any, seed: int, options: argparse.Namespace) -> Run:
-    """A run by an optimizer, for the whole number of minibatches, to which its schedule is made."""
+def trained(task: Task, data: Sequence[Any], way: Way, seed: int, options: argparse.Namespace) -> Run:
+    """One run."""
     train, valid, test = data
+    began = time.time()
+
+    def is_late(step: int, report: Any) -> bool:
+        return options.limit is not None and time.time() - began > options.limit
+
     result = eqxproj.train(
         task.make(jax.random.key(seed)),
         train,
@@ -100,29 +108,34 @@ def optimized(task: Task, data: Sequence[Any], setting: Any, seed: int, options:
         key=jax.random.key(1000 + seed),
         eval_data=valid,
         eval_every=options.every,
+        eval_batch_size=500,
         evaluate={"value": task.value},
-        **setting.options(options.minibatches),
+        early_stopping=eqxproj.EarlyStopping("eval_value", "max", _PATIENCE if way.stops else None),
+        callbacks=[is_late],
+        **way.options(options.minibatches),
     )
     history = {name: np.asarray(values).tolist() for name, values in result.history.items() if name != "loss"}
     values, steps, seconds = (history[name][1:] for name in ("eval_value", "step", "seconds"))
     return Run(values, steps, seconds, task.over(result.model, test))
 
 
-def best_of(task: Task, data: Sequence[Any], method: str, options: argparse.Namespace) -> list[Run]:
-    """The runs of all seeds at the setting that is best on the validation split with the first."""
-    first = [optimized(task, data, setting, 0, options) for setting in METHODS[method]]
-    place = int(np.argmax([run.valid[-1] for run in first]))
-    rest = [optimized(task, data, METHODS[method][place], seed, options) for seed in range(1, options.seeds)]
-    return [first[place], *rest]
+def best_of(task: Task, data: Sequence[Any], method: str, options: argparse.Namespace) -> tuple[str, list[Run]]:
+    """The setting that is best on the validation split with the first seed, and its runs with all seeds."""
+    choices = ways(method, options.settings)
+    first = [trained(task, data, way, 0, options) for way in choices]
+    place = int(np.argmax([max(run.valid) for run in first]))
+    rest = [trained(task, data, choices[place], seed, options) for seed in range(1, options.seeds)]
+    return choices[place].name, [first[place], *rest]
 
 
-def row(name: str, method: str, runs: Sequence[Run]) -> dict[str, Any]:
+def row(name: str, method: str, setting: str, runs: Sequence[Run]) -> dict[str, Any]:
     """A line of the table, which is printed."""
     tests, first = [run.test for run in runs], runs[0]
     paper = PAPER.get(name)
     found = {
         "task": name,
         "method": method,
+        "setting": setting,
         "test": float(np.mean(tests)),
         "spread": float(np.std(tests)),
         "minibatches": first.minibatches[-1],
@@ -131,7 +144,7 @@ def row(name: str, method: str, runs: Sequence[Run]) -> dict[str, Any]:
         "curve": dict(zip(first.minibatches, first.valid, strict=True)),
     }
     print(
-        f"| {name} | {method} | {found['test']:.3f} ({found['spread']:.3f}) | {found['minibatches']} | "
+        f"| {name} | {method} | {setting} | {found['test']:.3f} ({found['spread']:.3f}) | {found['minibatches']} | "
         f"{found['seconds']:.1f} | {found['to paper']} |",
         flush=True,
     )
@@ -147,25 +160,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minibatches", type=int, default=200)
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sweeps", type=int)
-    parser.add_argument("--parameter", type=float)
-    parser.add_argument("--tau", type=float)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--limit", type=float)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args(arguments)
     if options.quick:
         options.task, options.minibatches, options.every = ["digits"], 30, 10
-        options.solver = [s for s in options.solver if s in SOLVERS[:2]]
-    print("| task | method | test | minibatches | seconds | to paper |\n| --- | --- | --- | --- | --- | --- |")
+        options.solver, options.settings = [s for s in options.solver if s in SOLVERS[:2]], ["default"]
+    print("| task | method | setting | test | minibatches | seconds | to paper |\n" + "| --- " * 7 + "|", flush=True)
     rows = []
     for name in options.task:
         task = TASKS[name]
         data = task.split(options.data_dir)
-        for solver in options.solver:
-            runs = [projected(task, data, solver, seed, options) for seed in range(options.seeds)]
-            rows.append(row(name, solver, runs))
-        rows += [row(name, method, best_of(task, data, method, options)) for method in options.method]
+        rows += [
+            row(name, method, *best_of(task, data, method, options)) for method in (*options.solver, *options.method)
+        ]
     write(options.json, rows)
 
 
