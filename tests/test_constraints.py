@@ -105,7 +105,12 @@ def test_first_evaluation_is_of_the_constrained_model():
 
 @pytest.mark.parametrize("method", ["projection", "gradient"])
 @pytest.mark.parametrize(
-    "names", [("orthogonal", "two_bits", "l2_columns"), ("k_rows", "rank", "simplex"), ("sphere_rows", "l1", "pattern")]
+    "names",
+    [
+        ("orthogonal", "two_bits", "l2_columns"),
+        pytest.param(("k_rows", "rank", "simplex"), marks=pytest.mark.slow),
+        pytest.param(("sphere_rows", "l1", "pattern"), marks=pytest.mark.slow),
+    ],
 )
 def test_trained_model_is_in_wider_sets(method, names):
     model, (x, y), loss = classifier(12)

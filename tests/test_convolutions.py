@@ -166,9 +166,8 @@ class Network(eqx.Module):
         return self.last(jax.nn.relu(self.conv(x)).ravel())
 
 
-@pytest.mark.parametrize(
-    "solver", [eqxproj.AlternatingProjections(), pytest.param(eqxproj.DouglasRachford(), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [eqxproj.AlternatingProjections(), eqxproj.DouglasRachford()])
 def test_the_sweeps_of_a_solver_are_canonicalised(solver):
     k1, k2, k3 = jax.random.split(jax.random.key(0), 3)
     model = Network(eqx.nn.Conv2d(1, 2, 3, padding=1, key=k1), eqx.nn.Linear(32, 3, key=k2))

@@ -19,7 +19,7 @@ from eqxproj.losses import squared_error
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LAYOUTS = [("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NCHW"), ("HWNC", "OIHW", "NHWC")]
-PADDINGS = [((1, 1), (0, 2)), ((0, 0), (0, 0)), ((-1, 1), (2, 0))]
+PADDINGS = [((1, 1), (0, 2)), ((-1, 1), (2, 0))]
 STRETCHES = [((1, 1), (1, 1), (1, 1)), ((2, 1), (1, 1), (1, 2)), ((1, 2), (2, 3), (2, 1))]
 
 
@@ -82,6 +82,7 @@ def test_one_projection_is_the_nearest_point_with_a_copy_of_each_pixel_a_patch()
     np.testing.assert_allclose(solved.model["x"][0], pixels[0] / pixels[1], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [eqxproj.AlternatingProjections(), eqxproj.DifferenceMap()], ids=["AP", "DM"])
 def test_a_network_of_convolutions_is_solved(solver):
     keys = jax.random.split(jax.random.key(0), 2)

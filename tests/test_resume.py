@@ -235,7 +235,9 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_killed_processes_go_on(number, tmp_path):
     """A process that is killed at any moment, and run again, ends where an undisturbed one does."""
     script = tmp_path / "script.py"

@@ -28,7 +28,7 @@ def setting(solver):
     return problem, step, solver.init(problem)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [SOLVERS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SOLVERS[1:])])
 @pytest.mark.parametrize("count", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)), 7])
 def test_many_steps_are_single_steps(solver, count):
     problem, step, start = setting(solver)

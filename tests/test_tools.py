@@ -5,6 +5,7 @@ import itertools
 
 import datasets
 import equinox as eqx
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,7 @@ SGD = {"optimizer": optax.sgd(0.1), "method": "gradient"}
 # Data.
 
 
-@pytest.mark.parametrize("kind", ["loader", "dictionaries", "generator", "lists", "tensors"])
+@pytest.mark.parametrize("kind", ["loader", "dictionaries", "generator", "lists", "tensors", "grain"])
 def test_an_iterable_of_batches(kind):
     """In its own order, and again from the start where it ends."""
 
@@ -76,6 +77,8 @@ def test_an_iterable_of_batches(kind):
         def __array__(self, dtype=None, copy=None):
             return self.array
 
+    samples = {"x": np.concatenate([x for x, _ in batches()]), "y": np.concatenate([y for _, y in batches()])}
+    of_grain = grain.MapDataset.source([{k: v[i] for k, v in samples.items()} for i in range(48)]).batch(8)
     steps = 5 if kind == "generator" else 9
     data = {
         "loader": Loader(batches()),
@@ -83,8 +86,9 @@ def test_an_iterable_of_batches(kind):
         "generator": (b for b in batches()),
         "lists": Loader([list(b) for b in batches()]),
         "tensors": Loader([[Tensor(x), Tensor(y)] for x, y in batches()]),
+        "grain": of_grain.to_iter_dataset(),
     }[kind]
-    columns = {"columns": ("x", "y")} if kind == "dictionaries" else {}
+    columns = {"columns": ("x", "y")} if kind in ("dictionaries", "grain") else {}
     result = train(steps, data=data, **columns, **SGD)
     assert_close(result.model, by_hand(batches(), steps))
     assert result.reason == "steps" and result.state.batch_size == 8

@@ -47,9 +47,7 @@ def _of_patches(equation: Equation, fresh: Fresh) -> list[Equation]:
     traced = jax.make_jaxpr(ft.partial(product_of_patches, equation.params))(*shapes)
     body, (result,) = fresh.splice(normal_form(traced), equation.inputs)
     names = {result.index: equation.outputs[0]}
-    return [
-        replace(e, outputs=tuple(names.get(v.index, v) for v in e.outputs), source=equation.source) for e in body
-    ]
+    return [replace(e, outputs=tuple(names.get(v.index, v) for v in e.outputs), source=equation.source) for e in body]
 
 
 def product_of_patches(params: Mapping[str, Any], x: Array, w: Array) -> Array:
