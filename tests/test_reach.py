@@ -252,3 +252,30 @@ def test_a_rule_of_a_user_counts_as_a_gradient():
     for name in "awd":
         np.testing.assert_allclose(moved[name], gradient[name], rtol=1e-3, atol=1e-4)
     assert np.any(moved["s"])
+
+
+PENALTIES = {
+    "absolute values": lambda m: sum(jnp.sum(jnp.abs(w)) for w in m.values()),
+    "squares of some": lambda m: jnp.sum(m["a"] ** 2),
+    "norms of rows": lambda m: sum(jnp.sum(jnp.sqrt(jnp.sum(w**2, 1) + 1e-3)) for w in m.values()),
+    "a product": lambda m: jnp.sum((m["a"] @ m["w"]) ** 2),
+    "an entropy": lambda m: jnp.sum(nn.softmax(m["a"]) * nn.log_softmax(m["a"])),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=list(PENALTIES))
+@pytest.mark.parametrize("closes_over", [False, True], ids=["data given", "data closed over"])
+def test_a_penalty_adds_its_gradient_to_answers_under_noise(penalty, closes_over):
+    """The weights before a jump hear it as if there were no penalty."""
+
+    def loss(m, x):
+        x = X if closes_over else x
+        return error(jnp.tanh(jnp.sign(x @ m["a"]) @ m["w"]) @ m["d"])
+
+    model, batch = parameters(a=A, w=W, d=D), jnp.zeros(()) if closes_over else X
+    moved = eqxproj.filter_displacement(loss)(model, batch)
+    both = eqxproj.filter_displacement(lambda m, x: loss(m, x) + 0.1 * penalty(m))(model, batch)
+    gradient = eqx.filter_grad(penalty)(model)
+    assert np.linalg.norm(moved["a"]) > 1e-3
+    for name in model:
+        np.testing.assert_allclose(both[name], moved[name] + 0.1 * gradient[name], rtol=1e-3, atol=1e-4)

@@ -3,14 +3,16 @@
 Transforms a graph into a [`Reach`][]. A value is *reached* when a way of derivatives leads from it to the objective. An
 edge *carries* a gradient where its consumer has a derivative by that operand in an output that is reached. What is
 reached takes the duals of such edges alone, so that its dual is the gradient; what is not takes all that come. What a
-user's rule answers counts as a gradient, as the answer of `jax.custom_vjp` does. Limits: this is structure, seen once
+user's rule answers counts as a gradient, as the answer of `jax.custom_vjp` does. A penalty, an operand of the objective
+that reads no data, sends its gradient, but does not reach: weights with a decay still hear what jumps behind them say.
+Limits: this is structure, seen once
 and for all: a derivative that happens to be zero reaches too. Of a user's rule that is part of a recurrence or branch
 with jumps in it, JAX's derivative says whether it carries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import jax
 from jax.extend.core import Jaxpr
 
 from .._program._effects import inner_programs
+from .._program._equations import Variable, dependents
 from .._program._primitives import FLAT, OWN_DERIVATIVE
 from .._program._slopes import slopes_of
 from ..rules._base import Noise
@@ -48,15 +51,22 @@ class Reach:
         return self.carries[edge] or self.noisy[value]
 
 
-def reach_of(graph: Graph, noise: Noise, stopped: Collection[int] = ()) -> Reach:
-    """The reach of a graph's gradients. Terms of the objective whose targets are `stopped` variables send none."""
+def reach_of(graph: Graph, noise: Noise, data: Sequence[Variable], stopped: Collection[int] = ()) -> Reach:
+    """The reach of a graph's gradients, where `data` are the inputs of the program that are no parameters.
+
+    Terms of the objective whose targets are `stopped` variables send none.
+    """
     edges, values = len(graph.edges), len(graph.values)
     if noise == "everywhere":
         return Reach((False,) * edges, (False,) * values, (True,) * values, (True,) * edges)
     if noise == "never" or not any(map(jumps, graph.nodes)):
         return Reach((True,) * edges, (True,) * values, (False,) * values, (False,) * edges)
-    carries, reached = _gradients(graph, frozenset(stopped))
-    noisy = _noisy(graph, reached)
+    shapes = _shapes(graph)
+    slopes = [_slopes(node, shapes) for node in graph.nodes]
+    carries, reached = _gradients(graph, slopes, frozenset(stopped), frozenset())
+    penalties = _penalties(graph, data)
+    by_data = _gradients(graph, slopes, frozenset(stopped), penalties)[1] if penalties else reached
+    noisy = _noisy(graph, by_data)
     heard = [not c and any(noisy[v] for v in e.sources) for c, e in zip(carries, graph.edges, strict=True)]
     return Reach(tuple(carries), tuple(reached), tuple(noisy), tuple(heard))
 
@@ -87,10 +97,24 @@ def _names(program: Jaxpr) -> Iterator[str]:
             yield from _names(inner)
 
 
-def _gradients(graph: Graph, stopped: frozenset[int]) -> tuple[list[bool], list[bool]]:
-    """Which edges carry a gradient, and which values it reaches: the least that agree with each other."""
-    shapes = _shapes(graph)
-    slopes = [_slopes(node, shapes) for node in graph.nodes]
+def _penalties(graph: Graph, data: Sequence[Variable]) -> frozenset[int]:
+    """The edges of the objective that show no data, where others do; those that the loss closes over are data too."""
+    edges = [e for node in graph.nodes if node.kind == "objective" for e in node.edges]
+    constants = (v for e in graph.program.equations for v in e.inputs if v.index in graph.program.constants)
+    for seeds in (data, [v for v in constants if v.shape]):
+        found = dependents(graph.program.equations, seeds)
+        if shown := {e for e in edges if graph.edges[e].variable.index in found}:
+            return frozenset(edges) - shown
+    return frozenset()
+
+
+def _gradients(
+    graph: Graph, slopes: Sequence[Sequence[int]], stopped: frozenset[int], silent: frozenset[int]
+) -> tuple[list[bool], list[bool]]:
+    """Which edges carry a gradient, and which values it reaches: the least that agree with each other.
+
+    `slopes` are those of all nodes; no gradient comes through `silent` edges.
+    """
     carries, reached = [False] * len(graph.edges), [False] * len(graph.values)
     is_new = True
     while is_new:  # once from the objective back, and once more for each way back through time
@@ -100,7 +124,7 @@ def _gradients(graph: Graph, stopped: frozenset[int]) -> tuple[list[bool], list[
             ends = _sends(node, stopped) if node.kind == "objective" else [reached[v] for v in node.outputs]
             bits = sum(1 << i for i, is_reached in enumerate(ends) if is_reached)
             for edge, through in zip(node.edges, slopes[number], strict=True):
-                if through & bits and not carries[edge]:
+                if through & bits and not carries[edge] and edge not in silent:
                     carries[edge] = is_new = True
                     for value in graph.edges[edge].sources:
                         reached[value] = True

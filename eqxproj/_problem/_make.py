@@ -160,7 +160,7 @@ def make_problem(
         log_weights=logs,
         projector=Projector(),
         noise=noise,
-        reach=reach_of(graph, noise if metric.in_gradient_regime else "everywhere", stopped),
+        reach=reach_of(graph, noise if metric.in_gradient_regime else "everywhere", traced.data, stopped),
     )
     return problem if metric.in_gradient_regime else replace(problem, prepared=_prepared(problem))
 

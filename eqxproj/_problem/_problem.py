@@ -191,7 +191,7 @@ class FeasibilityProblem(eqx.Module):
 
     def _explain_jumps(self) -> list[str]:
         """What the nodes with jumps answer in the gradient regime, whatever the metric is."""
-        edges = reach_of(self.graph, self.noise).edges
+        edges = reach_of(self.graph, self.noise, self.trace.data).edges
         found = [i for i, node in enumerate(self.graph.nodes) if jumps(node)]
         noisy = [i for i in found if any(edges[e] for e in self.graph.nodes[i].edges)]
         plain = [i for i in found if i not in noisy]

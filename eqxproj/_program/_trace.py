@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 
 from .._errors import check_function
 from ._complex import is_complex, joined, pairs
-from ._equations import Program
+from ._equations import Program, Variable
 from ._normal_form import normal_form
 
 
@@ -45,6 +45,12 @@ class Trace(eqx.Module):
     def leaves(self) -> tuple[int | None, ...]:
         """For each unknown its place among the inexact arrays of the model; `None` for a part of a complex one."""
         return tuple(part for i, pair in enumerate(self.is_complex) for part in ((None, None) if pair else (i,)))
+
+    @property
+    def data(self) -> tuple[Variable, ...]:
+        """The inputs of the program that are no parameters: the arguments, and the states of an inner program."""
+        unknown = zip(self.program.inputs, self.is_parameter, strict=False)
+        return (*(v for v, flag in unknown if not flag), *self.program.inputs[len(self.is_parameter) :])
 
     @property
     def imaginary(self) -> frozenset[int]:
