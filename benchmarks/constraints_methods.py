@@ -1,7 +1,8 @@
 """What `constraints.py` compares: the defaults of `eqxproj.train`, and what is done with gradients under constraints.
 
 All run through `eqxproj.train`, so that they see the same initial parameters and batches; the baselines with
-`method="gradient"` and an optimizer of their own: Adam, whose rate rises to one of three or four peaks and falls with a cosine.
+`method="gradient"` and an optimizer of their own: Adam, whose rate rises to one of several peaks and falls with a
+cosine.
 Some have a second setting beside the rate. The baselines are
 
 - `projected adam`: a projection onto the set after every step;

@@ -101,6 +101,7 @@ def test_settings_are_chosen_by_their_sweeps(tmp_path):
         ("paper.py", ("--quick",), ("AlternatingProjections", "AlternatingReflections", "default", "adam-cosine")),
         ("boolean.py", ("--quick",), ("multiplier", "projections", "relu-l1", "sign", "default")),
         ("linear_recurrence.py", ("--quick", "--cell", "rnn"), ("gradient", "projection", "scan back", "scan both")),
+        ("evaluation.py", ("--images", "100", "--eval-batch-size", "50"), ("100 images, 50 at a time", "at the peak")),
         ("convolutions.py", ("--repeats", "2", "--groups", "4"), ("4 groups", "to the kernel, in a loop", "cnn")),
         ("time_parallel.py", ("--quick", "--cell", "rnn"), ("gradient", "one step, flat", "displacement, 16 steps")),
     ],
