@@ -169,8 +169,11 @@ def node(setup) -> Any:
         given = iter(unknown)
         return case.function(*(next(given) if u else z for u, z in zip(setup.unknown, zeros)))
 
-    problem, index = node_of(function, *(z for u, z in zip(setup.unknown, zeros) if u), copies=setup.copies)
-    return problem.graph.nodes[index].rule, eqxproj.readers.context(problem, index, setup.store_copies)
+    # With `copies="none"`, a problem has a product of patches in place of a convolution: the rule of a convolution, as
+    # it stands in loops, is asked apart from one.
+    problem, index = node_of(function, *(z for u, z in zip(setup.unknown, zeros) if u))
+    ctx = eqxproj.readers.context(problem, index, setup.store_copies)
+    return problem.graph.nodes[index].rule, replace(ctx, copies=setup.copies)
 
 
 def with_known(ctx, operands):
