@@ -109,6 +109,7 @@ def test_held_copies_are_the_nearest(setup):
     assert_settled(setup, weights, operands, nus, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", STORED, ids=id_of)
 def test_equal_copies_need_not_be_held(setup):
     lean = setup._replace(store_copies=False)
@@ -284,6 +285,7 @@ def assert_vjp(setup, operands, dual, nus, tolerance):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [UNIT, UNEQUAL])
 @pytest.mark.parametrize(
     ("name", "unknown"), [("mul", KNOWN[0]), *itertools.product([n for n in CASES if n != "mul"], KNOWN)]

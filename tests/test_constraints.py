@@ -172,6 +172,7 @@ def test_what_is_seen_during_training_is_projected():
     assert len(seen) == 7 and all(np.isin(w, [0.0, 1.0]).all() for w in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["projection", "gradient"])
 @pytest.mark.parametrize(
     "chosen",

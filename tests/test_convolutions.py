@@ -61,7 +61,9 @@ def pair(layout, groups):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS[1:])], ids="-".join
+)
 @pytest.mark.parametrize("transpose", ["forward", "to the input", "to the kernel"])
 def test_any_layout_computes_the_same_in_a_loop(layout, name, transpose):
     options = {"window_strides": (1, 1), **OPTIONS[name]}

@@ -92,6 +92,7 @@ def test_rules(row):
     assert found[worst] >= row.cosine, (worst, found[worst])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", some(SMOOTH, 16))
 def test_learns(row):
     """By the defaults, down to a tenth of the first loss, or as low as with gradients."""
@@ -103,6 +104,7 @@ def test_learns(row):
         assert last < first and last - least <= 1.2 * (other - least) + (0.2 * abs(least)), (first, last, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", some(DISCRETE, 6))
 def test_learns_through_steps(row):
     """At most half of the loss that is left where nothing passes through the step."""

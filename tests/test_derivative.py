@@ -101,6 +101,7 @@ def test_the_displacement_is_what_the_gradient_would_be(name):
         np.testing.assert_allclose(found[key], g, rtol=0.03, atol=0.01 * float(jnp.max(jnp.abs(g))) + 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [eqxproj.CyclicProjections(), eqxproj.AlternatingProjections()])
 @pytest.mark.parametrize("name", ["straight through, inside", "fixed point"])
 def test_in_a_flat_metric_solvers_come_nearer(name, solver):

@@ -209,6 +209,7 @@ def test_bfloat16_parameters():
 # The raw displacement is what `solve` does.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", COPIES)
 def test_raw_displacement_is_one_step_of_solve(copies):
     solver = eqxproj.CyclicProjections()

@@ -56,6 +56,7 @@ def instances(name, residuals, kappas, scale=1.0):
     return inputs, [(k * rng.normal(size=(n, *s))).astype(np.float32) for s, k in zip(outs, size, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.3, 4.0, 20.0)], ids=["unit", "unequal"])
 @pytest.mark.parametrize("name", CASES)
 def test_moderate_steps_reach_the_minimum(name, weights):

@@ -203,6 +203,7 @@ def test_no_point_is_better(name, weights):
                 assert cost(d) <= cost(d + size * rng.normal(size=d.shape)) * (1 + 1e-3) + 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WINDOWS)
 def test_equal_copies_need_not_be_held(name):
     operands, dual = instances(name, [0.1, 1.0, 10.0], 1.0)

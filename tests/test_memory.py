@@ -71,6 +71,7 @@ def test_a_displacement_needs_no_more_than_a_gradient():
     assert written <= 1.5 * gradient
 
 
+@pytest.mark.slow
 def test_alternating_projections_hold_no_copies():
     _, gradient = _adam_step(eqx.filter_value_and_grad(_loss))
     temporary, written = _solver_step(eqxproj.AlternatingProjections())

@@ -75,6 +75,7 @@ DECOMPOSITIONS = (values_and_stopped_vectors, chosen_by_vectors, in_a_scan, in_a
 DECOMPOSITIONS += (factors,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("loss", DECOMPOSITIONS, ids=lambda f: f.__name__)
 def test_parts_of_a_decomposition(loss, matrix):

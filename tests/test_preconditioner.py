@@ -135,6 +135,7 @@ def test_a_step_of_the_weight_keeps_the_mean_of_the_outputs(name):
     assert drift(update) > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.0), (30.0, 0.0), (1.0, 5.0), (20.0, -40.0)])
 def test_training_does_not_depend_on_origin_and_unit_of_the_data(factor, shift):
     """A network that undoes a shift and a factor of its inputs learns as it would without; plain Adam does not."""

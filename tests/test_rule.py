@@ -91,6 +91,7 @@ def test_any_steep_metric_gives_the_gradient_and_solves_for_nothing(function):
         np.testing.assert_array_equal(other, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_below_a_grade_of_a_hundred_nodes_are_solved(function):
     """So that the displacement is another than the gradient, and nears it as the grade grows."""

@@ -115,6 +115,7 @@ def test_known_answers():
     assert float(solve("exact ceil", 2.5, -2.0, 1.0, 1.0)) == pytest.approx(-0.5, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "phi", "fn", "share"), GENERIC, ids=[row[0] for row in GENERIC])
 def test_generic_is_near_the_best_and_never_worse_than_staying(name, phi, fn, share):
     for decades in (2, 6):

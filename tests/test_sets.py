@@ -118,7 +118,9 @@ def sample(rng, dtype, shapes=SHAPES):
     return jnp.asarray(rng.normal(size=shapes[rng.integers(len(shapes))]) * rng.choice([1e-3, 0.3, 1, 20]), dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.bfloat16, jnp.float16))]
+)
 @pytest.mark.parametrize("name", WIDER)
 def test_wider_sets_are_feasible_idempotent_and_nearer_than_other_members(name, dtype):
     chosen, contains = WIDER[name]
@@ -240,6 +242,7 @@ def test_learned_scale_of_members_zeros_and_one_sign():
     assert bool(jnp.isnan(chosen(jnp.array([1.0, jnp.nan]))).any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SETS, *WIDER])
 def test_rounded_arrays_are_projected_inside_a_larger_program(name):
     """XLA may leave out a rounding to bfloat16 between two operations; the sets may not."""
@@ -254,6 +257,7 @@ def test_rounded_arrays_are_projected_inside_a_larger_program(name):
         np.testing.assert_array_equal(project(y), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WIDER)
 def test_wider_sets_under_vmap(name):
     chosen, contains = WIDER[name]

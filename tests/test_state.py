@@ -40,6 +40,7 @@ def test_many_steps_are_single_steps(solver, count):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_prepared_state_keeps_its_structure(solver):
     _, step, start = setting(solver)

@@ -335,6 +335,7 @@ def test_default_optimizer_is_used_by_both_methods():
         assert eqx.tree_equal(train(steps=12, method=method).model, given.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["projection", "gradient"])
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_scale_of_the_loss_does_not_matter(scale, method):
