@@ -5,9 +5,8 @@ edge *carries* a gradient where its consumer has a derivative by that operand in
 reached takes the duals of such edges alone, so that its dual is the gradient; what is not takes all that come. What a
 user's rule answers counts as a gradient, as the answer of `jax.custom_vjp` does. A penalty, an operand of the objective
 that reads no data, sends its gradient, but does not reach: weights with a decay still hear what jumps behind them say.
-Limits: this is structure, seen once
-and for all: a derivative that happens to be zero reaches too. Of a user's rule that is part of a recurrence or branch
-with jumps in it, JAX's derivative says whether it carries.
+Limits: this is structure, seen once and for all: a derivative that happens to be zero reaches too. Of a user's rule
+that is part of a recurrence or branch with jumps in it, JAX's derivative says whether it carries.
 """
 
 from __future__ import annotations

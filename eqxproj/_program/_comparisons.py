@@ -25,11 +25,7 @@ def with_differences(program: Program, seeds: Sequence[Variable]) -> Program:
         both = all(v.index in unknown and v.is_float for v in equation.inputs)
         return equation.name in ("gt", "ge", "lt", "le") and both and equation.outputs[0].index not in chosen
 
-    if not any(map(compares, program.equations)):
-        return program
-    fresh = Fresh.after(program)
-    equations = [x for e in program.equations for x in (_of_difference(e, fresh) if compares(e) else [e])]
-    return Program(program.inputs, tuple(equations), program.outputs, fresh.constants, fresh.static)
+    return program.rewritten(compares, _of_difference)
 
 
 def _of_difference(equation: Equation, fresh: Fresh) -> list[Equation]:

@@ -6,7 +6,7 @@ and inner programs (of a `scan`, say) are parameters of their equation.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,6 +85,16 @@ class Program:
     outputs: tuple[Variable, ...]
     constants: Mapping[int, Any]
     static: Mapping[int, float]
+
+    def rewritten(
+        self, is_chosen: Callable[[Equation], bool], written: Callable[[Equation, Fresh], Sequence[Equation]]
+    ) -> Program:
+        """The program with others in the place of the chosen equations; itself where there are none."""
+        if not any(map(is_chosen, self.equations)):
+            return self
+        fresh = Fresh.after(self)
+        equations = [x for e in self.equations for x in (written(e, fresh) if is_chosen(e) else [e])]
+        return Program(self.inputs, tuple(equations), self.outputs, fresh.constants, fresh.static)
 
 
 def live(equations: Sequence[Equation], wanted: Sequence[Variable], with_effects: bool = False) -> tuple[Equation, ...]:

@@ -328,3 +328,10 @@ def normal_form(jaxpr: ClosedJaxpr, unknowns: int = 0) -> Program:
     outputs = builder.walk(jaxpr.jaxpr, jaxpr.consts, inputs)
     equations = _turned(live(builder.equations, outputs, with_effects=True), outputs)
     return Program(tuple(inputs), equations, tuple(outputs), fresh.constants, fresh.static)
+
+
+def traced_for(equation: Equation, function: Callable[..., Any], fresh: Fresh) -> tuple[list[Equation], list[Variable]]:
+    """The equations and outputs of a function of an equation's inputs, to stand in its place and at its source."""
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs]
+    body, outputs = fresh.splice(normal_form(jax.make_jaxpr(function)(*shapes)), equation.inputs)
+    return [replace(e, source=equation.source) for e in body], outputs

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ._equations import Equation, Fresh, Program, Variable, dependents
-from ._normal_form import normal_form
+from ._normal_form import traced_for
 
 
 def with_patches(program: Program, seeds: Sequence[Variable], is_apart: Callable[[Equation], bool]) -> Program:
@@ -35,19 +35,13 @@ def with_patches(program: Program, seeds: Sequence[Variable], is_apart: Callable
             return False
         return not is_apart(equation) and any(v.index in unknown for v in equation.inputs)
 
-    if not any(map(is_rewritten, program.equations)):
-        return program
-    fresh = Fresh.after(program)
-    equations = [x for e in program.equations for x in (_of_patches(e, fresh) if is_rewritten(e) else [e])]
-    return Program(program.inputs, tuple(equations), program.outputs, fresh.constants, fresh.static)
+    return program.rewritten(is_rewritten, _of_patches)
 
 
 def _of_patches(equation: Equation, fresh: Fresh) -> list[Equation]:
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs]
-    traced = jax.make_jaxpr(ft.partial(product_of_patches, equation.params))(*shapes)
-    body, (result,) = fresh.splice(normal_form(traced), equation.inputs)
+    body, (result,) = traced_for(equation, ft.partial(product_of_patches, equation.params), fresh)
     names = {result.index: equation.outputs[0]}
-    return [replace(e, outputs=tuple(names.get(v.index, v) for v in e.outputs), source=equation.source) for e in body]
+    return [replace(e, outputs=tuple(names.get(v.index, v) for v in e.outputs)) for e in body]
 
 
 def product_of_patches(params: Mapping[str, Any], x: Array, w: Array) -> Array:

@@ -142,9 +142,7 @@ def _unshared(equation: Equation, shared: Sequence[int], fresh: Fresh) -> tuple[
         own = [call.copies(i, x) if i in shared else x for i, x in enumerate(values)]
         return equation.primitive.bind(*own, call=call.unshared(shared))
 
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs]
-    body, outputs = fresh.splice(normal_form(jax.make_jaxpr(function)(*shapes)), equation.inputs)
-    return [replace(e, source=equation.source) for e in body], outputs
+    return traced_for(equation, function, fresh)
 
 
 def _walked(equation: Equation, recurrence: Recurrence, fresh: Fresh) -> Walked:

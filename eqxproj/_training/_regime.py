@@ -27,7 +27,7 @@ _SWEEPS_AT_TAU = 8
 """So many sweeps alternating reflections may make with the factor above: a network of two hidden layers takes them."""
 
 ROUGH = 1e-2
-"""What may be left of the equation of a product: the next sweep finds it, and so does the next minibatch."""
+"""What may be left of equations solved by iteration: the next sweep finds it, and so does the next minibatch."""
 
 
 class Settings(NamedTuple):

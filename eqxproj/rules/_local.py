@@ -135,17 +135,17 @@ def _linearized(
 
     tol = _LINEAR * ctx.accuracy
 
-    def solve(b, tol):
-        return conjugate_gradients(operator, b, [jnp.ones_like(x) for x in b], tol=tol, max_steps=30)
+    def solve(b, part=1.0):
+        return conjugate_gradients(operator, b, [jnp.ones_like(x) for x in b], tol=tol / part, max_steps=30)
 
     scaled = [_quotient(r, root) for r, root in zip(right, roots, strict=True)]
     if start is None:
-        found = solve(scaled, tol)
+        found = solve(scaled)
     else:
         old = [_quotient(r, root) for r, root in zip(start, roots, strict=True)]
         lacking = [b - image for b, image in zip(scaled, operator(old), strict=True)]
         part = _size(lacking) / jnp.maximum(_size(scaled), jnp.finfo(jnp.float32).tiny)
-        more = solve(lacking, tol / jnp.clip(part, ctx.accuracy, 1.0))
+        more = solve(lacking, jnp.clip(part, ctx.accuracy, 1.0))
         found = [a + b for a, b in zip(old, more, strict=True)]
     return [x * root for x, root in zip(found, roots, strict=True)]
 
