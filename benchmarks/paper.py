@@ -6,7 +6,7 @@
 Every solver is run as `eqxproj.train(..., solver=X())`: the parameters become the projection's, and there is no
 optimizer, rate or schedule. It has four settings: nothing else said; softer projections (a smaller tau, and parameters
 that are less stiff); and, twice, more sweeps with stiffer parameters. Beside them stand the defaults of `train`, and
-Adam with warm-up and cosine at three peak rates, both for the same number of minibatches. Of every method the setting
+Adam with warm-up and cosine at five peak rates, both for the same number of minibatches. Of every method the setting
 counts that is best on the validation split with the first seed. Batches have 256 samples.
 
 Every `--every` minibatches the validation value is looked at; the best model by it counts, on the test set. A run of a
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--task", nargs="+", default=list(PAPER), choices=list(TASKS))
     parser.add_argument("--solver", nargs="*", default=list(SOLVERS), choices=SOLVERS)
-    parser.add_argument("--method", nargs="*", default=["default", "adam-cosine"], choices=list(METHODS))
+    parser.add_argument("--method", nargs="*", default=["default", "adam-cosine-wide"], choices=list(METHODS))
     parser.add_argument("--minibatches", type=int, default=200)
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=1)
