@@ -135,7 +135,7 @@ def _linearized(
 
     tol = _LINEAR * ctx.accuracy
 
-    def solve(b, part=1.0):
+    def solve(b: Sequence[Array], part: float | Array = 1.0) -> list[Array]:
         return conjugate_gradients(operator, b, [jnp.ones_like(x) for x in b], tol=tol / part, max_steps=30)
 
     scaled = [_quotient(r, root) for r, root in zip(right, roots, strict=True)]
