@@ -23,7 +23,7 @@ from ._custom import Call
 from ._effects import inner_programs
 from ._equations import Equation, Fresh, Program, Variable, dependents
 from ._fragment import residuals_of
-from ._normal_form import normal_form
+from ._normal_form import normal_form, traced_for
 from ._primitives import VIEWS
 from ._recurrence import Recurrence
 
