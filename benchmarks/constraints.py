@@ -124,7 +124,11 @@ def all_weights(model):
 def tasks(data: datasets.Dataset) -> dict[str, Task]:
     """The tasks by name."""
     inputs = int(data.train[0].shape[1])
-    everywhere = {"defaults": methods.DEFAULTS, "projected adam": methods.PROJECTED_ADAM}
+    everywhere = {
+        "defaults": methods.DEFAULTS,
+        "defaults, rate": methods.DEFAULTS_AT_RATES,
+        "projected adam": methods.PROJECTED_ADAM,
+    }
     discrete = {**everywhere, "straight-through": methods.STRAIGHT_THROUGH}
     pruned = {**discrete, "pruning": methods.PRUNING}
     free = {"free": methods.FREE}  # the same for all classifiers

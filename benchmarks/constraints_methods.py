@@ -1,9 +1,9 @@
 """What `constraints.py` compares: the defaults of `eqxproj.train`, and what is done with gradients under constraints.
 
-All run through `eqxproj.train`, so that they see the same initial parameters and batches; the baselines with
+All run through `eqxproj.train`, so that they see the same initial parameters and batches. `defaults` has one rate;
+`defaults, rate` is the same at the best of five, as the baselines have theirs. The baselines run with
 `method="gradient"` and an optimizer of their own: Adam, whose rate rises to one of several peaks and falls with a
-cosine.
-Some have a second setting beside the rate. The baselines are
+cosine. Some have a second setting beside the rate. They are
 
 - `projected adam`: a projection onto the set after every step;
 - `straight-through`: latent weights, the loss sees their projection, and the gradient is taken for that of the latent
@@ -31,8 +31,8 @@ Where = Callable[[Any], Sequence[jax.Array]]
 Loss = Callable[..., Any]
 
 RATES = (3e-3, 1e-2, 3e-2)
-WIDE = (*RATES, 1e-1)
-"""Where the best of the three was the largest."""
+WIDE = (*RATES, 1e-1, 3e-1)
+"""Where the best of the three was the largest, or 0.1 after it."""
 PENALTIES = (0.001, 0.01, 0.1, 1.0)
 
 
@@ -82,6 +82,14 @@ def adam(peak: float, steps: int, *further: optax.GradientTransformation) -> dic
     """Adam on gradients; its rate rises in the first twentieth of the steps, 100 at most, and falls with a cosine."""
     rate = optax.warmup_cosine_decay_schedule(0.1 * peak, peak, min(100, steps // 20), steps, 0.01 * peak)
     return {"method": "gradient", "optimizer": optax.chain(optax.adam(rate), *further)}
+
+
+def _defaults(rate: float) -> Setting:
+    def plan(problem, steps):
+        optimizer = eqxproj.default_optimizer(steps, rate)
+        return Plan(problem.loss, {"constraints": [problem[1:]], "optimizer": optimizer, "precondition": True})
+
+    return Setting(f"rate {rate:g}", plan)
 
 
 def _projected_adam(rate: float) -> Setting:
@@ -197,6 +205,7 @@ POSITIVE = {
 }
 
 DEFAULTS = [Setting("defaults", lambda problem, _: Plan(problem.loss, {"constraints": [problem[1:]]}))]
+DEFAULTS_AT_RATES = [_defaults(rate) for rate in WIDE]
 PROJECTED_ADAM = [_projected_adam(rate) for rate in WIDE]
 STRAIGHT_THROUGH = [_straight_through(rate) for rate in RATES]
 PRUNING = [_pruning(rate) for rate in RATES]

@@ -13,6 +13,13 @@ import jaxtyping
 import pytest
 
 
+def pytest_configure(config):
+    """The fast tests leave most optimizations of XLA out: most of their time is compilation. The slow ones, which are
+    chosen by name, compile as users do."""
+    if config.option.markexpr == "not slow":
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
     yield
@@ -39,10 +46,20 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Nearly all of the time is compilation, and these models are so small that slow code is fast enough."""
+def compile_with(most_optimizations):
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", not most_optimizations)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For slow tests too: their models are so small that slow code is fast enough."""
+    yield from compile_with(most_optimizations=False)
+
+
+@pytest.fixture
+def optimized():
+    """For fast tests too: what they measure depends on how the program is compiled."""
+    yield from compile_with(most_optimizations=True)

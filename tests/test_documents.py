@@ -9,7 +9,6 @@ import subprocess
 import sys
 import types
 
-import jax
 import pytest
 
 import eqxproj
@@ -39,15 +38,6 @@ def run(blocks, name):
     for block in blocks:
         exec(compile(block, name, "exec"), names)
     return names
-
-
-@pytest.fixture
-def quick_compilation():
-    """Most of the time is compilation, and for networks so small slow code is fast enough."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def with_code():

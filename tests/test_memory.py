@@ -10,6 +10,8 @@ import pytest
 
 import eqxproj
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 BATCH, WIDTH = 128, 256
 CUBE = 4 * BATCH * WIDTH * WIDTH  # bytes of one copy of every scalar product's operand in the hidden layer
 

@@ -310,14 +310,15 @@ def test_an_optimizer_needs_no_hash():
     assert eqx.tree_equal(train(optimizer=without, method="gradient").model, plain.model)
 
 
+@pytest.mark.parametrize("peak", [3e-3, 0.1])
 @pytest.mark.parametrize("steps", [1, 7, 100, 3000])
-def test_default_rate_warms_up_and_falls(steps):
+def test_default_rate_warms_up_and_falls(steps, peak):
     """With a constant gradient, a step of Adam is the rate."""
-    optimizer = eqxproj.default_optimizer(steps)
+    optimizer = eqxproj.default_optimizer(steps) if peak == 3e-3 else eqxproj.default_optimizer(steps, peak)
     state, rates = optimizer.init(jnp.zeros(())), []
     for _ in range(steps):
         update, state = optimizer.update(jnp.ones(()), state)
-        rates.append(-float(update))
+        rates.append(-float(update) * 3e-3 / peak)
     top = int(np.argmax(np.isclose(rates, max(rates), rtol=1e-4)))
     fall = 6 * steps // 10
     assert max(rates) == pytest.approx(3e-3, rel=1e-3) and top <= fall
@@ -325,6 +326,16 @@ def test_default_rate_warms_up_and_falls(steps):
     if steps >= 100:
         assert rates[0] == pytest.approx(3e-4, rel=1e-3) and rates[-1] < 4e-5
         assert rates[fall - 1] == pytest.approx(3e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [((0,), "`steps` must be a positive integer, got 0"), ((2.5,), "got 2.5"), ((9, 0.0), "`peak` must be a positive")]
+    + [((9, x), "`peak` must be a positive number.*got") for x in (-1.0, float("nan"), float("inf"), "1")],
+)
+def test_a_default_optimizer_of_wrong_arguments(arguments, said, untyped):
+    with pytest.raises(ValueError, match=said):
+        eqxproj.default_optimizer(*arguments)
 
 
 def test_default_optimizer_is_used_by_both_methods():

@@ -188,6 +188,7 @@ def test_half_precision():
     np.testing.assert_allclose(nu.astype(jnp.float32), want, rtol=1e-2)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_memory_stays_linear():
     n = 4096
 
