@@ -149,7 +149,7 @@ def projections(task: Task, keys: jax.Array, steps: int, limit: float) -> Found:
         size = float(np.sqrt(model.weights[i].shape[1]))
         return lambda network: network.weights[i], eqxproj.sets.Sphere(radius=size, axis=-1)
 
-    solver = eqxproj.RelaxedReflectReflect(beta=0.2, reweight=1e-3)
+    solver = eqxproj.RelaxedReflectReflect(beta=0.5, reweight=1e-3)
     options = {"steps": min(_CHUNK, steps), "tol": task.tol, "every": _EVERY}
     spheres = [rows(i) for i in range(len(model.weights))]
 

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     x, y = table()
     model = Thresholds(jax.random.key(0))
-    solver = eqxproj.RelaxedReflectReflect(beta=0.2, reweight=1e-3)
+    solver = eqxproj.RelaxedReflectReflect(beta=0.5, reweight=1e-3)
 
     @eqx.filter_jit
     @eqx.filter_vmap

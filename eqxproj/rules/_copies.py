@@ -76,7 +76,8 @@ class Copies:
 
     def expand(self, operand: int, value: Array) -> Array:
         """The copies of an operand."""
-        matrix = self.matrix(operand, value)
+        # XLA would compute the views that are shown anew for each copy.
+        matrix = jax.lax.optimization_barrier(self.matrix(operand, value))
         laid = matrix[:, :, None, :] if operand == 0 else matrix[:, None, :, :]
         return jnp.broadcast_to(laid, (self.groups, self.rows, self.columns, matrix.shape[-1]))
 
