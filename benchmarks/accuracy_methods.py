@@ -110,7 +110,7 @@ METHODS: dict[str, list[Setting]] = {
     "adam": [_gradient("adam", _adam, rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)],
     "adam-cosine": [_gradient("adam, cosine, peak", _adam_cosine, rate) for rate in (1e-3, 3e-3, 1e-2)],
     "adam-cosine-wide": [
-        _gradient("adam, cosine, peak", _adam_cosine, rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+        _gradient("adam, cosine, peak", _adam_cosine, rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     ],
     "muon": [_gradient("muon, cosine, peak", _muon, rate) for rate in (3e-3, 1e-2, 3e-2)],
     "momentum": [_gradient("sgd, momentum 0.9,", _momentum, rate) for rate in (0.01, 0.03, 0.1)],

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import equinox as eqx
@@ -207,6 +207,14 @@ def _flat(name: str):
     return ft.partial(_load, name, True)
 
 
+def _standardised(name: str, data_dir: str | None) -> eqxproj.datasets.Dataset:
+    """With features of mean zero and deviation one on the training data."""
+    found = _load(name, True, data_dir)
+    mean, deviation = found.train[0].mean(0), found.train[0].std(0)
+    train, test = (((x - mean) / deviation, y) for x, y in (found.train, found.test))
+    return replace(found, train=train, test=test)
+
+
 def _chain(depth: int, skip: bool = False):
     return lambda key: Network(784, 10, 128, depth, key, skip)
 
@@ -237,6 +245,9 @@ TASKS: dict[str, Task] = {
     ),
     "cifar10-mlp": Task(_flat("cifar10"), lambda key: Network(3072, 10, 512, 2, key), steps=1000),
     "higgs": Task(_flat("higgs_sample"), lambda key: Network(28, 2, 300, 2, key), steps=400),
+    "higgs-standardised": Task(
+        ft.partial(_standardised, "higgs_sample"), lambda key: Network(28, 2, 300, 2, key), steps=400
+    ),
     "shakespeare": Task(
         ft.partial(_load, "tiny_shakespeare", False), lambda key: Characters(65, 128, key), steps=800, batch_size=64
     ),

@@ -1,7 +1,7 @@
 """Ways to learn a network on bits: by projections, and by gradients. All starts of one method run at once, by `vmap`.
 
 - `projections`: every neuron and item is one constraint with a margin, and all of them hold at once where relaxed
-  reflect-reflect ends. It starts from random copies of everything.
+  reflect-reflect ends. It starts from random copies of everything, and takes shorter steps in the second half.
 - `relu`, `relu-l1`: hidden layers of relus, by AdamW. `sign`, `sign-l1`: hidden layers of signs, by Adam, straight
   through: with the derivative of the identity between -1 and 1. `default`: the same signs, by `eqxproj.train` and
   nothing else. The last three and `relu-l1` have a penalty on the absolute values of all weights.
@@ -135,6 +135,7 @@ def default(task: Task, keys: jax.Array, steps: int, limit: float, *, l1: float)
 
 
 _CHUNK, _EVERY = 100, 50  # steps of one call, and from one look at the gap to the next
+_BETAS = (0.35, 0.1)  # in the first and in the second half of the steps, or of the time
 
 
 def projections(task: Task, keys: jax.Array, steps: int, limit: float) -> Found:
@@ -149,27 +150,26 @@ def projections(task: Task, keys: jax.Array, steps: int, limit: float) -> Found:
         size = float(np.sqrt(model.weights[i].shape[1]))
         return lambda network: network.weights[i], eqxproj.sets.Sphere(radius=size, axis=-1)
 
-    solver = eqxproj.RelaxedReflectReflect(beta=0.5, reweight=1e-3)
+    solvers = [eqxproj.RelaxedReflectReflect(beta, reweight=1e-3) for beta in _BETAS]
     options = {"steps": min(_CHUNK, steps), "tol": task.tol, "every": _EVERY}
     spheres = [rows(i) for i in range(len(model.weights))]
 
-    def solve(**start: Any) -> tuple[Any, jax.Array, list[jax.Array]]:
+    def solve(solver: Any, **start: Any) -> tuple[Any, jax.Array, list[jax.Array]]:
         problem = eqxproj.feasibility_problem(loss, model, x, y, data="pinned", constraints=spheres)
         found = eqxproj.solve(problem, solver, **options, **start)
         return found.state, found.stats["steps"] < options["steps"], found.model.weights
 
-    @jax.jit
-    def more(state, done, weights):
+    def more(solver, state, done, weights):
         """Goes on with those that are not done."""
-        new = jax.vmap(lambda state: solve(start=state))(state)
+        new = jax.vmap(lambda state: solve(solver, start=state))(state)
         return jax.tree.map(lambda a, b: jnp.where(_like(done, a), a, b), (state, done, weights), new)
 
-    first = jax.jit(jax.vmap(lambda key: solve(start="random", key=key))).lower(keys)
-    program = more.lower(*first.out_info).compile()
+    first = jax.jit(jax.vmap(lambda key: solve(solvers[0], start="random", key=key))).lower(keys)
+    programs = [jax.jit(partial(more, solver)).lower(*first.out_info).compile() for solver in solvers]
     begin, start = first.compile(), time.perf_counter()
     carry, taken = jax.block_until_ready(begin(keys)), options["steps"]
-    while taken < steps and time.perf_counter() - start < limit and not bool(jnp.all(carry[1])):
-        carry = jax.block_until_ready(program(*carry))
+    while (part := max(taken / steps, (time.perf_counter() - start) / limit)) < 1 and not bool(jnp.all(carry[1])):
+        carry = jax.block_until_ready(programs[part >= 0.5](*carry))
         taken += options["steps"]
     return Found(eqx.tree_at(lambda n: n.weights, model, carry[2]), time.perf_counter() - start, taken)
 
