@@ -6,7 +6,7 @@
 Every solver is run as `eqxproj.train(..., solver=X())`: the parameters become the projection's, and there is no
 optimizer, rate or schedule. It has four settings: nothing else said; softer projections (a smaller tau, and parameters
 that are less stiff); and, twice, more sweeps with stiffer parameters. Beside them stand the defaults of `train`, and
-Adam with warm-up and cosine at five peak rates, both for the same number of minibatches. Of every method the setting
+Adam with warm-up and cosine at six peak rates, both for the same number of minibatches. Of every method the setting
 counts that is best on the validation split with the first seed. Batches have 256 samples.
 
 Every `--every` minibatches the validation value is looked at; the best model by it counts, on the test set. A run of a

@@ -6,6 +6,7 @@ cannot be pickled, such as a `lambda`, stands its `repr` then.
 
 from __future__ import annotations
 
+import math
 import numbers
 import pickle
 from collections.abc import Sequence
@@ -181,6 +182,15 @@ def as_number(value: Any) -> float | None:
         return float(value)
     except OverflowError:  # of an integer beyond the largest float
         return float("inf") if bool(value > 0) else float("-inf")  # pyright: ignore[reportOperatorIssue]
+
+
+def positive_number(name: str, value: Any, meaning: str = "") -> float:
+    """A positive finite number, of an argument that stands for `meaning`; a `ValueError` for anything else."""
+    number = as_number(value)
+    if number is None or not 0 < number < math.inf:
+        wanted = f"must be a positive finite number{meaning and ', '}{meaning}"
+        raise ValueError(f"`{name}` {wanted}; got {described(value)}.")
+    return number
 
 
 def described(value: Any, most: int = 200) -> str:

@@ -14,7 +14,7 @@ import math
 
 import equinox as eqx
 
-from ._errors import as_number, described
+from ._errors import described, positive_number
 
 _CLAMP = 69.0
 _OUTPUT_CLAMP = 55.0
@@ -36,11 +36,8 @@ class Metric(eqx.Module):
     parameter: float = eqx.field(static=True)
 
     def __init__(self, grade: float = 1.0, parameter: float = 1.0):
-        for name, value in (("grade", grade), ("parameter", parameter)):
-            number = as_number(value)
-            if number is None or not 0 < number < math.inf:
-                raise ValueError(f"`{name}` must be a positive finite number, got {described(value)}.")
-        self.grade, self.parameter = float(grade), float(parameter)
+        self.grade = positive_number("grade", grade)
+        self.parameter = positive_number("parameter", parameter)
 
     @property
     def in_gradient_regime(self) -> bool:

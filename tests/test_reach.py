@@ -10,8 +10,6 @@ from jax import lax, nn
 
 import eqxproj
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X, Y = jr.normal(jr.key(0), (12, 4)), jr.normal(jr.key(1), (12, 3))
 stop = lax.stop_gradient
 

@@ -330,8 +330,8 @@ def test_default_rate_warms_up_and_falls(steps, peak):
 
 @pytest.mark.parametrize(
     "arguments, said",
-    [((0,), "`steps` must be a positive integer, got 0"), ((2.5,), "got 2.5"), ((9, 0.0), "`peak` must be a positive")]
-    + [((9, x), "`peak` must be a positive number.*got") for x in (-1.0, float("nan"), float("inf"), "1")],
+    [((0,), "`steps` must be a positive integer, got 0"), ((2.5,), "got 2.5")]
+    + [((9, x), "`peak` must be a positive finite number.*got") for x in (0.0, -1.0, float("nan"), float("inf"), "1")],
 )
 def test_a_default_optimizer_of_wrong_arguments(arguments, said, untyped):
     with pytest.raises(ValueError, match=said):

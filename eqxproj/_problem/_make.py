@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._errors import as_number, check_flag, check_function, described
+from .._errors import check_flag, check_function, described, positive_number
 from .._graph._build import build
 from .._graph._fusion import takes_precedence
 from .._graph._graph import Graph, Node, with_concurrence, with_identities
@@ -97,10 +97,7 @@ def check_noise(noise: str) -> None:
 
 
 def check_tau(tau: Any) -> None:
-    number = as_number(tau)
-    if number is None or not 0 < number < float("inf"):
-        wanted = "must be a positive finite number, the factor of one sample's loss"
-        raise ValueError(f"`tau` {wanted}; got {described(tau)}.")
+    positive_number("tau", tau, "the factor of one sample's loss")
 
 
 @with_own_promotion

@@ -6,7 +6,6 @@ The default rate is chosen for the coordinates of [`Preconditioner`][], and suit
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._errors import as_number, described
+from .._errors import described, positive_number
 from .._numerics._promotion import with_own_promotion
 from ..solvers._solve import check_positive
 
@@ -39,10 +38,7 @@ def default_optimizer(steps: int, peak: float = 3e-3) -> optax.GradientTransform
     **Raises:** `ValueError` where `steps` is no positive integer, or `peak` no positive finite number.
     """
     check_positive("steps", steps)
-    number = as_number(peak)
-    if number is None or not 0 < number < math.inf:
-        raise ValueError(f"`peak` must be a positive number, the largest rate, got {described(peak)}.")
-    return _default_optimizer(int(steps), number)
+    return _default_optimizer(int(steps), positive_number("peak", peak, "the largest rate"))
 
 
 @functools.lru_cache(64)  # the same functions again, so that a step compiled with them is found
