@@ -15,11 +15,14 @@ from eqxproj.rules._whole import Basis
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# The equation of a product, and the shapes of its operands: batches of one, two and none; tall, wide and square.
+# The equation of a product, and the shapes of its operands: batches of one, two and none; tall, wide and square; with
+# more columns than the inner length, and rows not as many, or more too.
 PRODUCTS = {
     "tall": ("ik,jk->ij", (7, 2), (3, 2)),
     "wide": ("ik,jk->ij", (2, 6), (3, 6)),
     "square": ("ik,jk->ij", (4, 4), (4, 4)),
+    "many columns": ("ik,jk->ij", (2, 4), (7, 4)),
+    "thin": ("ik,jk->ij", (5, 2), (6, 2)),
     "vector": ("k,jk->j", (5,), (3, 5)),
     "batched": ("bik,bjk->bij", (2, 5, 2), (2, 3, 2)),
     "batched wide": ("bik,kjb->bij", (3, 2, 4), (4, 2, 3)),
@@ -45,45 +48,46 @@ def setting(name, dtype, seed=0):
     return function, (a, w), rng.normal(size=np.einsum(formula, a, w).shape).astype(dtype)
 
 
-def projected(function, operands, wanted, logs, dtype):
-    """The operands where the rule puts them."""
+def projected(function, operands, wanted, logs, dtype, counts=1.0):
+    """The operands where the rule puts them; `counts` are the copies of each entry of the output."""
     problem, number = node_of(function, *map(jnp.asarray, operands), copies="none")
     node = problem.graph.nodes[number]
     ctx = context(problem, number, False)
     swapped = node.rule is not None and ctx.equation.inputs[0].shape != operands[0].shape
     assert not swapped
-    ctx = ctx.reweighted(list(logs[:2]), [logs[2]], [1.0])
-    dual = jnp.asarray(wanted * np.exp(logs[2]), dtype)
+    ctx = ctx.reweighted(list(logs[:2]), [logs[2]], [counts])
+    dual = jnp.asarray(wanted * np.exp(logs[2]) * counts, dtype)
     project = jax.jit(lambda inputs, dual: as_duals(node.rule.project(ctx, inputs, [dual])))
     nus = project(list(map(jnp.asarray, operands)), dual)
     return [x + np.asarray(nu) / np.exp(log) for x, nu, log in zip(operands, nus, logs[:2], strict=True)]
 
 
-def cost_of(name, operands, wanted, logs):
+def cost_of(name, operands, wanted, logs, counts=1.0):
     """The weighted squared distance, and its slope, as functions of both operands in one vector."""
     formula, shape_a, shape_w = PRODUCTS[name]
     (left, right), out = formula.split("->")[0].split(","), formula.split("->")[1]
     a0, w0 = (x.astype(np.float64) for x in operands)
     target = np.einsum(formula, a0, w0) + wanted.astype(np.float64)
-    alpha, omega, kappa = np.exp(logs[:3])
+    alpha, omega, kappa = *np.exp(logs[:2]), np.exp(logs[2]) * np.broadcast_to(counts, target.shape)
 
     def cost(flat):
         a, w = flat[: a0.size].reshape(shape_a), flat[a0.size :].reshape(shape_w)
         gap = np.einsum(formula, a, w) - target
-        value = alpha * np.sum((a - a0) ** 2) + omega * np.sum((w - w0) ** 2) + kappa * np.sum(gap**2)
-        slope_a = alpha * (a - a0) + kappa * np.einsum(f"{out},{right}->{left}", gap, w)
-        slope_w = omega * (w - w0) + kappa * np.einsum(f"{out},{left}->{right}", gap, a)
+        value = alpha * np.sum((a - a0) ** 2) + omega * np.sum((w - w0) ** 2) + np.sum(kappa * gap**2)
+        slope_a = alpha * (a - a0) + np.einsum(f"{out},{right}->{left}", kappa * gap, w)
+        slope_w = omega * (w - w0) + np.einsum(f"{out},{left}->{right}", kappa * gap, a)
         return value, 2 * np.concatenate([slope_a.ravel(), slope_w.ravel()])
 
     return cost
 
 
-def assert_nearest(name, logs, size, dtype):
+def assert_nearest(name, logs, size, dtype, counts=1.0):
     function, operands, direction = setting(name, dtype)
     wanted = (size * direction).astype(dtype)
-    found = np.concatenate([x.ravel() for x in projected(function, operands, wanted, logs, dtype)]).astype(np.float64)
+    found = np.concatenate([x.ravel() for x in projected(function, operands, wanted, logs, dtype, counts)])
+    found = found.astype(np.float64)
     start = np.concatenate([x.ravel() for x in operands]).astype(np.float64)
-    cost = cost_of(name, operands, wanted, logs)
+    cost = cost_of(name, operands, wanted, logs, counts)
     best = scipy.optimize.minimize(cost, start, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000})
     stays = cost(start)[0]
     value = cost(found)[0]
@@ -93,10 +97,23 @@ def assert_nearest(name, logs, size, dtype):
         np.testing.assert_allclose(found - start, best.x - start, atol=within * np.abs(best.x - start).max())
 
 
-@pytest.mark.parametrize(("name", "kind"), [("wide", "small step"), ("batched", "stiff first")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("wide", "small step"), ("batched", "stiff first"), ("many columns", "step"), ("thin", "stiff second")],
+)
 def test_it_is_the_nearest_point(name, kind):
     *logs, size = SETTINGS[kind]
     assert_nearest(name, logs, size, np.float32)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("square", "step"), ("many columns", "step"), ("thin", "stiff output")])
+def test_entries_of_an_output_may_weigh_differently(name, kind):
+    """As where one part of it has more readers than another. Steps are so small that corrections find the point."""
+    *logs, _ = SETTINGS[kind]
+    function, operands, _ = setting(name, np.float32)
+    shape = function(*operands).shape
+    counts = np.where(np.arange(shape[1]) % 2, 3.0, 1.0) * np.ones(shape)
+    assert_nearest(name, logs, 0.09, np.float32, counts)
 
 
 @pytest.mark.slow
@@ -115,7 +132,7 @@ def test_it_is_the_nearest_point_in_float64(name, kind):
         assert_nearest(name, logs, size, np.float64)
 
 
-@pytest.mark.parametrize("name", ["tall", "wide", "batched"])
+@pytest.mark.parametrize("name", ["tall", "wide", "batched", "thin"])
 def test_the_equation_is_inverted(name):
     """The left side of the equation at two matrices, written out, applied to what its inverse returns."""
     rng = np.random.default_rng(1)

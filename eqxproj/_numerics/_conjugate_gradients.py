@@ -1,7 +1,7 @@
 """Conjugate gradients on a positive-definite operator over pytrees.
 
 Unlike `jax.scipy.sparse.linalg.cg` it takes a right side of any scale, down to the smallest that float32 holds, and
-stops where a direction has no positive curvature. Limits: it starts from zero, with a diagonal preconditioner.
+stops where a direction has no positive curvature. Limits: it starts from zero.
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ def _plus(x: PyTree, scale: Array, y: PyTree) -> PyTree:
 
 
 def conjugate_gradients(
-    operator: Callable[[PyTree], PyTree], b: PyTree, inverse_diagonal: PyTree, *, tol: float | Array, max_steps: int
+    operator: Callable[[PyTree], PyTree],
+    b: PyTree,
+    preconditioner: Callable[[PyTree], PyTree] | None = None,
+    *,
+    tol: float | Array,
+    max_steps: int,
 ) -> PyTree:
-    r"""Solves $M x = b$ for symmetric positive-definite $M$, the operator; preconditioned by the `inverse_diagonal`.
+    r"""Solves $M x = b$ for symmetric positive-definite $M$, the operator.
 
-    It stops at the relative residual `tol`, after `max_steps` products, or at a direction without positive curvature.
+    The `preconditioner` applies an approximate inverse of it, which is symmetric and positive definite too. It stops at
+    the relative residual `tol`, after `max_steps` products, or at a direction without positive curvature.
     """
+    preconditioned = (lambda r: r) if preconditioner is None else preconditioner
     size = jtu.tree_reduce(jnp.maximum, jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0.0), b), jnp.asarray(0.0))
     scale = jnp.where(size > 0, size, 1.0)
     r = jtu.tree_map(lambda x: x / scale.astype(x.dtype), b)
-    z = jtu.tree_map(lambda x, d: x * d, r, inverse_diagonal)
+    z = preconditioned(r)
     x, rz = jtu.tree_map(jnp.zeros_like, r), inner(r, z)
 
     def body(carry):
@@ -44,7 +51,7 @@ def conjugate_gradients(
         ok = (curvature > 0) & jnp.isfinite(curvature)
         alpha = jnp.where(ok, rz / jnp.where(ok, curvature, 1.0), 0.0)
         x, r = _plus(x, alpha, p), _plus(r, -alpha, mp)
-        z = jtu.tree_map(lambda a, d: a * d, r, inverse_diagonal)
+        z = preconditioned(r)
         new = inner(r, z)
         p = _plus(z, new / jnp.where(rz > 0, rz, 1.0), p)
         return x, r, p, new, count + 1, ok

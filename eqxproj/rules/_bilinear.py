@@ -31,7 +31,7 @@ from ._base import AbstractRule, Context, Projected, Scale, step, transposed
 from ._bilinear_forms import BilinearForm, ConvForm, CopyForm, DotForm, ElementForm
 from ._copies import Copies
 from ._local import nearest_locally
-from ._whole import Basis, is_small, nearest_whole
+from ._whole import Basis, Factors, nearest_whole
 
 
 class Bilinear(AbstractRule):
@@ -69,8 +69,8 @@ class Bilinear(AbstractRule):
         if not all(ctx.unknown):
             return _known_inverse(ctx, inputs)
         assert ctx.equation is not None
-        layout = Copies(ctx.equation)
-        return Basis.of(*(layout.matrix(i, x) for i, x in enumerate(inputs))) if is_small(layout) else None
+        factors = Factors(Copies(ctx.equation))
+        return Basis.of(*factors.of(inputs)) if factors.is_small else None
 
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         form, stored, a, w = _read(ctx, inputs)
@@ -231,8 +231,9 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> lis
     """One constraint for the whole product: by eigenvectors (`_whole.py`), by [`_known_inverse`][], or locally."""
     assert ctx.equation is not None
     layout = Copies(ctx.equation)
-    if all(ctx.unknown) and _is_plain(ctx) and is_small(layout):
-        return nearest_whole(ctx, layout, inputs, duals)
+    factors = Factors(layout)
+    if all(ctx.unknown) and _is_plain(ctx) and factors.is_small:
+        return nearest_whole(ctx, factors, inputs, duals)
     inverse = ctx.prepared if ctx.prepared is not None else _known_inverse(ctx, inputs)
     if inverse is None:
         return nearest_locally(ctx, inputs, duals)
@@ -247,9 +248,9 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> lis
 
 
 def _is_plain(ctx: Context) -> bool:
-    """Whether a product has a direct solver: of matrices, in a dtype that LAPACK knows, with one weight an operand."""
+    """Whether a product has a direct solver: of matrices, in a dtype that LAPACK knows."""
     equation = ctx.equation
-    if equation is None or equation.name != "dot_general" or jnp.ndim(ctx.ratios[0][0]) != 0:
+    if equation is None or equation.name != "dot_general":
         return False
     return all(v.dtype in (jnp.float32, jnp.float64) for v in (*equation.inputs, *equation.outputs))
 
@@ -269,9 +270,9 @@ def _known_inverse(ctx: Context, inputs: Sequence[Array]) -> Array | None:
 
     The dual of the unknown operand is $X^T (1 + \rho XX^T)^{-1} \mu = (1 + \rho X^TX)^{-1} X^T \mu$; the smaller one is
     inverted. The sum of the eigenvalues, times the precision, is added to the diagonal, so that rounding does not make
-    the Cholesky factor fail. `None` where both are large.
+    the Cholesky factor fail. `None` where both are large, or where the output's entries weigh differently.
     """
-    if all(ctx.unknown) or not _is_plain(ctx):
+    if all(ctx.unknown) or not _is_plain(ctx) or jnp.ndim(ctx.ratios[0][0]) != 0:
         return None
     assert ctx.equation is not None
     _, x = _known(ctx, Copies(ctx.equation), inputs)

@@ -5,17 +5,17 @@ $d_i = J_i^T\lambda/w_i$, the multiplier of the linearized constraint solves
 
 $$\Big(I + \sum_i \tfrac{\kappa}{w_i} J_i J_i^T\Big)\lambda = \mu - \kappa\,(f(x_0+d) - f(x_0) - J d)$$
 
-by conjugate gradients that start from the multiplier before. $J$ and $J^T$ are the jvp and vjp *of this one node*,
-never of the model. A step that does not lower the cost is halved. The steps end where the right side stays as it was,
-for an affine operation at once.
+by conjugate gradients that start from the multiplier before, preconditioned where the caller knows how. $J$ and $J^T$
+are the jvp and vjp *of this one node*, never of the model. A step that does not lower the cost is halved. The steps end
+where the right side stays as it was, for an affine operation at once.
 
 Limits: one damping factor a node, and the minimum found is a local one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Collection, Sequence
+from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from .._program._primitives import ELEMENTWISE, FLAT, REDUCTIONS, VIEWS
 from ._base import AbstractRule, Context, Scale, step, transposed
 
 _OUTER, _HALVINGS, _SMALL = 6, 5, 1e-3
+Preconditioner: TypeAlias = Callable[[Sequence[Array]], Callable[[list[Array]], list[Array]]]
+"""From the operands of a node to an approximate inverse of the left side above, which is linear and symmetric."""
+
 _LINEAR = 0.1
 """What may be left of the linearized equations, as a part of what the context allows for the others."""
 
@@ -88,21 +91,27 @@ class LocalSolver(AbstractRule):
         return nearest_locally(ctx, inputs, duals)
 
 
-def nearest_locally(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+def nearest_locally(
+    ctx: Context, inputs: Sequence[Array], duals: Sequence[Array], preconditioner: Preconditioner | None = None
+) -> list[Array]:
     """The duals of a node's operands at the nearest point that Gauss-Newton steps find.
 
     The answer of the constraint linearized at the operands is exact for small steps. It is refined where a step is so
     large that costs can be compared beside rounding.
     """
     inputs, duals = list(inputs), list(duals)
-    multiplier = _linearized(ctx, inputs, duals)
+    multiplier = _linearized(ctx, inputs, duals, preconditioner)
     first = _pull(ctx, inputs, multiplier)
     large = [
         jnp.max(jnp.abs(d), initial=0.0) > _SMALL * (jnp.max(jnp.abs(x), initial=0.0) + _SMALL)
         for d, x in zip(_divide(first, ctx.weights), inputs, strict=True)
     ]
     return jax.lax.cond(
-        jnp.any(jnp.stack(large)), lambda m, n: _refine(ctx, inputs, duals, m, n), lambda _, n: n, multiplier, first
+        jnp.any(jnp.stack(large)),
+        lambda m, n: _refine(ctx, inputs, duals, m, n, preconditioner),
+        lambda _, n: n,
+        multiplier,
+        first,
     )
 
 
@@ -116,7 +125,11 @@ def _pull(ctx: Context, at: Sequence[Array], multiplier: Sequence[Array]) -> lis
 
 
 def _linearized(
-    ctx: Context, at: Sequence[Array], right: Sequence[Array], start: Sequence[Array] | None = None
+    ctx: Context,
+    at: Sequence[Array],
+    right: Sequence[Array],
+    preconditioner: Preconditioner | None,
+    start: Sequence[Array] | None = None,
 ) -> list[Array]:
     r"""The multiplier of the constraint linearized at `at`, as $\lambda = \sqrt\kappa m$: that makes it symmetric.
 
@@ -135,8 +148,10 @@ def _linearized(
 
     tol = _LINEAR * ctx.accuracy
 
-    def solve(b: Sequence[Array], part: float | Array = 1.0) -> list[Array]:
-        return conjugate_gradients(operator, b, [jnp.ones_like(x) for x in b], tol=tol / part, max_steps=30)
+    inverse = None if preconditioner is None else preconditioner(at)
+
+    def solve(b: list[Array], part: float | Array = 1.0) -> list[Array]:
+        return conjugate_gradients(operator, b, inverse, tol=tol / part, max_steps=30)
 
     scaled = [_quotient(r, root) for r, root in zip(right, roots, strict=True)]
     if start is None:
@@ -178,7 +193,7 @@ def _cost(ctx: Context, inputs, duals, input_duals) -> Array:
     return jnp.where(jnp.isfinite(total), total, jnp.inf)
 
 
-def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
+def _refine(ctx: Context, inputs, duals, multiplier, first, preconditioner: Preconditioner | None) -> list[Array]:
     """Gauss-Newton steps from the linearized answer, each taken only as far as it lowers the cost."""
 
     def moved(input_duals):
@@ -196,7 +211,7 @@ def _refine(ctx: Context, inputs, duals, multiplier, first) -> list[Array]:
 
     def gauss_newton(input_duals, right, multiplier):
         at = moved(input_duals)[1]
-        multiplier = _linearized(ctx, at, right, multiplier)
+        multiplier = _linearized(ctx, at, right, preconditioner, multiplier)
         return [new - nu for new, nu in zip(_pull(ctx, at, multiplier), input_duals, strict=True)], multiplier
 
     def is_done(right, before):

@@ -139,7 +139,7 @@ def _prox(loss, start: list[Array]) -> list[Array]:
         def hessian(v):
             return jtu.tree_map(jnp.add, v, jax.jvp(gradient, (d,), (v,))[1])
 
-        step = conjugate_gradients(hessian, r, [1.0] * len(r), tol=1e-3, max_steps=_INNER)
+        step = conjugate_gradients(hessian, r, tol=1e-3, max_steps=_INNER)
         return jax.lax.cond(inner(r, step) > 0, lambda: step, lambda: list(r)), memory
 
     zero = [jnp.zeros_like(x) for x in start]
