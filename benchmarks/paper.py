@@ -7,7 +7,7 @@ Every solver is run as `eqxproj.train(..., solver=X())`: the parameters become t
 optimizer, rate or schedule. It has four settings: nothing else said; softer projections (a smaller tau, and parameters
 that are less stiff); and, twice, more sweeps with stiffer parameters. Beside them stand the defaults of `train`, and
 Adam with warm-up and cosine at six peak rates, both for the same number of minibatches. Of every method the setting
-counts that is best on the validation split with the first seed. Batches have 256 samples.
+counts that is best on the validation split with the first seed, which is `--first-seed`. Batches have 256 samples.
 
 Every `--every` minibatches the validation value is looked at; the best model by it counts, on the test set. A run of a
 solver ends after `--minibatches`, or where there was no better one for five looks in a row. `to paper` are the
@@ -123,9 +123,10 @@ def trained(task: Task, data: Sequence[Any], way: Way, seed: int, options: argpa
 def best_of(task: Task, data: Sequence[Any], method: str, options: argparse.Namespace) -> tuple[str, list[Run]]:
     """The setting that is best on the validation split with the first seed, and its runs with all seeds."""
     choices = ways(method, options.settings)
-    first = [trained(task, data, way, 0, options) for way in choices]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    first = [trained(task, data, way, seeds[0], options) for way in choices]
     place = int(np.argmax([max(run.valid) for run in first]))
-    rest = [trained(task, data, choices[place], seed, options) for seed in range(1, options.seeds)]
+    rest = [trained(task, data, choices[place], seed, options) for seed in seeds[1:]]
     return choices[place].name, [first[place], *rest]
 
 
@@ -161,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minibatches", type=int, default=200)
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--limit", type=float)
     parser.add_argument("--quick", action="store_true")
