@@ -1,6 +1,7 @@
 """How well are logic circuits learned from their inputs and outputs: by projections, by gradients?
 
     python benchmarks/boolean.py [--task rule30 ...] [--method projections ...] [--seeds 5] [--limit 60]
+        [--first-seed 0]
     python benchmarks/boolean.py --quick
 
 What is learned stands in `boolean_tasks.py`, how in `boolean_methods.py`. Printed are, for items that were not learned
@@ -21,9 +22,9 @@ from boolean_tasks import TASKS, Task
 from shared import write
 
 
-def row(task: Task, method: str, seeds: int, steps: int | None, limit: float) -> dict[str, Any]:
+def row(task: Task, method: str, seeds: range, steps: int | None, limit: float) -> dict[str, Any]:
     """One line of the table."""
-    keys = jax.random.split(jax.random.key(1), seeds)
+    keys = jax.random.split(jax.random.key(1), seeds.stop)[seeds.start :]
     found = METHODS[method](task, keys, steps or STEPS.get(method, 60_000), limit)
     learned, (bits, items) = exact(found.networks, task.learned)[0], exact(found.networks, task.unseen)
     figures = {"learned_bits": learned, "bits": bits, "items": items}
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5, help="starts of each method")
+    parser.add_argument("--first-seed", type=int, default=0, help="number of the first start")
     parser.add_argument("--steps", type=int, help="steps of every method, in place of its own number")
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="of one method on one task")
     parser.add_argument("--quick", action="store_true", help="the multiplier alone, two starts, 200 steps")
@@ -49,7 +51,8 @@ def main() -> None:
     for name in args.task:
         task = TASKS[name]()
         for method in args.method:
-            found = row(task, method, args.seeds, args.steps, args.limit)
+            seeds = range(args.first_seed, args.first_seed + args.seeds)
+            found = row(task, method, seeds, args.steps, args.limit)
             results.append({"task": name, "method": method, **found})
             cells = [f"{np.mean(found[k]):.4f} ({np.std(found[k]):.4f})" for k in ("bits", "items", "learned_bits")]
             ends = f"{found['seconds']:8.1f} {found['steps']:8}"

@@ -119,10 +119,7 @@ def test_entries_of_an_output_may_weigh_differently(name, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_it_is_the_nearest_point_everywhere(name, kind, request):
-    if (name, kind) == ("many columns", "stiff output"):
-        reason = "ends 0.0018 of the cost above the point that scipy finds, in place of 0.001"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_it_is_the_nearest_point_everywhere(name, kind):
     *logs, size = SETTINGS[kind]
     assert_nearest(name, logs, size, np.float32)
 

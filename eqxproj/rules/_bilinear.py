@@ -237,14 +237,32 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> lis
     inverse = ctx.prepared if ctx.prepared is not None else _known_inverse(ctx, inputs)
     if inverse is None:
         return nearest_locally(ctx, inputs, duals)
-    known, matrix = _known(ctx, layout, inputs)
-    mu = layout.from_output(duals[0]).astype(matrix.dtype)
-    if known == 0:  # the known operand is transposed, not the dual, which takes longer
-        turned = jnp.swapaxes(matrix, -1, -2)
-        nu = jnp.swapaxes(inverse @ (turned @ mu) if _is_tall(matrix) else turned @ (inverse @ mu), -1, -2)
-    else:
-        nu = (mu @ matrix) @ inverse if _is_tall(matrix) else (mu @ inverse) @ matrix
-    return [layout.from_matrix(1 - known, nu).astype(inputs[0].dtype)]
+    return _affine(ctx, layout, inputs, duals[0], inverse)
+
+
+def _affine(ctx: Context, layout: Copies, inputs: Sequence[Array], dual: Array, inverse: Array) -> Projected:
+    r"""The dual of the unknown operand, and the output's move, $(\mu - \Lambda)/\kappa$ or $X\nu^T/w$, whichever is shorter.
+
+    Nothing is computed where nothing is wanted: of sweeps that have not reached the node yet.
+    """
+    known, x = _known(ctx, layout, inputs)
+
+    def turned(z: Array) -> Array:
+        return jnp.swapaxes(z, -1, -2) if known == 0 else z
+
+    mu = turned(layout.from_output(dual).astype(x.dtype))
+
+    def answer() -> tuple[Array, Array]:
+        if _is_tall(x):
+            nu = (mu @ x) @ inverse
+            return nu, (nu * ctx.ratios[0][0]) @ jnp.swapaxes(x, -1, -2)
+        multiplier = mu @ inverse
+        return multiplier @ x, mu - multiplier
+
+    nothing = jnp.zeros((*mu.shape[:-1], x.shape[-1]), x.dtype), jnp.zeros_like(mu)
+    nu, moved = jax.lax.cond(jnp.any(mu != 0), answer, lambda: nothing)
+    move = step(ctx.output_weights[0], layout.to_output(turned(moved)).astype(dual.dtype))
+    return Projected([layout.from_matrix(1 - known, nu).astype(inputs[0].dtype)], [move])
 
 
 def _is_plain(ctx: Context) -> bool:

@@ -29,7 +29,7 @@ from .._program._fragment import Fragment
 from .._program._primitives import ELEMENTWISE, FLAT, REDUCTIONS, VIEWS
 from ._base import AbstractRule, Context, Scale, step, transposed
 
-_OUTER, _HALVINGS, _SMALL = 6, 5, 1e-3
+_OUTER, _HALVINGS, _SMALL = 12, 5, 1e-3
 Preconditioner: TypeAlias = Callable[[Sequence[Array]], Callable[[list[Array]], list[Array]]]
 """From the operands of a node to an approximate inverse of the left side above, which is linear and symmetric."""
 
