@@ -241,9 +241,9 @@ def _whole(ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> lis
 
 
 def _affine(ctx: Context, layout: Copies, inputs: Sequence[Array], dual: Array, inverse: Array) -> Projected:
-    r"""The dual of the unknown operand, and the output's move, $(\mu - \Lambda)/\kappa$ or $X\nu^T/w$, whichever is shorter.
+    r"""The dual of the unknown operand, and the output's move: $(\mu - \Lambda)/\kappa$, or $X\nu^T/w$ if shorter.
 
-    Nothing is computed where nothing is wanted: of sweeps that have not reached the node yet.
+    Nothing is computed where nothing is wanted, as in sweeps that do not reach the node yet.
     """
     known, x = _known(ctx, layout, inputs)
 
@@ -260,7 +260,7 @@ def _affine(ctx: Context, layout: Copies, inputs: Sequence[Array], dual: Array, 
         return multiplier @ x, mu - multiplier
 
     nothing = jnp.zeros((*mu.shape[:-1], x.shape[-1]), x.dtype), jnp.zeros_like(mu)
-    nu, moved = jax.lax.cond(jnp.any(mu != 0), answer, lambda: nothing)
+    nu, moved = jax.lax.cond(jnp.any(dual != 0), answer, lambda: nothing)
     move = step(ctx.output_weights[0], layout.to_output(turned(moved)).astype(dual.dtype))
     return Projected([layout.from_matrix(1 - known, nu).astype(inputs[0].dtype)], [move])
 
