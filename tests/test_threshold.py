@@ -301,6 +301,36 @@ def test_with_one_copy_for_all_a_product_stays_apart():
     assert np.all(np.asarray(X @ found.model.T - 0.1) >= MARGIN - 1e-2)
 
 
+def assert_gathered_alike(problem, number):
+    """Copies that are equal are added up without them as with them."""
+    node, ctx, rng = problem.graph.nodes[number], context(problem, number, True), np.random.default_rng(1)
+    zeros = [jnp.zeros(copies_of(problem, e).shape) for e in node.edges]
+    outputs = [jnp.zeros(problem.graph.values[v].shape) for v in node.outputs]
+    for place, edge in enumerate(node.edges):
+        u = jnp.asarray(rng.normal(size=problem.graph.edges[edge].variable.shape), jnp.float32)
+        alone = [node.rule.expand(ctx, i, u) if i == place else x for i, x in enumerate(zeros)]
+        found = node.rule.gathered_alike(ctx, place, u, zeros, outputs)
+        np.testing.assert_allclose(found, node.rule.gathered(ctx, alone, outputs), rtol=1e-4, atol=1e-5)
+        assert np.any(np.asarray(found) != 0)
+
+
+@pytest.mark.parametrize("second", ["dot_general", "convolution"])
+def test_equal_copies_of_a_plain_product_are_gathered_without_them(second):
+    """Products that no threshold reads: each scalar product is a constraint."""
+    functions = {
+        "dot_general": (lambda m, x: x @ m.T, WEIGHT, X),
+        "convolution": (
+            lambda m, x: jax.lax.conv(x, m, (1, 2), "SAME"),
+            jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 2)), jnp.float32),
+            jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 3, 4)), jnp.float32),
+        ),
+    }
+    function, model, x = functions[second]
+    problem = eqxproj.feasibility_problem(lambda m, x: jnp.sum(jnp.tanh(function(m, x)) ** 2), model, x)
+    (index,) = [i for i, n in enumerate(problem.graph.nodes) if n.rule is not None and n.rule.label == "bilinear"]
+    assert_gathered_alike(problem, index)
+
+
 MORE = {
     "two products": (lambda m, x: step((x @ m[0].T).T.reshape(3, 2) - (x @ m[1].T).reshape(3, 2)), (WEIGHT, WEIGHT)),
     "a difference": (lambda m, x: step(m[0] - 2.0 * m[1][::-1]), (X, X)),
@@ -324,6 +354,7 @@ def test_gaps_and_gains_belong_to_one_neuron_and_item(name):
     total = gathered(inputs, [out])
     assert total.size == out.size
     np.testing.assert_allclose(total.sum(), sum(x.sum() for x in (*inputs, out)), rtol=1e-4)
+    assert_gathered_alike(problem, index)
     spread = jax.jit(jax.linear_transpose(gathered, inputs, [out]))
     pullback = jax.jit(lambda mine: rule.pullback(ctx, inputs, [mine]))
     for place in range(total.size):

@@ -28,6 +28,8 @@ _MAX_ALTERNATIONS = 200  # of nearest levels and least squares; they end by them
 
 def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
     """The array rounded to the numbers of a dtype, in its own dtype."""
+    if x.dtype == dtype:
+        return x
     info = jnp.finfo(dtype)
     normal = jax.lax.reduce_precision(x, info.nexp, info.nmant)
     if info.nexp == jnp.finfo(x.dtype).nexp:
@@ -147,27 +149,31 @@ def _unit(size: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(size > 2.0**60, 2.0**64, jnp.where(size < 2.0**-60, 2.0**-64, 1.0)).astype(size.dtype)
 
 
-def _norm_and_direction(x: Float[Array, "*batch n"]) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch n"]]:
-    """The Euclidean norm of each slice, and the slice divided by it, at any scale; a norm may be too large to hold."""
+def _in_units(
+    x: Float[Array, "*batch n"],
+) -> tuple[Float[Array, "*batch 1"], Float[Array, "*batch n"], Float[Array, "*batch 1"]]:
+    """A power of two for each slice, the slice in units of it, and its Euclidean norm in them, at any scale of it."""
     unit = _unit(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     part = x / unit
     largest = jnp.max(jnp.abs(part), axis=-1, keepdims=True)
-    part = part / jnp.where(largest > 0, largest, 1)
-    size = jnp.sqrt(jnp.sum(part**2, axis=-1, keepdims=True))
-    return unit * (largest * size), part / jnp.where(size > 0, size, 1)
+    size = jnp.sqrt(jnp.sum((part / jnp.where(largest > 0, largest, 1)) ** 2, axis=-1, keepdims=True))
+    return unit, part, largest * size
 
 
 def l2_ball(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
     r"""The nearest slice with $|y| \le r$: outside of the ball, $r x / |x|$."""
-    norm, direction = _norm_and_direction(x)
-    return _returned(norm <= radius, x, direction * (radius * (1 - rounding(dtype))), dtype)
+    unit, part, norm = _in_units(x)
+    direction = part / jnp.where(norm > 0, norm, 1)
+    return _returned(unit * norm <= radius, x, direction * (radius * (1 - rounding(dtype))), dtype)
 
 
 def sphere(x: Float[Array, "*batch n"], radius: float, dtype: jnp.dtype) -> Float[Array, "*batch n"]:
     r"""The nearest slice with $|y| = r$: $r x / |x|$. All points are as near to zero; the constant one is returned."""
     x = jnp.where(jnp.all(x == 0, axis=-1, keepdims=True), radius / math.sqrt(x.shape[-1]), x)
-    norm, direction = _norm_and_direction(x)
-    return _returned(jnp.abs(norm - radius) <= rounding(dtype) * radius, x, direction * radius, dtype)
+    unit, part, norm = _in_units(x)
+    stays = jnp.abs(unit * norm - radius) <= rounding(dtype) * radius
+    # Little is left behind the divisions: XLA computes that anew for each copy of a weight.
+    return rounded(part / jnp.where(stays, 1, norm) / jnp.where(stays, 1 / unit, 1 / radius), dtype)
 
 
 def isotonic(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:

@@ -77,7 +77,7 @@ def consensus(problem: FeasibilityProblem, state: State, value: int) -> tuple[Ar
     for edge in problem.graph.readers[value]:
         spec, gain = problem.graph.edges[edge], _edge_gain(problem, state, edge)
         position = spec.sources.index(value)
-        count = count + spec.view.transpose(problem.known, _summed(problem, edge, gain))[position]
+        count = count + spec.view.transpose(problem.known, _total(problem, state, edge))[position]
         if (dual := state.duals[edge]) is not None:
             wanted = _summed(problem, edge, gain * step(problem.edge_weight(edge), dual))
             total = total + spec.view.transpose(problem.known, wanted)[position]
@@ -115,6 +115,21 @@ def _edge_gain(problem: FeasibilityProblem, state: State, edge: int) -> Array:
         else:
             shown.append(_spread(problem, producer, gain)[1][graph.nodes[producer].outputs.index(value)])
     return spec.view.show(problem.known, shown)
+
+
+def _total(problem: FeasibilityProblem, state: State, edge: int) -> Array:
+    """The sum of the gains of an edge's copies, in the shape of its operand: what gathers equal copies, transposed."""
+    spec = problem.graph.edges[edge]
+    gain, node = state.gains[spec.consumer], problem.graph.nodes[spec.consumer]
+    if gain is None or node.rule is None:
+        return _summed(problem, edge, _edge_gain(problem, state, edge))
+    rule, ctx, place = node.rule, context(problem, spec.consumer, True), node.edges.index(edge)
+    like = jax.ShapeDtypeStruct(spec.variable.shape, spec.variable.dtype)
+
+    def gathered(u: Array) -> Array:
+        return rule.gathered_alike(ctx, place, u, *_blank(problem, spec.consumer))
+
+    return jax.linear_transpose(gathered, like)(gain)[0]
 
 
 def _blank(problem: FeasibilityProblem, node: int) -> tuple[list[Array], list[Array]]:

@@ -240,6 +240,16 @@ class AbstractRule(abc.ABC):
         """
         return sum((x.sum() for x in (*copies, *outputs)), start=jnp.asarray(0.0))
 
+    def gathered_alike(
+        self, ctx: Context, operand: int, value: Array, copies: Sequence[Array], outputs: Sequence[Array]
+    ) -> Array:
+        """What `gathered` makes of the copies of one operand where these hold the same values, and of zeros elsewhere.
+
+        A rule that owns many copies can say so without them. `copies` and `outputs` are zeros.
+        """
+        alone = [self.expand(ctx, i, value) if i == operand else x for i, x in enumerate(copies)]
+        return self.gathered(ctx, alone, outputs)
+
     def copy_counts(
         self, equation: Equation | None, unknown: Sequence[bool], operand: int, copies: str
     ) -> float | np.ndarray:

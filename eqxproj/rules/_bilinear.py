@@ -63,6 +63,14 @@ class Bilinear(AbstractRule):
             return super().gathered(ctx, copies, outputs)
         return sum((x.sum(-1) for x in copies), start=layout.from_output(outputs[0]))
 
+    def gathered_alike(
+        self, ctx: Context, operand: int, value: Array, copies: Sequence[Array], outputs: Sequence[Array]
+    ) -> Array:
+        layout = _layout(ctx.equation, ctx.copies)
+        if layout is None:
+            return super().gathered_alike(ctx, operand, value, copies, outputs)
+        return layout.totals(_position(ctx.unknown, operand), value)
+
     def prepare(self, ctx: Context, inputs: Sequence[Array]) -> Array | Basis | None:
         if ctx.copies != "none" or not _is_plain(ctx):
             return None

@@ -81,6 +81,12 @@ class Copies:
         laid = matrix[:, :, None, :] if operand == 0 else matrix[:, None, :, :]
         return jnp.broadcast_to(laid, (self.groups, self.rows, self.columns, matrix.shape[-1]))
 
+    def totals(self, operand: int, value: Array) -> Array:
+        """The copies of an operand, added up for each product, as (group, row, column)."""
+        total = self.matrix(operand, value).sum(-1)
+        laid = total[:, :, None] if operand == 0 else total[:, None, :]
+        return jnp.broadcast_to(laid, (self.groups, self.rows, self.columns))
+
     def counts(self, operand: int) -> float | np.ndarray:
         """How many copies there are of each element."""
         times = float((self.columns, self.rows)[operand])

@@ -73,6 +73,14 @@ class ThresholdNeuron(AbstractRule):
         of_products = (x for x, i in zip(copies, _places(ctx.unknown), strict=True) if i < 2)
         return layout.from_output(neuron.to_products(own)) + jnp.sum(sum(of_products, start=jnp.zeros(())), -1)
 
+    def gathered_alike(
+        self, ctx: Context, operand: int, value: Array, copies: Sequence[Array], outputs: Sequence[Array]
+    ) -> Array:
+        layout, position = _copies(ctx.equation, ctx.copies), _places(ctx.unknown)[operand]
+        if layout is None or position > 1:
+            return super().gathered_alike(ctx, operand, value, copies, outputs)
+        return layout.totals(position, value)
+
     def evaluate(self, ctx: Context, inputs: Sequence[Array]) -> list[Array]:
         return [_Sums(ctx, inputs).step()]
 
