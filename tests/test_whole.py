@@ -194,7 +194,8 @@ def test_where_nothing_is_wanted_nothing_moves():
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", ["tall", "wide", "batched"])
-def test_a_prepared_inverse_gives_the_same(name, first):
+def test_the_nearest_point_with_one_operand_known(name, first):
+    """With the prepared inverse and without; the output moves as the function does, and by nothing for no dual."""
     function, (a, w), direction = setting(name, np.float32)
     known, unknown = (jnp.asarray(w), jnp.asarray(a)) if first else (jnp.asarray(a), jnp.asarray(w))
     one = lambda x: function(x, known) if first else function(known, x)  # noqa: E731
@@ -203,8 +204,13 @@ def test_a_prepared_inverse_gives_the_same(name, first):
     assert problem.prepared[number] is not None
     assert ctx.prepared is not None
     dual = jnp.asarray(0.5 * direction)
-    nus = [rule.project(c, [unknown], [dual])[0] for c in (ctx, replace(ctx, prepared=None))]
+    answers = [rule.project(c, [unknown], [dual]) for c in (ctx, replace(ctx, prepared=None))]
+    nus = [as_duals(found)[0] for found in answers]
     np.testing.assert_allclose(nus[0], nus[1], rtol=1e-5, atol=1e-6)
+    change = one(unknown + nus[0] / ctx.weights[0]) - one(unknown)
+    np.testing.assert_allclose(answers[0].output_moves[0], change, rtol=1e-4, atol=1e-5)
+    nothing = rule.project(ctx, [unknown], [jnp.zeros_like(dual)])
+    assert not any(np.any(np.asarray(x)) for x in (*nothing.input_duals, *nothing.output_moves))
     # A linear problem, by the normal equations of its definition.
     jacobian = np.asarray(jax.jacobian(one)(unknown), np.float64).reshape(dual.size, unknown.size)
     weight, kappa = ctx.weights[0], float(np.ravel(ctx.output_weights[0])[0])
