@@ -1,5 +1,6 @@
 """`train(solver=X())`: what is chosen where nothing else is said, what is learned, and what is refused or warned of."""
 
+import functools
 import warnings
 
 import equinox as eqx
@@ -71,6 +72,31 @@ def test_the_parameters_are_those_of_the_projection():
         np.testing.assert_allclose(trained[name], solved[name], rtol=1e-4, atol=1e-5)
     assert not np.allclose(trained["w"], MODEL["w"], atol=1e-3)
     assert float(loss(trained, X, Y)) < float(loss(MODEL, X, Y))
+
+
+def test_beside_convolutions_parameters_are_less_stiff():
+    """As with another metric, unless a metric is given; a loss without convolutions keeps its own."""
+
+    def convolves(model, x, y):
+        images = jnp.tanh(jax.lax.conv(x.reshape(-1, 1, 2, 2), model["kernel"], (1, 1), "SAME"))
+        return squared_error(images.reshape(len(x), -1) @ model["w"], y).mean()
+
+    rng = np.random.default_rng(0)
+    model = {"kernel": jnp.asarray(rng.normal(size=(2, 1, 2, 2)), jnp.float32), "w": jnp.ones((8, 2)) / 4}
+    x, y = (jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in (4, 2))
+
+    def trained(loss, model, **options):
+        options = {"steps": 1, "batch_size": 3, "solver": SOLVERS["AR"], **options}
+        return eqxproj.train(model, (x, y), loss, key=jax.random.key(0), **options).model
+
+    own = settings(SOLVERS["AR"]).metric
+    loose = eqxproj.Metric(own.grade, own.parameter / 16)
+    found = trained(convolves, model)
+    assert eqx.tree_equal(found, trained(convolves, model, metric=loose))
+    assert not np.allclose(found["kernel"], trained(convolves, model, metric=own)["kernel"], atol=1e-3)
+    dense = {"w": jnp.eye(4)[:, :2]}
+    plain = functools.partial(trained, lambda m, x, y: squared_error(x @ m["w"], y).mean(), dense)
+    assert eqx.tree_equal(plain(), plain(metric=own))
 
 
 def test_the_model_is_an_average_of_projections():

@@ -34,7 +34,7 @@ from ..rules._registry import registry_version
 from ..solvers import AbstractSolver, CyclicProjections
 from ..solvers._solve import check_positive, check_solver
 from ._nnx import flax_for
-from ._regime import sweeps
+from ._regime import loosened, sweeps
 from ._regime import tau as tau_of
 
 DEFAULT_METRIC = Metric(grade=1e18, parameter=1e4)
@@ -60,7 +60,8 @@ class Options:
     """How a displacement is computed: the solver, its number of steps, and the problem that it runs on.
 
     `steps` is `None` where it follows from the depth of the graph, as does the tau of a `raw` displacement, which is
-    taken off as it is. `accuracy` is that of projections that are found by iteration.
+    taken off as it is. `accuracy` is that of projections that are found by iteration. With `follows`, convolutions make
+    the parameters of the metric less stiff.
     """
 
     solver: AbstractSolver
@@ -71,6 +72,7 @@ class Options:
     noise: Noise
     raw: bool = False
     accuracy: float = EXACT
+    follows: bool = False
 
     def problem(self, traced: Trace) -> FeasibilityProblem:
         """The problem of a traced loss, whose tau by default is small in the gradient regime, except in float16."""
@@ -79,8 +81,9 @@ class Options:
             variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
             small = self.metric.in_gradient_regime and not any(v.dtype == jnp.float16 for v in variables)
             tau = DEFAULT_TAU if small else LARGE_TAU
+        metric = loosened(self.metric, program) if self.follows else self.metric
         problem = make_problem(
-            traced, self.metric, self.copies, tau, "constant", self.solver.needs_two_colors, noise=self.noise
+            traced, metric, self.copies, tau, "constant", self.solver.needs_two_colors, noise=self.noise
         )
         self.solver.check(problem)
         if self.raw and self.tau is None:

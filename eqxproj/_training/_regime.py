@@ -1,8 +1,8 @@
 """What `train(solver=X())` takes where nothing else is said: metric, copies, tau, number of sweeps, and average.
 
 Transforms a solver and the depth of a graph into settings of the projection regime. They were found on networks of 2, 8
-and 20 hidden layers, on digits and MNIST. Limits: a recurrence counts as deep as its body, whatever its number of time
-steps.
+and 20 hidden layers and on two with convolutions, on digits, MNIST and CIFAR-10. Limits: a recurrence counts as deep as
+its body, whatever its number of time steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .._errors import described
 from .._graph._graph import Graph
 from .._metric import Metric
 from .._problem._problem import Copies, FeasibilityProblem
+from .._program._equations import Program
 from ..solvers import AbstractSolver, CyclicProjections
 
 PROJECTION_TAU = 5.0
@@ -25,6 +26,9 @@ over the last tenth of them fits them all. With one it is the projection itself.
 
 _SWEEPS_AT_TAU = 8
 """So many sweeps alternating reflections may make with the factor above: a network of two hidden layers takes them."""
+
+_LOOSER = 16.0
+"""Beside convolutions, parameters are less stiff by this factor: what one kernel is to do at many places is little."""
 
 ROUGH = 1e-2
 """What may be left of equations solved by iteration: the next sweep finds it, and so does the next minibatch."""
@@ -53,6 +57,12 @@ def settings(solver: AbstractSolver) -> Settings:
     has_memory = solver.store_copies and not solver.is_cyclic
     parameter = 500.0 if _is_undamped(solver) else 1000.0 if has_memory else 300.0
     return Settings(Metric(1.0, parameter), "none")
+
+
+def loosened(metric: Metric, program: Program) -> Metric:
+    """The metric for a loss with convolutions, whose parameters move more easily; for another loss the same."""
+    convolves = any(equation.name == "conv_general_dilated" for equation in program.equations)
+    return Metric(metric.grade, metric.parameter / _LOOSER) if convolves else metric
 
 
 def tau(problem: FeasibilityProblem, solver: AbstractSolver) -> float:

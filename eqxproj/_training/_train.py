@@ -390,9 +390,9 @@ def _options(
         return checked_options(solver, steps, metric, copies, tau, noise, "solver_steps")
     assert solver is not None
     own = settings(solver)
-    metric, copies = metric or own.metric, copies or own.copies
+    follows, metric, copies = metric is None, metric or own.metric, copies or own.copies
     chosen = checked_options(solver, solver_steps, metric, copies, tau, noise, "solver_steps", replaces)
-    return replace(chosen, accuracy=ROUGH)
+    return replace(chosen, accuracy=ROUGH, follows=follows)
 
 
 def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:
