@@ -113,6 +113,7 @@ METHODS: dict[str, list[Setting]] = {
         _gradient("adam, cosine, peak", _adam_cosine, rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     ],
     "muon": [_gradient("muon, cosine, peak", _muon, rate) for rate in (3e-3, 1e-2, 3e-2)],
+    "muon-wide": [_gradient("muon, cosine, peak", _muon, rate) for rate in (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)],
     "momentum": [_gradient("sgd, momentum 0.9,", _momentum, rate) for rate in (0.01, 0.03, 0.1)],
     "default": [Setting("defaults of train", lambda steps: {})],
     "default-raw-steps": [Setting("defaults of train, no preconditioner", lambda steps: {"precondition": False})],

@@ -62,7 +62,7 @@ def automaton(steps: int, items: int, widths: tuple[int, ...]) -> Task:
     for _ in range(steps):
         after = np.roll(after, 1, axis=1) ^ (after | np.roll(after, -1, axis=1))
     x, y = _signs(cells), _signs(after)
-    return Task(widths, (x[:items], y[:items]), (x[items:], y[items:]), tol=0.01)
+    return Task(widths, (x[:items], y[:items]), (x[items:], y[items:]))
 
 
 def circuit(depth: int, inputs: int, items: int = 512, wires: int = 32) -> Task:
