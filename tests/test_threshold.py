@@ -314,8 +314,8 @@ def assert_gathered_alike(problem, number):
         assert np.any(np.asarray(found) != 0)
 
 
-@pytest.mark.parametrize("second", ["dot_general", "convolution"])
-def test_equal_copies_of_a_plain_product_are_gathered_without_them(second):
+@pytest.mark.parametrize("name", ["dot_general", "convolution"])
+def test_equal_copies_of_a_plain_product_are_gathered_without_them(name):
     """Products that no threshold reads: each scalar product is a constraint."""
     functions = {
         "dot_general": (lambda m, x: x @ m.T, WEIGHT, X),
@@ -325,7 +325,7 @@ def test_equal_copies_of_a_plain_product_are_gathered_without_them(second):
             jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 3, 4)), jnp.float32),
         ),
     }
-    function, model, x = functions[second]
+    function, model, x = functions[name]
     problem = eqxproj.feasibility_problem(lambda m, x: jnp.sum(jnp.tanh(function(m, x)) ** 2), model, x)
     (index,) = [i for i, n in enumerate(problem.graph.nodes) if n.rule is not None and n.rule.label == "bilinear"]
     assert_gathered_alike(problem, index)

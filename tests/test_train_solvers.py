@@ -98,6 +98,13 @@ def test_beside_convolutions_parameters_are_less_stiff():
     plain = functools.partial(trained, lambda m, x, y: squared_error(x @ m["w"], y).mean(), dense)
     assert eqx.tree_equal(plain(), plain(metric=own))
 
+    def blurs(model, x, y):
+        """A kernel that is known is nothing to learn."""
+        images = jax.lax.conv(x.reshape(-1, 1, 2, 2), jnp.ones((1, 1, 2, 2)), (1, 1), "SAME")
+        return squared_error(images.reshape(len(x), -1) @ model["w"], y).mean()
+
+    assert eqx.tree_equal(trained(blurs, dense), trained(blurs, dense, metric=own))
+
 
 def test_the_model_is_an_average_of_projections():
     """Of one projection it is that one; later the newest of n counts 9/(n+8), of 1,000 and more a thousandth."""

@@ -81,7 +81,7 @@ class Options:
             variables = (*program.inputs, *(v for equation in program.equations for v in equation.outputs))
             small = self.metric.in_gradient_regime and not any(v.dtype == jnp.float16 for v in variables)
             tau = DEFAULT_TAU if small else LARGE_TAU
-        metric = loosened(self.metric, program) if self.follows else self.metric
+        metric = loosened(self.metric, traced) if self.follows else self.metric
         problem = make_problem(
             traced, metric, self.copies, tau, "constant", self.solver.needs_two_colors, noise=self.noise
         )

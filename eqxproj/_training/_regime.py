@@ -14,7 +14,8 @@ from .._errors import described
 from .._graph._graph import Graph
 from .._metric import Metric
 from .._problem._problem import Copies, FeasibilityProblem
-from .._program._equations import Program
+from .._program._equations import dependents
+from .._program._trace import Trace
 from ..solvers import AbstractSolver, CyclicProjections
 
 PROJECTION_TAU = 5.0
@@ -28,7 +29,7 @@ _SWEEPS_AT_TAU = 8
 """So many sweeps alternating reflections may make with the factor above: a network of two hidden layers takes them."""
 
 _LOOSER = 16.0
-"""Beside convolutions, parameters are less stiff by this factor: what one kernel is to do at many places is little."""
+"""Beside kernels that are learned, parameters are less stiff by this factor. Found by trying: see `RESULTS.md`."""
 
 ROUGH = 1e-2
 """What may be left of equations solved by iteration: the next sweep finds it, and so does the next minibatch."""
@@ -59,10 +60,12 @@ def settings(solver: AbstractSolver) -> Settings:
     return Settings(Metric(1.0, parameter), "none")
 
 
-def loosened(metric: Metric, program: Program) -> Metric:
-    """The metric for a loss with convolutions, whose parameters move more easily; for another loss the same."""
-    convolves = any(equation.name == "conv_general_dilated" for equation in program.equations)
-    return Metric(metric.grade, metric.parameter / _LOOSER) if convolves else metric
+def loosened(metric: Metric, traced: Trace) -> Metric:
+    """The metric for a loss with kernels to learn, whose parameters move more easily; for another loss the same."""
+    equations, inputs = traced.program.equations, traced.program.inputs
+    unknown = dependents(equations, inputs[: len(traced.parameters)])
+    learns = any(e.name == "conv_general_dilated" and e.inputs[1].index in unknown for e in equations)
+    return Metric(metric.grade, metric.parameter / _LOOSER) if learns else metric
 
 
 def tau(problem: FeasibilityProblem, solver: AbstractSolver) -> float:
