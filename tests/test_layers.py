@@ -107,7 +107,7 @@ def problem_of(outputs, model, x, in_order=True):
 @pytest.mark.parametrize("name", list(CASES))
 def test_branches(name, in_order):
     outputs, branch, written = CASES[name]
-    graph = build(trace(loss_of(outputs), MODEL, (X,)), "constant", in_order)
+    graph = build(trace(loss_of(outputs), MODEL, (X,)), "constant", "whole" if in_order else "apart")
     if not in_order:
         graph = with_identities(graph, identity(graph.values[0]))
     owner = {value: i for i, value in enumerate(graph.parameters) if value is not None}

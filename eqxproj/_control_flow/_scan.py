@@ -1,11 +1,17 @@
-r"""Recurrences: the projection of a whole `scan` as one node, going back through time in order.
+r"""Recurrences: the projection of a whole `scan` as one node.
 
-The body is a program of its own. With the carries of the forward pass in hand, time is walked backward: at each step
-one sweep through the body's own constraints ([`sweep`][]) turns the duals of the next carry and of the stacked output
-into duals of the carry, of the step's slices and of the constants, whose duals add up over time. Nothing is unrolled;
-in a steep metric the result is that of backpropagation through time.
+With `copies="none"` a recurrence whose derivative says how it moves is one constraint. All its states are functions of
+constants $c$, slices $x_t$ and the first carry, and with $J$ the Jacobian of the stacked outputs and the last carry by
+those, the local solver solves $(I + J W^{-1} J^T K) \lambda = \mu$ by conjugate gradients (`rules/_local.py`): each of
+its products with $J$ is one pass through time, each with $J^T$ one pass back, and no matrix of a time step is formed.
 
-This is what cyclic projections use. The two-color solvers project all time steps at once (see `_time.py`).
+Otherwise one goes back through time in order. The body is a program of its own. With the carries of the forward pass in
+hand, time is walked backward: at each step one sweep through the body's own constraints ([`sweep`][]) turns the duals
+of the next carry and of the stacked output into duals of the carry, of the step's slices and of the constants, whose
+duals add up over time. Nothing is unrolled; in a steep metric the result is that of backpropagation through time.
+
+This is what cyclic projections use, and the gradient regime; two-color solvers project all time steps at once
+(`_program/_unroll.py`). Limits: the nearest point of the whole is a local one.
 """
 
 from __future__ import annotations
@@ -18,18 +24,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._errors import Unsupported
+from .._graph._whole import is_smooth
 from .._problem._problem import FeasibilityProblem
 from .._program._equations import Equation
 from .._program._recurrence import Recurrence
 from .._program._slopes import slopes_of
 from ..rules._base import AbstractRule, Context
+from ..rules._local import nearest_locally
 from ._sweep import missing_in, problem_of, sweep
 
 
 class Scan(AbstractRule):
     """The projection onto the graph of a recurrence."""
 
-    label: ClassVar[str] = "scan, in order"
+    label: ClassVar[str] = "recurrence"
     answers_for_some: ClassVar[bool] = True
 
     def accepts(self, equation: Equation, unknown: Sequence[bool]) -> bool:
@@ -68,7 +76,12 @@ class Scan(AbstractRule):
         of_init = [nu for nu, u in zip(walk.fill(1, of_carries, [None] * len(given)), given, strict=True) if u]
         return [*(nu.astype(c.dtype) for nu, c in zip(of_constants, held, strict=True)), *of_init, *of_slices]
 
-    project = pullback
+    def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
+        """With `copies="none"` the nearest point of the whole; else one sweep through the steps, back in time."""
+        assert ctx.equation is not None
+        if ctx.copies == "none" and is_smooth(Recurrence.of(ctx.equation)):
+            return nearest_locally(ctx, inputs, duals)
+        return self.pullback(ctx, inputs, duals)
 
     def over_time(self, ctx: Context, inputs: Sequence[Array], look: Callable[[FeasibilityProblem], PyTree]) -> PyTree:
         """The arrays that `look` finds in the body's problem at each time step, stacked along the first axis.

@@ -128,7 +128,7 @@ def missing_in(
         function, inputs = part(*operands)
         traced = _traced(function, inputs, None, [False] * len(inputs)) if inputs else None
         if traced is not None and _depends(traced):
-            build(traced, in_order=True)
+            build(traced, recurrences="whole")
 
     try:
         jax.eval_shape(built, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in equation.inputs))

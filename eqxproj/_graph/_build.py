@@ -24,6 +24,7 @@ from ._live import LiveProgram, live_program
 from ._nodes import Draft, draft_of
 from ._objective_region import Objective, pin, split_objective
 from ._views import shown
+from ._whole import Recurrences, stays
 
 Thresholds = Literal["apart", "sums", "products"]
 """What is joined with a `threshold`."""
@@ -49,18 +50,20 @@ def _check_effects(program: LiveProgram) -> None:
             check_derivative(equation.bind, equation.params, shapes, [v.index in unknown for v in equation.inputs])
 
 
-def build(trace: Trace, data: str = "constant", in_order: bool = False, *, thresholds: Thresholds = "apart") -> Graph:
+def build(
+    trace: Trace, data: str = "constant", recurrences: Recurrences = "apart", *, thresholds: Thresholds = "apart"
+) -> Graph:
     """Builds the factor graph of a traced loss, which is not two-colored yet.
 
-    `data` is `"constant"` (known), or `"pinned"` (a variable that is held in place). With `in_order` a recurrence is
-    one node, which goes through time in order; its steps are nodes otherwise. What leads to a `threshold` stays apart,
-    as in the gradient regime, or is joined with it: `"sums"`, or `"products"` too. Raises an
-    `UnsupportedPrimitiveError` naming every operation without a rule.
+    `data` is `"constant"` (known), or `"pinned"` (a variable that is held in place). `recurrences` says which of them
+    are one node; the steps of others are nodes. What leads to a `threshold` stays apart, as in the gradient regime, or
+    is joined with it: `"sums"`, or `"products"` too. Raises an `UnsupportedPrimitiveError` naming every operation
+    without a rule.
     """
     if data not in ("constant", "pinned"):
         raise ValueError(f'`data` must be "constant" or "pinned", got {data!r}.')
     check_dependence(trace)
-    program = live_program(trace, data == "pinned", in_order)
+    program = live_program(trace, data == "pinned", stays(recurrences))
     _check_effects(program)
     objective = split_objective(program)
     if data == "pinned":

@@ -6,7 +6,7 @@ differences, dead code dropped. Limits: the auxiliary outputs of the loss are de
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from .._program._comparisons import with_differences
 from .._program._equations import Equation, Program, Variable, dependents, live
+from .._program._recurrence import Recurrence
 from .._program._trace import Trace
 from .._program._unroll import Delayed, unroll
 
@@ -61,16 +62,16 @@ class LiveProgram:
         return [v for v in equation.inputs if v.index in self.unknown]
 
 
-def live_program(trace: Trace, pinned: bool, in_order: bool) -> LiveProgram:
+def live_program(trace: Trace, pinned: bool, stays: Callable[[Recurrence], bool]) -> LiveProgram:
     """The live part of a traced loss; its parameters are its unknowns.
 
     `pinned`: whether data may become variables later, so that recurrences over data alone are unrolled too.
-    `in_order`: whether recurrences whose carries depend on unknowns stay whole.
+    `stays`: which recurrences whose carries depend on unknowns stay whole.
     """
     count = len(trace.parameters)
     parameters, arguments = trace.program.inputs[:count], trace.program.inputs[count:]
     seeds = [*parameters, *(v for v in arguments if v.is_float and pinned)]
-    unrolled = unroll(trace.program, seeds, in_order)
+    unrolled = unroll(trace.program, seeds, stays)
     program = with_differences(unrolled.program, seeds)
     equations, fed = _alive(program, unrolled.delayed)
     return LiveProgram(program, parameters, arguments, unrolled.delayed, equations, fed).with_unknowns()

@@ -125,7 +125,9 @@ def make_problem(
         seeds = traced.program.inputs[: len(traced.parameters) if data == "constant" else None]
         traced = replace(traced, program=with_patches(traced.program, seeds, takes_precedence))
     joined = "products" if copies == "neuron" else "sums"
-    graph = build(traced, data, not two_colors, thresholds="apart" if metric.in_gradient_regime else joined)
+    projects = not metric.in_gradient_regime
+    recurrences = "whole" if not two_colors else "smooth" if projects and copies == "none" else "apart"
+    graph = build(traced, data, recurrences, thresholds=joined if projects else "apart")
     if two_colors:
         graph = _two_colored(graph, concurrence)
     graph = replace(graph, variant=(data, two_colors, concurrence))
@@ -227,11 +229,12 @@ def feasibility_problem(
     - `model`: its inexact arrays are the unknown parameters.
     - `args`: the further arguments of the loss, such as a batch.
     - `copies`: how many copies a bilinear operation owns: `"neuron"` (every scalar product its own, as in the paper),
-        or `"none"` (one constraint for the whole product).
+        or `"none"` (one constraint for the whole product; in the projection regime also for a recurrence in which
+        nothing jumps and nothing has a rule or a derivative of its own).
     - `metric`: a [`Metric`][]; the unit metric by default.
     - `data`: `"constant"`, or `"pinned"` for data as variables held in place.
-    - `two_colors`: whether the graph gets two colors, by identity nodes and with a node for each time step of a
-        recurrence. Cyclic solvers do without: nothing is added, and a recurrence is one node.
+    - `two_colors`: whether the graph gets two colors, by identity nodes, and with nodes for all time steps of a
+        recurrence that is no constraint of its own. Cyclic solvers do without: nothing is added, and a recurrence is one node.
     - `concurrence`: whether all operations get one color, and what makes copies equal the other ("divide and concur").
         By default where the loss has a [`threshold`][]. Else colors alternate from the objective back.
     - `tau`: factor of one sample's loss in the prox of the objective. In the projection regime losses that are sets do

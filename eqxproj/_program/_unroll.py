@@ -11,7 +11,7 @@ carry depends on unknowns (`lax.map`): then a `scan` is always unrolled. Recurre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,10 +74,10 @@ class Unrolled:
     delayed: Mapping[int, Delayed]
 
 
-def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrolled:
+def unroll(program: Program, seeds: Sequence[Variable], stays: Callable[[Recurrence], bool]) -> Unrolled:
     """Unrolls the recurrences of a program in normal form; `seeds` are its unknown inputs.
 
-    `in_order` leaves recurrences whose carries depend on unknowns as they are.
+    Of the recurrences whose carries depend on unknowns, those that it is told to `stay` are left as they are.
     """
     fresh = Fresh.after(program)
     delayed: dict[int, Delayed] = {}
@@ -92,7 +92,7 @@ def unroll(program: Program, seeds: Sequence[Variable], in_order: bool) -> Unrol
         if recurrence is not None and recurrence.length > 0:
             carries = recurrence.unknown_outputs(flags)[: recurrence.carries]
             quiet = recurrence.silent() if equation.acts else recurrence
-            batch = None if in_order and any(carries) else _batch(quiet)
+            batch = None if any(carries) and stays(recurrence) else _batch(quiet)
             if batch is not None:
                 if equation.acts:  # it runs once more, in order, for its side effects alone
                     done.append(replace(equation, outputs=tuple(map(fresh.like, equation.outputs))))
