@@ -46,6 +46,16 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def full_precision():
+    """For digits that are compared: a GPU rounds the operands of float32 products to 10 bits unless it is asked not to.
+
+    Tests without it pass with such products, too: see `tensor_float.py`.
+    """
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def compile_with(most_optimizations):
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", not most_optimizations)

@@ -27,6 +27,8 @@ from bilinear_oracle import (
     with_known,
 )
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_oracle_knows_the_operation(name):

@@ -100,6 +100,7 @@ LOSSES = (products, elementwise, fourier, decompositions, state_space, complex_s
 LOSSES += (associative, control_flow, gated, parts_alone)
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 def test_displacements_are_gradients(loss):
     wanted = eqx.filter_value_and_grad(loss)(P, X)

@@ -312,3 +312,31 @@ def test_margin_is_no_wish():
     """What a rule does about no wish at all is no answer to a small one."""
     moved = eqxproj.filter_displacement(lambda a: jnp.mean((with_rule(sign, margin_rule)(3 * a) - 2) ** 2))(POINT)
     assert float(jnp.abs(moved).max()) < 1e-3
+
+
+def test_projections_are_solved_in_full_precision():
+    """Products of a rule's projection, not those of the user's function, nor those of the gradient regime."""
+    seen = {"function": set(), "rule": set()}
+
+    def precision():
+        return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+    def function(x):
+        seen["function"].add(precision())
+        return 2.0 * x
+
+    def rule(ctx, inputs, target):
+        seen["rule"].add(precision())
+        return inputs
+
+    double = with_rule(function, rule)
+
+    def loss(w):
+        return jnp.sum(jnp.square(double(w) - 1.0))
+
+    problem = eqxproj.feasibility_problem(loss, X, copies="none")
+    eqxproj.solve(problem, eqxproj.AlternatingProjections(), steps=1)
+    assert seen["rule"] == {"highest"} and None in seen["function"]
+    seen["rule"].clear()
+    eqxproj.filter_displacement(loss)(X)
+    assert seen["rule"] == {None}

@@ -111,6 +111,7 @@ def test_in_a_flat_metric_solvers_come_nearer(name, solver):
     assert loss(eqxproj.solve(problem, solver, steps=30).model, X, Y) < 0.9 * loss(MODEL, X, Y)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_for_one_linear_output_it_is_the_projection():
     """Onto y = a x, from (x, y0): the closed form is the oracle."""
     slopes = jnp.asarray([2.0, -1.0, 0.5])

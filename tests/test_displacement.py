@@ -75,6 +75,7 @@ def test_displacement_alone():
     assert eqx.tree_equal(eqxproj.filter_displacement(loss)(MODEL, X, Y), want)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_its_forward_derivative_is_that_of_the_gradient():
     """Products of the Hessian with a direction. (Backward, the solvers' loops are in the way.)"""
 

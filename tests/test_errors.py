@@ -349,6 +349,7 @@ def answering(place):
 answering.defvjp(lambda place: jax.vjp(interpolated, place), lambda back, cotangent: back(cotangent))
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_positions_rounded_from_unknowns_say_so_and_the_remedy_works():
     def loss(p, function):
         return cross_entropy(jax.vmap(function)(2 + jnp.tanh(X @ p["a"])) @ p["d"], Y).mean()

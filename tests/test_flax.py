@@ -264,6 +264,7 @@ def assert_close(got, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_displacement_of_a_module_is_that_of_nnx_grad():
     """Also what it does to running statistics and counts of random numbers, call after call, and in `nnx.jit`."""
     ours, theirs = NNXNet(nnx.Rngs(0)), NNXNet(nnx.Rngs(0))

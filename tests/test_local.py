@@ -155,6 +155,7 @@ def prox(loss, z, *args, tau):
     return np.asarray(moved, np.float64)
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("tau", [0.01, 0.1, 1.0, 5.0, 20.0])
 def test_prox_of_cross_entropy(tau):
     rng = np.random.default_rng(0)

@@ -10,6 +10,8 @@ import pytest
 
 import eqxproj
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 KEYS = jax.random.split(jax.random.key(0), 5)
 X, Y = jax.random.normal(KEYS[0], (6, 4)), jax.random.normal(KEYS[1], (6, 4))
 MODEL = {name: 0.5 * jax.random.normal(key, (4, 4)) for name, key in zip("abc", KEYS[2:])}

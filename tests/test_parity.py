@@ -36,6 +36,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize(("model", "name"), PAIRS)
 def test_iterates_agree(model, name):
     golden = _golden(model)

@@ -97,6 +97,7 @@ def random_like(model, key):
     return jtu.tree_map(lambda p: jax.random.normal(key, p.shape), eqx.filter(model, eqx.is_inexact_array))
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_the_maps_are_adjoint_but_for_the_deviation(name, in_order):
@@ -228,6 +229,7 @@ def test_layers_of_constrained_biases_keep_their_coordinates():
     assert [layer.weight for layer in of(loss, model, X, fixed={3}).layers] == [0]
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("chosen", [eqxproj.sets.Sparse(0.2), eqxproj.sets.NonNegative(), eqxproj.sets.LowRank(1)])
 def test_a_step_of_a_constrained_weight_keeps_the_mean_of_the_outputs(chosen):
     """But for the share of one row that the mean leaves out."""

@@ -35,6 +35,7 @@ def test_linear_function_of_one_input():
     np.testing.assert_allclose(new, want, atol=2e-3)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_linear_function_of_a_batch():
     a, x, y = np.asarray(random(0, 6, 3)), random(1, 4, 6), random(2, 4, 3)
     (new,) = assert_reaches(lambda x: x @ jnp.asarray(a), [x], y, steps=1500, atol=2e-3)
@@ -50,6 +51,7 @@ def test_sum_is_shared_equally():
     np.testing.assert_allclose(new[1], y - shift, atol=1e-3)
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("copies", ["neuron", "none"])
 def test_product(copies):
     """Both factors of a matrix product move."""

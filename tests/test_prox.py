@@ -78,6 +78,7 @@ def unchecked():
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("shape", [(3,), (7, 10), (2, 5, 4)])
 def test_values_are_those_of_optax(shape):
     z, labels = batch(0, shape, 3.0)

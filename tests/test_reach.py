@@ -10,6 +10,8 @@ from jax import lax, nn
 
 import eqxproj
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 X, Y = jr.normal(jr.key(0), (12, 4)), jr.normal(jr.key(1), (12, 3))
 stop = lax.stop_gradient
 

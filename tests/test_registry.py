@@ -233,6 +233,7 @@ def scanned_loss(p, x, y):
     return cross_entropy(h @ p["d"] + p["e"], y).mean()
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "in a recurrence"])
 def test_registration_reaches_a_compiled_displacement(inside):
     model, x, y = classification()

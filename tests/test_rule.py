@@ -78,6 +78,7 @@ def moved(function, grade, parameter=1.0):
     return lambda m: eqxproj.filter_displacement(loss_of(function), metric=metric, tau=0.01)(m, X)
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_any_steep_metric_gives_the_gradient_and_solves_for_nothing(function):
     gradient = jax.grad(loss_of(function))(W, X)

@@ -498,6 +498,7 @@ def linear_twice(model, x, y):
     return jnp.sum(equal(jnp.cumsum(x @ model["w"]), jnp.cumsum(y)))
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("loss", [linear, pytest.param(linear_twice, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_parameters_end_in_their_sets(name, loss):

@@ -271,6 +271,7 @@ def test_operands_of_zero_part():
     np.testing.assert_allclose((a * a).sum(-1) + (w * w).sum(-1), 2 * MARGIN, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_equal_copies_need_not_be_stored():
     """The sums of the copies' duals, without holding them."""
 

@@ -299,6 +299,7 @@ def test_evaluation_in_batches_is_the_mean(size):
     np.testing.assert_allclose(parts.history["eval_loss"], whole.history["eval_loss"], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_evaluation_outside_of_jit():
     def numpy_loss(p, x, y):
         assert isinstance(x, np.ndarray)

@@ -13,7 +13,7 @@ from eqxproj._problem._readers import context
 from eqxproj.rules._base import as_duals
 from eqxproj.rules._whole import Basis
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
 # The equation of a product, and the shapes of its operands: batches of one, two and none; tall, wide and square; with
 # more columns than the inner length, and rows not as many, or more too.

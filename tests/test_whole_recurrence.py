@@ -1,4 +1,4 @@
-"""A recurrence as one constraint, where nothing in it jumps: its nearest point against an oracle, and what it reaches."""
+"""A recurrence as one constraint, where nothing jumps: its nearest point against an oracle, and what it reaches."""
 
 import equinox as eqx
 import jax
@@ -15,6 +15,8 @@ from eqxproj._program._equations import Equation
 from eqxproj._program._normal_form import normal_form
 from eqxproj._program._recurrence import Recurrence
 from eqxproj.rules._base import as_duals
+
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 X = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 
@@ -54,7 +56,8 @@ def test_a_linear_recurrence_is_projected_exactly():
     weights = np.exp(np.repeat(logs[:2], (start.size, X.size)))
     j, kappa = np.asarray(jacobian, np.float64), np.exp(logs[2])
     moved = np.linalg.solve(np.diag(weights) + kappa * j.T @ j, kappa * j.T @ wanted.ravel())
-    np.testing.assert_allclose(np.concatenate([x.ravel() for x in found]) - flat, moved, atol=2e-3 * np.abs(moved).max())
+    answer = np.concatenate([x.ravel() for x in found]) - flat
+    np.testing.assert_allclose(answer, moved, atol=2e-3 * np.abs(moved).max())
 
 
 @pytest.mark.parametrize(
@@ -179,8 +182,7 @@ def test_training_hears_the_beginning_of_a_sequence():
     x = jax.random.normal(keys[0], (512, 12, 1))
     y = (x[:, 0, 0] > 0).astype(jnp.int32)
     model = Remembers(eqx.nn.GRUCell(1, 8, key=keys[1]), eqx.nn.Linear(8, 2, key=keys[2]))
-    found = eqxproj.train(
-        model, (x[:384], y[:384]), remembered, solver=eqxproj.AlternatingReflections(), steps=40, batch_size=64, key=keys[0]
-    )
+    data, solver = (x[:384], y[:384]), eqxproj.AlternatingReflections()
+    found = eqxproj.train(model, data, remembered, solver=solver, steps=40, batch_size=64, key=keys[0])
     right = jnp.argmax(jax.vmap(found.model)(x[384:]), -1) == y[384:]
     assert float(right.mean()) > 0.9

@@ -15,8 +15,8 @@ from jaxtyping import Array, PyTree
 
 
 def inner(x: PyTree, y: PyTree) -> Array:
-    """The scalar product of two pytrees of arrays."""
-    products = jtu.tree_map(jnp.vdot, x, y)
+    """The scalar product of two pytrees of arrays, in full precision."""
+    products = jtu.tree_map(lambda a, b: jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST), x, y)
     return sum(jtu.tree_leaves(products), start=jnp.asarray(0.0))
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ._conjugate_gradients import inner
 from ._nearest import rounding
 
 Projection = Callable[[Array], Array]
@@ -86,8 +87,8 @@ def _in_turn(start: Array, projections: Sequence[Projection]) -> Array:
             y = project(y)
         new = last(y)
         # Two sets that meet at a small angle: as far along the last one as the tangent of the first one is away.
-        along = jnp.vdot(y - old, new - old)
-        factor = jnp.vdot(y - old, y - old) / jnp.where(along > 0, along, 1)
+        along = inner(y - old, new - old)
+        factor = inner(y - old, y - old) / jnp.where(along > 0, along, 1)
         far = last(old + jnp.where(along > 0, factor, 1) * (new - old))
         new = jnp.where(gap(far) < gap(new), far, new)
         moved = jnp.max(jnp.abs(new - old), initial=0.0)

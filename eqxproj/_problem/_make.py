@@ -28,7 +28,7 @@ from .._program._patches import with_patches
 from .._program._primitives import ONE_TO_ONE
 from .._program._sharding import on_automatic_mesh
 from .._program._trace import Trace, trace
-from ..rules._base import Noise
+from ..rules._base import SOLVING, Noise
 from ..rules._loss import checked_labels
 from ..rules._scalar import identity
 from ._constraints import Constraint, Held, check_common_points, held
@@ -168,10 +168,11 @@ def _prepared(problem: FeasibilityProblem) -> dict[int, Any]:
     """What the rules of the nodes compute in advance, for the projection regime."""
     rules = {i: node.rule for i, node in enumerate(problem.graph.nodes) if node.rule is not None}
     nodes, state = problem.graph.nodes, problem.start(False)
-    found = {
-        i: rule.prepare(context(problem, i, False), [shown(problem, state, e) for e in nodes[i].edges])
-        for i, rule in rules.items()
-    }
+    with jax.default_matmul_precision(SOLVING):
+        found = {
+            i: rule.prepare(context(problem, i, False), [shown(problem, state, e) for e in nodes[i].edges])
+            for i, rule in rules.items()
+        }
     return {i: made for i, made in found.items() if made is not None}
 
 
@@ -234,7 +235,8 @@ def feasibility_problem(
     - `metric`: a [`Metric`][]; the unit metric by default.
     - `data`: `"constant"`, or `"pinned"` for data as variables held in place.
     - `two_colors`: whether the graph gets two colors, by identity nodes, and with nodes for all time steps of a
-        recurrence that is no constraint of its own. Cyclic solvers do without: nothing is added, and a recurrence is one node.
+        recurrence that is no constraint of its own. Cyclic solvers do without: nothing is added, and a recurrence is
+        one node.
     - `concurrence`: whether all operations get one color, and what makes copies equal the other ("divide and concur").
         By default where the loss has a [`threshold`][]. Else colors alternate from the objective back.
     - `tau`: factor of one sample's loss in the prox of the objective. In the projection regime losses that are sets do

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._metric import clamped_output
-from ..rules._base import AbstractRule, Context, as_duals, in_duals, outputs_after, step
+from ..rules._base import SOLVING, AbstractRule, Context, Projected, as_duals, in_duals, outputs_after, step
 from ._gains import moved_identity, moved_parameter
 from ._problem import AbstractProjector, FeasibilityProblem
 from ._readers import collapsed, context, operand, output_weight, parameter_weight, shown_marks, value_of
@@ -106,10 +107,18 @@ class Projector(AbstractProjector):
         found = (
             _pulled_back(problem, number, node.rule, ctx, inputs, duals)
             if gradient_regime
-            else node.rule.project(ctx, inputs, duals)
+            else _projected(node.rule, ctx, inputs, duals)
         )
         stays = keeps or state.is_last or not node.outputs
         return as_duals(found), written if stays else outputs_after(node.rule, ctx, inputs, outputs, found)
+
+
+def _projected(
+    rule: AbstractRule, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]
+) -> list[Array] | Projected:
+    """A rule's projection. Its products are full ones: where a GPU rounds operands, equations would stay unsolved."""
+    with jax.default_matmul_precision(SOLVING):
+        return rule.project(ctx, inputs, duals)
 
 
 def _pulled_back(

@@ -34,6 +34,8 @@ Scale = float | Array | np.ndarray
 """A weight: one number, or one an element."""
 EXACT = 1e-4
 """What may be left of an equation that is solved by iteration, as a part of its right side."""
+SOLVING = "highest"
+"""The precision of the products with which equations are solved, whatever that of the user's own products is."""
 Noise = Literal["unreached", "everywhere", "never"]
 """Where operations with jumps answer under noise: where no gradient reaches, wherever they are, or nowhere."""
 
