@@ -11,7 +11,6 @@ from bilinear_oracle import node_of
 import eqxproj
 from eqxproj._graph._whole import is_smooth
 from eqxproj._problem._readers import context
-from eqxproj._program._equations import Equation
 from eqxproj._program._normal_form import normal_form
 from eqxproj._program._recurrence import Recurrence
 from eqxproj.rules._base import as_duals
@@ -104,7 +103,10 @@ BODIES = {
     "softmax": (jax.nn.softmax, True),
     "largest": (lambda h: h - jnp.max(h), True),
     "smooth loop": (lambda h: jax.lax.scan(lambda c, _: (jnp.tanh(c), None), h, length=2)[0], True),
+    "clamped": (lambda h: jnp.clip(h, -1.0, 1.0), True),
+    "known jumps": (lambda h: h * jnp.sign(X[0]) + (X[1] > 0), True),
     "sign": (jnp.sign, False),
+    "step": (lambda h: jnp.where(h > 0, 1.0, -1.0), False),
     "rounded": (jnp.round, False),
     "position": (lambda h: jax.nn.one_hot(jnp.argmax(h), 2), False),
     "its own derivative": (clipped, False),
@@ -133,9 +135,10 @@ def test_what_jumps_or_has_a_rule_keeps_its_time_steps(name):
 def test_a_registered_rule_is_not_passed_over(registry):
     program = normal_form(jax.make_jaxpr(loss_of(jnp.tanh))(jnp.ones(2), X))
     (equation,) = (e for e in program.equations if e.name == "scan")
-    assert isinstance(equation, Equation) and is_smooth(Recurrence.of(equation))
+    recurrence, unknown = Recurrence.of(equation), [True] * len(equation.inputs)
+    assert is_smooth(recurrence, unknown)
     eqxproj.register_projection("tanh")(lambda ctx, inputs, target: [jnp.arctanh(jnp.clip(target, -0.999, 0.999))])
-    assert not is_smooth(Recurrence.of(equation))
+    assert not is_smooth(recurrence, unknown)
 
 
 def test_time_steps_are_nodes_elsewhere():

@@ -79,7 +79,7 @@ class Scan(AbstractRule):
     def project(self, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]) -> list[Array]:
         """With `copies="none"` the nearest point of the whole; else one sweep through the steps, back in time."""
         assert ctx.equation is not None
-        if ctx.copies == "none" and is_smooth(Recurrence.of(ctx.equation)):
+        if ctx.copies == "none" and is_smooth(Recurrence.of(ctx.equation), ctx.unknown):
             return nearest_locally(ctx, inputs, duals)
         return self.pullback(ctx, inputs, duals)
 

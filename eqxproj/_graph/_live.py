@@ -62,7 +62,7 @@ class LiveProgram:
         return [v for v in equation.inputs if v.index in self.unknown]
 
 
-def live_program(trace: Trace, pinned: bool, stays: Callable[[Recurrence], bool]) -> LiveProgram:
+def live_program(trace: Trace, pinned: bool, stays: Callable[[Recurrence, Sequence[bool]], bool]) -> LiveProgram:
     """The live part of a traced loss; its parameters are its unknowns.
 
     `pinned`: whether data may become variables later, so that recurrences over data alone are unrolled too.

@@ -1,51 +1,63 @@
 """Which recurrences can be one constraint: those whose derivative says how they move.
 
-Transforms nothing. Limits: an operation that jumps counts wherever it stands in a body, also where only data pass it.
+Transforms nothing. Limits: what jumps in one branch of a `cond` counts, whichever branch is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from jax.extend.core import ClosedJaxpr
 
-from .._program._equations import Program
+from .._program._equations import Equation, Program, dependents, live
 from .._program._normal_form import normal_form
 from .._program._primitives import FLAT, OWN_DERIVATIVE
 from .._program._recurrence import Recurrence
+from ..rules._scalar import MAY_JUMP
 from ..rules._selection import POSITIONS
 from ._fusion import takes_precedence
 
 Recurrences = Literal["apart", "smooth", "whole"]
 """Which recurrences are one node: none, so that each time step has nodes of its own, the smooth ones, or all."""
+Stays = Callable[[Recurrence, Sequence[bool]], bool]
+"""From a recurrence, and which of its operands are unknown, to whether it is one node."""
 
-_JUMPS = frozenset((*FLAT, *POSITIONS, *OWN_DERIVATIVE, "while"))
+_JUMPS = frozenset((*FLAT, *POSITIONS, *MAY_JUMP, *OWN_DERIVATIVE, "while"))
 """Operations that make a body not smooth. A loop of unknown length has no derivative backward."""
 
 
-def is_smooth(recurrence: Recurrence) -> bool:
-    """Whether nothing in a body jumps, has a rule of its own or a derivative of its own.
+def is_smooth(recurrence: Recurrence, unknown: Sequence[bool]) -> bool:
+    """Whether nothing that reads unknowns in a body jumps, or has a rule or a derivative of its own.
 
     Such a rule would be passed over by the derivative of the whole, and across a jump a derivative leads nowhere.
     """
-    return _is_smooth(normal_form(recurrence.jaxpr))
+    constants, carries, slices = recurrence.unknowns(unknown)
+    return _is_smooth(normal_form(recurrence.jaxpr), [*constants, *carries, *slices])
 
 
-def stays(recurrences: Recurrences) -> Callable[[Recurrence], bool]:
+def stays(recurrences: Recurrences) -> Stays:
     """Which recurrences are one node, as a function of one."""
-    return {"apart": lambda _: False, "smooth": is_smooth, "whole": lambda _: True}[recurrences]
+    choices: dict[Recurrences, Stays] = {"apart": lambda *_: False, "smooth": is_smooth, "whole": lambda *_: True}
+    return choices[recurrences]
 
 
-def _is_smooth(program: Program) -> bool:
-    if any(e.name in _JUMPS or takes_precedence(e) for e in program.equations):
+def _is_smooth(program: Program, unknown: Sequence[bool]) -> bool:
+    equations = live(program.equations, program.outputs)
+    found = dependents(equations, [v for v, is_unknown in zip(program.inputs, unknown, strict=True) if is_unknown])
+    moved = [e for e in equations if any(v.index in found for v in e.inputs)]
+    if any(e.name in _JUMPS or takes_precedence(e) for e in moved):
         return False
-    return all(_is_smooth(normal_form(inner)) for e in program.equations for inner in _inner(e.params))
+    return all(_is_smooth(*inner) for e in moved for inner in _inner(e, [v.index in found for v in e.inputs]))
 
 
-def _inner(params: Mapping[str, Any]) -> Iterator[ClosedJaxpr]:
-    """The programs that an operation runs, as the body of a loop or the branches of a `cond`."""
-    for value in params.values():
-        for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, ClosedJaxpr):
-                yield x
+def _inner(equation: Equation, unknown: Sequence[bool]) -> Iterator[tuple[Program, Sequence[bool]]]:
+    """The programs that an operation runs, as the body of a loop, and which of their inputs are unknown."""
+    if equation.name == "scan":
+        recurrence = Recurrence.of(equation)
+        unknown = [u for flags in recurrence.unknowns(unknown) for u in flags]
+    programs = [p for x in equation.params.values() for p in (x if isinstance(x, tuple) else (x,))]
+    for program in (normal_form(p) for p in programs if isinstance(p, ClosedJaxpr)):
+        # The first operand of a `cond` says which branch is taken; elsewhere all inputs are taken to be unknown.
+        own = unknown[1:] if equation.name == "cond" else unknown
+        yield program, own if equation.name in ("scan", "cond") else [True] * len(program.inputs)

@@ -115,7 +115,7 @@ class Projector(AbstractProjector):
 
 def _projected(
     rule: AbstractRule, ctx: Context, inputs: Sequence[Array], duals: Sequence[Array]
-) -> list[Array] | Projected:
+) -> Sequence[Array] | Projected:
     """A rule's projection. Its products are full ones: where a GPU rounds operands, equations would stay unsolved."""
     with jax.default_matmul_precision(SOLVING):
         return rule.project(ctx, inputs, duals)

@@ -74,10 +74,13 @@ class Unrolled:
     delayed: Mapping[int, Delayed]
 
 
-def unroll(program: Program, seeds: Sequence[Variable], stays: Callable[[Recurrence], bool]) -> Unrolled:
+def unroll(
+    program: Program, seeds: Sequence[Variable], stays: Callable[[Recurrence, Sequence[bool]], bool]
+) -> Unrolled:
     """Unrolls the recurrences of a program in normal form; `seeds` are its unknown inputs.
 
-    Of the recurrences whose carries depend on unknowns, those that it is told to `stay` are left as they are.
+    `stays` says of a recurrence with unknown carries, and of which of its operands are unknown, whether it is left as
+    it is.
     """
     fresh = Fresh.after(program)
     delayed: dict[int, Delayed] = {}
@@ -92,7 +95,7 @@ def unroll(program: Program, seeds: Sequence[Variable], stays: Callable[[Recurre
         if recurrence is not None and recurrence.length > 0:
             carries = recurrence.unknown_outputs(flags)[: recurrence.carries]
             quiet = recurrence.silent() if equation.acts else recurrence
-            batch = None if any(carries) and stays(recurrence) else _batch(quiet)
+            batch = None if any(carries) and stays(recurrence, flags) else _batch(quiet)
             if batch is not None:
                 if equation.acts:  # it runs once more, in order, for its side effects alone
                     done.append(replace(equation, outputs=tuple(map(fresh.like, equation.outputs))))
