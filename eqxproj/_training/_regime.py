@@ -1,8 +1,8 @@
 """What `train(solver=X())` takes where nothing else is said: metric, copies, tau, number of sweeps, and average.
 
 Transforms a solver and the depth of a graph into settings of the projection regime. They were found on networks of 2, 8
-and 20 hidden layers and on two with convolutions, on digits, MNIST and CIFAR-10. Limits: a recurrence counts as deep as
-its body, whatever its number of time steps.
+and 20 hidden layers and on two with convolutions, on digits, MNIST and CIFAR-10. Limits: a recurrence that is one
+constraint counts as one operation, another one as deep as its body, whatever its number of time steps.
 """
 
 from __future__ import annotations
