@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._errors import Unsupported
-from .._graph._whole import is_smooth
+from .._graph._recurrences import is_smooth
 from .._problem._problem import FeasibilityProblem
 from .._program._equations import Equation
 from .._program._recurrence import Recurrence

@@ -23,8 +23,8 @@ from ._graph import Edge, Graph, Node
 from ._live import LiveProgram, live_program
 from ._nodes import Draft, draft_of
 from ._objective_region import Objective, pin, split_objective
+from ._recurrences import Recurrences, stays
 from ._views import shown
-from ._whole import Recurrences, stays
 
 Thresholds = Literal["apart", "sums", "products"]
 """What is joined with a `threshold`."""
