@@ -28,7 +28,8 @@ from ..rules._scalar import MAY_JUMP
 from ..rules._selection import POSITIONS
 from ._graph import Graph, Node
 
-_JUMPS = frozenset((*FLAT, *POSITIONS, *MAY_JUMP))
+JUMPS = frozenset((*FLAT, *POSITIONS, *MAY_JUMP))
+"""Operations that jump, or may."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def jumps(node: Node) -> bool:
     if node.rule is None or node.kind == "objective" or _is_asked(node):
         return False
     programs = () if node.equation is None else inner_programs(node.equation.params)
-    return node.rule.is_discontinuous or any(name in _JUMPS for program in programs for name in _names(program))
+    return node.rule.is_discontinuous or any(name in JUMPS for program in programs for name in _names(program))
 
 
 def _is_asked(node: Node) -> bool:

@@ -12,18 +12,17 @@ from jax.extend.core import ClosedJaxpr
 
 from .._program._equations import Equation, Program, dependents, live
 from .._program._normal_form import normal_form
-from .._program._primitives import FLAT, OWN_DERIVATIVE
+from .._program._primitives import OWN_DERIVATIVE
 from .._program._recurrence import Recurrence
-from ..rules._scalar import MAY_JUMP
-from ..rules._selection import POSITIONS
 from ._fusion import takes_precedence
+from ._reach import JUMPS
 
 Recurrences = Literal["apart", "smooth", "whole"]
 """Which recurrences are one node: none, so that each time step has nodes of its own, the smooth ones, or all."""
 Stays = Callable[[Recurrence, Sequence[bool]], bool]
 """From a recurrence, and which of its operands are unknown, to whether it is one node."""
 
-_JUMPS = frozenset((*FLAT, *POSITIONS, *MAY_JUMP, *OWN_DERIVATIVE, "while"))
+_NOT_SMOOTH = JUMPS.union(OWN_DERIVATIVE, ("while",))
 """Operations that make a body not smooth. A loop of unknown length has no derivative backward."""
 
 
@@ -46,7 +45,7 @@ def _is_smooth(program: Program, unknown: Sequence[bool]) -> bool:
     equations = live(program.equations, program.outputs)
     found = dependents(equations, [v for v, is_unknown in zip(program.inputs, unknown, strict=True) if is_unknown])
     moved = [e for e in equations if any(v.index in found for v in e.inputs)]
-    if any(e.name in _JUMPS or takes_precedence(e) for e in moved):
+    if any(e.name in _NOT_SMOOTH or takes_precedence(e) for e in moved):
         return False
     return all(_is_smooth(*inner) for e in moved for inner in _inner(e, [v.index in found for v in e.inputs]))
 
