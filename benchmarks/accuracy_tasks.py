@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
@@ -167,6 +167,7 @@ class Task:
     - `data`: function of the folder of the data sets to an `eqxproj.datasets.Dataset`.
     - `make`: makes the model from a key.
     - `value`: function `(model, *data)`, what counts; `sign` is 1 where more of it is better, else -1; `unit` its name.
+    - `standardises`: whether features get mean zero and deviation one on the rows to train on.
     """
 
     data: Callable[[str | None], eqxproj.datasets.Dataset]
@@ -178,11 +179,20 @@ class Task:
     sign: int = 1
     unit: str = "accuracy"
     autoencodes: bool = False
+    standardises: bool = False
 
-    def split(self, data_dir: str | None) -> tuple[Arrays, Arrays, Arrays]:
-        """Training, validation (the last tenth of what there is to train on, 2,000 at most) and test data."""
+    def split(self, data_dir: str | None, seed: int | None = None) -> tuple[Arrays, Arrays, Arrays]:
+        """Training, validation (the last tenth of what there is to train on, 2,000 at most) and test data.
+
+        With a seed all rows, the test data too, are shuffled and divided anew.
+        """
         found = self.data(data_dir)
         train, test = found.train, found.test
+        if seed is not None:
+            train, test = _divided(train, test, np.random.default_rng(seed))
+        if self.standardises:
+            mean, deviation = train[0].mean(0), train[0].std(0)
+            train, test = (((x - mean) / deviation, y) for x, y in (train, test))
         if self.autoencodes:
             train, test = (train[0], train[0]), (test[0], test[0])
         count = min(2000, len(train[0]) // 10)
@@ -207,12 +217,12 @@ def _flat(name: str):
     return ft.partial(_load, name, True)
 
 
-def _standardised(name: str, data_dir: str | None) -> eqxproj.datasets.Dataset:
-    """With features of mean zero and deviation one on the training data."""
-    found = _load(name, True, data_dir)
-    mean, deviation = found.train[0].mean(0), found.train[0].std(0)
-    train, test = (((x - mean) / deviation, y) for x, y in (found.train, found.test))
-    return replace(found, train=train, test=test)
+def _divided(train: Arrays, test: Arrays, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+    """All rows in a new order, cut into as many for training and testing as before."""
+    rows = [np.concatenate(pair) for pair in zip(train, test, strict=True)]
+    order = rng.permutation(len(rows[0]))
+    count = len(train[0])
+    return tuple(x[order[:count]] for x in rows), tuple(x[order[count:]] for x in rows)
 
 
 def _chain(depth: int, skip: bool = False):
@@ -246,7 +256,7 @@ TASKS: dict[str, Task] = {
     "cifar10-mlp": Task(_flat("cifar10"), lambda key: Network(3072, 10, 512, 2, key), steps=1000),
     "higgs": Task(_flat("higgs_sample"), lambda key: Network(28, 2, 300, 2, key), steps=400),
     "higgs-standardised": Task(
-        ft.partial(_standardised, "higgs_sample"), lambda key: Network(28, 2, 300, 2, key), steps=400
+        _flat("higgs_sample"), lambda key: Network(28, 2, 300, 2, key), steps=400, standardises=True
     ),
     "shakespeare": Task(
         ft.partial(_load, "tiny_shakespeare", False), lambda key: Characters(65, 128, key), steps=800, batch_size=64

@@ -8,7 +8,8 @@ optimizer, rate or schedule. It has several settings: nothing else said; four sw
 parameters that are less stiff, `soft`; `flat`, where deeper states move more easily too; and, twice, more sweeps with
 stiffer parameters. Beside them stand the defaults of `train`, and Adam with warm-up and cosine at six peak
 rates, both for the same number of minibatches. Of every method the setting counts that is best on the validation split
-with the first seed, which is `--first-seed`. Batches have 256 samples.
+with the first seed, which is `--first-seed`. Batches have 256 samples. With `--resplit` each seed divides the rows anew
+into training, validation and test data: where a data set is small, one test set says little.
 
 Every `--every` minibatches the validation value is looked at; the best model by it counts, on the test set. A run of a
 solver ends after `--minibatches`, or where there was no better one for five looks in a row. `to paper` are the
@@ -123,13 +124,15 @@ def trained(task: Task, data: Sequence[Any], way: Way, seed: int, options: argpa
     return Run(values, steps, seconds, task.over(result.model, test))
 
 
-def best_of(task: Task, data: Sequence[Any], method: str, options: argparse.Namespace) -> tuple[str, list[Run]]:
+def best_of(
+    task: Task, data: Mapping[int, Sequence[Any]], method: str, options: argparse.Namespace
+) -> tuple[str, list[Run]]:
     """The setting that is best on the validation split with the first seed, and its runs with all seeds."""
     choices = ways(method, options.settings)
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    first = [trained(task, data, way, seeds[0], options) for way in choices]
+    first_seed, *seeds = data
+    first = [trained(task, data[first_seed], way, first_seed, options) for way in choices]
     place = int(np.argmax([max(run.valid) for run in first]))
-    rest = [trained(task, data, choices[place], seed, options) for seed in seeds[1:]]
+    rest = [trained(task, data[seed], choices[place], seed, options) for seed in seeds]
     return choices[place].name, [first[place], *rest]
 
 
@@ -166,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--resplit", action="store_true", help="each seed has its own training and test rows")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--limit", type=float)
     parser.add_argument("--quick", action="store_true")
@@ -178,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for name in options.task:
         task = TASKS[name]
-        data = task.split(options.data_dir)
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        once = None if options.resplit else task.split(options.data_dir)
+        data = {seed: task.split(options.data_dir, seed) if once is None else once for seed in seeds}
         rows += [
             row(name, method, *best_of(task, data, method, options)) for method in (*options.solver, *options.method)
         ]
