@@ -1,4 +1,4 @@
-"""What all tests share: compiled programs are forgotten after each module.
+"""What all tests share: compiled programs are forgotten after each module, and read again from a folder.
 
 Each compiled program maps some memory, and Linux gives a process 65,530 maps at most (`vm.max_map_count`); one that
 runs many hundreds of tests reaches them, and its next compilation ends the process.
@@ -7,6 +7,8 @@ runs many hundreds of tests reaches them, and its next compilation ends the proc
 from __future__ import annotations
 
 import gc
+import shutil
+import tempfile
 
 import jax
 import jaxtyping
@@ -18,6 +20,22 @@ def pytest_configure(config):
     chosen by name, compile as users do."""
     if config.option.markexpr == "not slow":
         jax.config.update("jax_disable_most_optimizations", True)
+    remember_programs(config)
+
+
+def remember_programs(config):
+    """What one process or module has compiled, the others read from a folder, which is gone after the run."""
+    is_worker = hasattr(config, "workerinput")
+    config.programs = config.workerinput["programs"] if is_worker else tempfile.mkdtemp(prefix="eqxproj-tests-")
+    if not is_worker:
+        config.add_cleanup(lambda: shutil.rmtree(config.programs, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", config.programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure_node(node):
+    node.workerinput["programs"] = node.config.programs
 
 
 @pytest.fixture(autouse=True, scope="module")
