@@ -6,6 +6,7 @@ axis. Arrays that are mapped into memory from a file stay there, and are read ba
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -143,6 +144,16 @@ def batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray]:
             pool = np.concatenate([pool, fresh, order[~np.isin(order, fresh)]])
         yield pool[:batch_size]
         pool = pool[batch_size:]
+
+
+def same_batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray]:
+    """An endless stream of index arrays, which are the same in each epoch, in the same order.
+
+    Every sample is in one of them; the last one is filled up with the first samples of the order.
+    """
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    order = np.resize(generator.permutation(count), -(-count // batch_size) * batch_size)
+    return itertools.cycle(order.reshape(-1, batch_size))
 
 
 def take(data: Sequence[PyTree], rows: np.ndarray) -> tuple[PyTree, ...]:

@@ -14,16 +14,19 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._graph._build import check_dependence
+from .._numerics._promotion import with_own_promotion
 from .._problem._make import Labels, check_labels, feasibility_problem, labels_of
 from .._problem._problem import FeasibilityProblem
+from .._problem._state import State
 from .._program._compiled import jitted
 from .._program._trace import trace
 from ..rules._registry import registry_version
 from ..solvers._iterate import finite_nodes, first_bad
 from ._displacement import DEFAULT_TAU, Options, displacement_of
+from ._persistence import Left, left_by, taken_up
 from ._preconditioner import Preconditioner, preconditioner
 from ._regime import warn_of_few
 
@@ -31,13 +34,22 @@ from ._regime import warn_of_few
 class Direction(NamedTuple):
     """What a minibatch says.
 
-    The loss, where it points, the coordinates of the step (`None` for the plain ones), and the auxiliary output.
+    The loss, where it points, the coordinates of the step (`None` for the plain ones), the auxiliary output, and what
+    the solver leaves at the minibatch, if it is to go on from there.
     """
 
     value: Float[Array, ""]
     moved: PyTree
     coordinates: Preconditioner | None
     auxiliary: PyTree
+    left: Left | None = None
+
+
+class Here(NamedTuple):
+    """What a solver finds at a minibatch: what it left there, and whether it has not been there yet."""
+
+    left: Left
+    is_first: Bool[Array, ""]
 
 
 class AbstractDirection(eqx.Module):
@@ -48,7 +60,7 @@ class AbstractDirection(eqx.Module):
     has_aux: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
-    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
+    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array, here: Here | None = None) -> Direction:
         """The direction on a minibatch; `key` goes to a loss that takes one."""
 
     @abc.abstractmethod
@@ -60,7 +72,7 @@ class AbstractDirection(eqx.Module):
         """
 
     @abc.abstractmethod
-    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
+    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array, here: Here | None = None) -> str:
         """Where a step that gives NaN or infinity goes wrong, found by taking it again."""
 
 
@@ -71,7 +83,7 @@ class Gradient(AbstractDirection):
     loss: Callable[..., Any]
     has_aux: bool
 
-    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
+    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array, here: Here | None = None) -> Direction:
         function = eqx.filter_value_and_grad(self.loss, has_aux=self.has_aux)
         value, moved = function(model, *batch, **key_argument(self.loss, key))
         value, auxiliary = value if self.has_aux else (value, None)
@@ -80,7 +92,7 @@ class Gradient(AbstractDirection):
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
         return jitted(_CheckedValue(self.loss, self.has_aux))(model, batch)
 
-    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
+    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array, here: Here | None = None) -> str:
         return "the gradient"
 
 
@@ -97,12 +109,25 @@ class Displacement(AbstractDirection):
     options: Options
     fixed: frozenset[int] | None
 
-    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Direction:
+    def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array, here: Here | None = None) -> Direction:
         problem = self._problem(model, batch, key)
-        state = self.options.state(problem)
+        state, left = self._state(problem, here)
         coordinates = None if self.fixed is None else preconditioner(problem, self.fixed)
         moved = displacement_of(problem, state, self.options.raw)
-        return Direction(problem.value, moved, coordinates, problem.auxiliary)
+        return Direction(problem.value, moved, coordinates, problem.auxiliary, left)
+
+    def left_at_first(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> Left:
+        """What is found at a minibatch before the first visit: the forward pass."""
+        problem = self._problem(model, batch, key)
+        return left_by(problem, self.options.start(problem))
+
+    @with_own_promotion
+    def _state(self, problem: FeasibilityProblem, here: Here | None) -> tuple[State, Left | None]:
+        """The state whose parameters are read, and what of it stays at the minibatch."""
+        if here is None:
+            return self.options.state(problem), None
+        state = self.options.moved(problem, taken_up(self.options.start(problem), *here))
+        return self.options.solver.settled(problem, state), left_by(problem, state)
 
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:
         first = _FirstValue(self.loss, self.has_aux, self.options)
@@ -110,13 +135,13 @@ class Displacement(AbstractDirection):
         check_labels(labels, data)
         return value
 
-    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array) -> str:
+    def failing_node(self, model: PyTree, batch: Sequence[PyTree], key: Array, here: Here | None = None) -> str:
         problem = self._problem(model, batch, key)
         started = jax.device_get(finite_nodes(problem, problem.start(False)))
         on_the_way = [i for i in problem.graph.forward_order if not started[i]]
         if on_the_way or not bool(jnp.isfinite(problem.value)):
             return problem.describe([*on_the_way, problem.graph.objectives[0]][0])
-        state = self.options.state(problem)
+        state, _ = self._state(problem, here)
         bad = first_bad(problem, jax.device_get(finite_nodes(problem, state)))
         return "the optimizer's update" if bad is None else problem.describe(bad)
 
@@ -180,6 +205,6 @@ class _FirstValue(eqx.Module):
             has_aux=self.has_aux,
             kwargs=key_argument(self.loss, jax.random.key(0)),
         )
-        if self.options.steps is not None:
+        if self.options.steps is not None and not self.options.persists:
             warn_of_few(problem, self.options.solver, self.options.steps)
         return problem.value, labels_of(problem)

@@ -24,7 +24,7 @@ from .._numerics._promotion import with_own_promotion
 from .._problem._make import RAW_TAU, check_copies, check_noise, check_tau, make_problem
 from .._problem._problem import Copies, FeasibilityProblem
 from .._problem._readers import moved_by
-from .._problem._state import State, iterate
+from .._problem._state import State, iterate, prepared
 from .._program._canonical import canonicalised
 from .._program._compiled import jitted
 from .._program._sharding import with_automatic_axes
@@ -61,7 +61,7 @@ class Options:
 
     `steps` is `None` where it follows from the depth of the graph, as does the tau of a `raw` displacement, which is
     taken off as it is. `accuracy` is that of projections that are found by iteration. With `follows`, convolutions make
-    the parameters of the metric less stiff.
+    the parameters of the metric less stiff. With `persists` a run goes on from what it left at a minibatch.
     """
 
     solver: AbstractSolver
@@ -73,6 +73,7 @@ class Options:
     raw: bool = False
     accuracy: float = EXACT
     follows: bool = False
+    persists: bool = False
 
     def problem(self, traced: Trace) -> FeasibilityProblem:
         """The problem of a traced loss, whose tau by default is small in the gradient regime, except in float16."""
@@ -91,9 +92,19 @@ class Options:
         return replace(problem, accuracy=self.accuracy)
 
     def state(self, problem: FeasibilityProblem) -> State:
-        """The state after all steps."""
-        steps = sweeps(problem, self.solver) if self.steps is None else self.steps
-        return run(problem, self.solver, steps)
+        """The state after all steps, whose parameters are read."""
+        return run(problem, self.solver, self._count(problem))
+
+    def start(self, problem: FeasibilityProblem) -> State:
+        """The forward pass, with an array for all that steps may move."""
+        return prepared(ft.partial(self.solver.step, problem), self.solver.init(problem))
+
+    def moved(self, problem: FeasibilityProblem, start: State) -> State:
+        """The state after all steps from a state of `start`, as the solver may go on from it."""
+        return iterate(ft.partial(self.solver.step, problem), start, self._count(problem))
+
+    def _count(self, problem: FeasibilityProblem) -> int:
+        return sweeps(problem, self.solver, self.persists) if self.steps is None else self.steps
 
 
 def checked_options(

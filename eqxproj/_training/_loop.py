@@ -209,7 +209,8 @@ class Loop:
         state, number = self.state.arrays, int(self.state.arrays.bad_step)
         key = jax.random.fold_in(self.state.key, number)
         batch = transformed(self.step.extras.transform, self.source.batch(item), key)
-        node = self.step.direction.failing_node(self.step.running(state), self.step.arguments(state, batch), key)
+        model, arguments = self.step.running(state), self.step.arguments(state, batch)
+        node = self.step.direction.failing_node(model, arguments, key, self.step.here(state, number))
         return NonFiniteError(node, number, self.step.model(state), self.history)
 
 

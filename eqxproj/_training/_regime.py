@@ -31,6 +31,9 @@ _SWEEPS_AT_TAU = 8
 _LOOSER = 16.0
 """Beside kernels that are learned, parameters are less stiff by this factor. Found by trying: see `RESULTS.md`."""
 
+_FEWER = 5
+"""So many times fewer sweeps are made at a minibatch whose state is kept. Found by trying: see `RESULTS.md`."""
+
 ROUGH = 1e-2
 """What may be left of equations solved by iteration: the next sweep finds it, and so does the next minibatch."""
 
@@ -89,9 +92,18 @@ def reach(graph: Graph) -> int:
     return -(-(max(graph.distance) + 1) // 2)
 
 
-def sweeps(problem: FeasibilityProblem, solver: AbstractSolver) -> int:
-    """How many sweeps a solver makes: so many that signals go through all layers and back."""
-    return 4 if solver.is_cyclic else 2 * reach(problem.graph)
+def comes_to_rest(solver: AbstractSolver) -> bool:
+    """Whether a solver has a memory, and goes on well from a state that was left long ago."""
+    return solver.store_copies and not _is_undamped(solver)
+
+
+def sweeps(problem: FeasibilityProblem, solver: AbstractSolver, persists: bool = False) -> int:
+    """How many sweeps a solver makes: so many that signals go through all layers and back.
+
+    One that goes on from where it was last time needs fewer: signals go on too.
+    """
+    count = 4 if solver.is_cyclic else 2 * reach(problem.graph)
+    return max(1, count // _FEWER) if persists else count
 
 
 def warn_of_few(problem: FeasibilityProblem, solver: AbstractSolver, steps: int) -> None:

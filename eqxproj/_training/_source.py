@@ -8,6 +8,7 @@ over those that were used.
 from __future__ import annotations
 
 import abc
+import copy
 import itertools
 import queue
 import threading
@@ -22,7 +23,7 @@ from jaxtyping import Array, PyTree
 
 from .._errors import as_array, described
 from ..solvers._solve import check_positive
-from ._data import batches, canonical, check_data, is_mapped, take
+from ._data import batches, canonical, check_data, is_mapped, same_batches, take
 
 _T = TypeVar("_T")
 Batch = tuple[PyTree, ...]
@@ -63,12 +64,35 @@ class AbstractSource(abc.ABC):
         """A few samples to try the loss on."""
 
 
-class ArraySource(AbstractSource):
-    """Batches of arrays, shuffled anew each epoch."""
+class RowSource(AbstractSource):
+    """Batches of so many rows, shuffled anew each epoch, or always the same ones."""
+
+    count: int
+
+    def __init__(self, count: int, batch_size: int, key: Array):
+        self.count, self.batch_size, self._key, self._order = count, batch_size, key, batches
+
+    @property
+    def period(self) -> int:
+        """How many minibatches hold all rows."""
+        return -(-self.count // self.batch_size)
+
+    def fixed(self) -> RowSource:
+        """The same rows in minibatches that stay the same."""
+        same = copy.copy(self)
+        same._order = same_batches
+        return same
+
+    def _rows(self, start: int) -> Iterator[np.ndarray]:
+        return itertools.islice(self._order(self.count, self.batch_size, self._key), start, None)
+
+
+class ArraySource(RowSource):
+    """Batches of arrays."""
 
     def __init__(self, arrays: Batch, count: int, batch_size: int, key: Array, is_divided: bool):
-        self.arrays, self.checked, self.count, self.batch_size = arrays, arrays, count, batch_size
-        self._rows = lambda: batches(count, batch_size, key)
+        super().__init__(count, batch_size, key)
+        self.arrays, self.checked = arrays, arrays
         leaves = jtu.tree_leaves(arrays)
         is_kept = not is_divided and sum(x.nbytes for x in leaves) <= _ON_DEVICE and not any(map(is_mapped, leaves))
         self.whole = jtu.tree_map(jnp.asarray, arrays) if is_kept else None
@@ -76,7 +100,7 @@ class ArraySource(AbstractSource):
         self.longest = _LONGEST if is_kept else _fitting(batch_size * row)
 
     def items(self, start: int) -> Iterator[PyTree]:
-        rows = itertools.islice(self._rows(), start, None)
+        rows = self._rows(start)
         if self.whole is not None:
             return (picked.astype(np.int32) for picked in rows)
         return read_ahead(take(self.arrays, picked) for picked in rows)
@@ -92,15 +116,14 @@ class ArraySource(AbstractSource):
         return take(self.arrays, np.unique(np.array([0, *extremes], int)))
 
 
-class TableSource(AbstractSource):
-    """Batches of the rows of a `datasets.Dataset`, shuffled anew each epoch and read as they are needed."""
+class TableSource(RowSource):
+    """Batches of the rows of a `datasets.Dataset`, read as they are needed."""
 
     whole = None
 
     def __init__(self, table: Any, columns: tuple[str, ...], batch_size: int, key: Array):
+        super().__init__(len(table), batch_size, key)
         self._table, self._columns = table, columns
-        self.batch_size, self.count = batch_size, len(table)
-        self._rows = lambda: batches(len(table), batch_size, key)
         self.checked = check_data(self._read(np.arange(batch_size)), "data")[0]
         self.longest = _fitting(sum(x.nbytes for x in jtu.tree_leaves(self.checked)))
 
@@ -108,8 +131,7 @@ class TableSource(AbstractSource):
         return _converted(self._table[rows.tolist()], self._columns)
 
     def items(self, start: int) -> Iterator[PyTree]:
-        rows = itertools.islice(self._rows(), start, None)
-        return read_ahead(map(self._read, rows))
+        return read_ahead(map(self._read, self._rows(start)))
 
     def batch(self, item: PyTree) -> Batch:
         return item

@@ -27,7 +27,8 @@ from .._program._compiled import configuration, kept
 from .._program._sharding import constrained_as
 from ..rules._registry import registry_version
 from ..sets._joint import joined, parted
-from ._direction import AbstractDirection, Direction, key_argument
+from ._direction import AbstractDirection, Direction, Here, key_argument
+from ._persistence import at, put
 
 _TRANSFORM = 0x7472  # sets the key of a transform apart from that of the loss
 _RAMP = 6  # tenths of the steps after which discrete sets hold whole: where the default rate begins to fall
@@ -43,6 +44,7 @@ class TrainState(eqx.Module):
     - `bad_step`: the number of the first step that was not finite; -1 while there is none.
     - `layers`: the state of the model's layers that the loss takes and returns, such as running statistics, if any.
     - `average`: the moving average of the parameters, if there is one.
+    - `left`: what the solver has left at each minibatch, in stacked arrays, if it goes on from there.
     """
 
     parameters: PyTree
@@ -52,6 +54,7 @@ class TrainState(eqx.Module):
     carried: PyTree = None
     layers: PyTree = None
     average: PyTree = None
+    left: PyTree = None
 
 
 class StepReport(NamedTuple):
@@ -69,6 +72,7 @@ class Extras(NamedTuple):
     - `has_layers`: whether the loss takes and returns the state of layers.
     - `decay`: of the moving average of the parameters.
     - `eval_parameters`: from the state of the optimizer and the parameters to those of the model that is shown.
+    - `period`: how many minibatches there are, where they stay the same and the solver goes on from what it left there.
     """
 
     transform: Callable[..., Any] | None = None
@@ -76,6 +80,7 @@ class Extras(NamedTuple):
     has_layers: bool = False
     decay: float | None = None
     eval_parameters: Callable[[PyTree, PyTree], PyTree] | None = None
+    period: int | None = None
 
 
 class Step(eqx.Module):
@@ -104,18 +109,25 @@ class Step(eqx.Module):
         """The next state, and what this minibatch said; `number` is that of the step, from 0, `key` that of the run."""
         key = jax.random.fold_in(key, number)
         batch = transformed(self.extras.transform, batch, key)
-        direction, carried, layers = self._direction(state, batch, key)
+        direction, carried, layers = self._direction(state, batch, key, self.here(state, number))
         return self._moved(state, number, direction, (carried, layers), self._value_of(state, batch, key))
 
     def arguments(self, state: TrainState, batch: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """What the loss takes after the model."""
         return (state.layers, *batch) if self.extras.has_layers else tuple(batch)
 
-    def _direction(self, state: TrainState, batch: Sequence[PyTree], key: Array) -> tuple[Direction, PyTree, PyTree]:
+    def here(self, state: TrainState, number: Any) -> Here | None:
+        """What the solver finds at the minibatch of a step, where it leaves anything."""
+        period = self.extras.period
+        return None if period is None else Here(at(state.left, number % period), number < period)
+
+    def _direction(
+        self, state: TrainState, batch: Sequence[PyTree], key: Array, here: Here | None
+    ) -> tuple[Direction, PyTree, PyTree]:
         """The mean direction of the parts of a minibatch, the carried arrays, and the state of the layers."""
         parts = self.extras.parts
         if parts == 1:
-            return self._part(state, batch, key)
+            return self._part(state, batch, key, here)
         split = jtu.tree_map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
         others = eqx.filter((state.carried, state.layers), eqx.is_array, inverse=True)
 
@@ -123,7 +135,7 @@ class Step(eqx.Module):
             part, number = item
             carried, layers = eqx.combine(kept, others)
             now = replace(state, carried=carried, layers=layers)
-            direction, *new = self._part(now, part, jax.random.fold_in(key, number))
+            direction, *new = self._part(now, part, jax.random.fold_in(key, number), None)
             return eqx.filter(tuple(new), eqx.is_array), direction._replace(auxiliary=None)
 
         start = eqx.filter((state.carried, state.layers), eqx.is_array)
@@ -131,9 +143,11 @@ class Step(eqx.Module):
         mean = jtu.tree_map(lambda x: jnp.mean(x, 0), each)
         return mean, *eqx.combine(kept, others)
 
-    def _part(self, state: TrainState, batch: Sequence[PyTree], key: Array) -> tuple[Direction, PyTree, PyTree]:
+    def _part(
+        self, state: TrainState, batch: Sequence[PyTree], key: Array, here: Here | None
+    ) -> tuple[Direction, PyTree, PyTree]:
         model = self.running(state)
-        direction = self.direction(model, self.arguments(state, batch), key)
+        direction = self.direction(model, self.arguments(state, batch), key, here)
         if self.extras.has_layers:
             return direction, state.carried, settled_as(direction.auxiliary, state.layers)
         after = model if self.updated is None else self.updated(model, direction.auxiliary)
@@ -164,7 +178,7 @@ class Step(eqx.Module):
         value_fn: Callable[[PyTree], Array],
     ) -> tuple[TrainState, StepReport]:
         """The state after a step in a direction; `others` are the carried arrays and the state of layers after it."""
-        value, moved, coordinates, _ = direction
+        value, moved, coordinates, *_ = direction
         moved = jtu.tree_map(jnp.conj, cast(moved, state.parameters))  # as JAX has gradients of complex parameters
         norm = _norm(moved)
         moved = moved if coordinates is None else coordinates.centered(moved)
@@ -179,10 +193,11 @@ class Step(eqx.Module):
         ok = _all_finite((value, moved, cast(parameters, self.like))) & (state.bad_step < 0)
         bad = jnp.where(ok | (state.bad_step >= 0), state.bad_step, number)
         new = TrainState(parameters, optimizer, shown, bad, *others, self._average(state, parameters, number))
-        chosen = _chosen(ok, new, state)
-        return replace(chosen, bad_step=bad), StepReport(
-            *(jnp.asarray(x, jnp.result_type(float)) for x in (value, norm))
-        )
+        chosen = _chosen(ok, new, replace(state, left=None))
+        period, left = self.extras.period, state.left
+        left = left if period is None else put(left, direction.left, number % period, ok)
+        report = StepReport(*(jnp.asarray(x, jnp.result_type(float)) for x in (value, norm)))
+        return replace(chosen, bad_step=bad, left=left), report
 
     def _average(self, state: TrainState, parameters: PyTree, number: Any) -> PyTree:
         """The moving average after a step: over few steps at first, so that the initial parameters are forgotten."""
@@ -243,6 +258,7 @@ def prepare(
     steps: int,
     extras: Extras = Extras(),  # noqa: B008
     layers: PyTree = None,
+    left: PyTree = None,
 ) -> tuple[Step, TrainState]:
     """The step that trains a model, and the state to start from; `steps` is how many there are in all."""
     before, after = (tuple(one for one in held if one.is_discrete is flag) for flag in (True, False))
@@ -255,7 +271,7 @@ def prepare(
     step = Step(direction, optimizer, static, like, before, ramp, after, updated, extras)
     average = None if extras.decay is None else wide
     bad = jnp.asarray(-1, jnp.int32)
-    state = TrainState(wide, optimizer.init(wide), step._shown(wide, 0), bad, carried, layers, average)
+    state = TrainState(wide, optimizer.init(wide), step._shown(wide, 0), bad, carried, layers, average, left)
     return step, copied(state)
 
 

@@ -42,6 +42,7 @@ from ._nnx import takes_nnx
 from ._optimizer import REPLACING, checked_optimizer, default_optimizer
 from ._plot import checked_runs, plotted
 from ._regime import AVERAGE, ROUGH, in_projection_regime, settings
+from ._revisits import kept_states, persisting
 from ._source import AbstractSource, source_of
 from ._step import Extras, Step, TrainState, prepare, transformed, widened
 from ._watch import Callback, EarlyStopping, check_watchers
@@ -120,6 +121,7 @@ def train(
     tau: float | None = None,
     noise: Noise = "unreached",
     solver_steps: int | None = None,
+    persist: bool | None = None,
     precondition: bool | None = None,
     method: Literal["projection", "gradient"] = "projection",
     columns: Sequence[str] | None = None,
@@ -166,6 +168,12 @@ def train(
         a cosine to a hundredth of that over the last four tenths of the `steps`.
     - `metric`, `copies`, `tau`, `noise`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
         [`filter_value_and_displacement`][].
+    - `persist`: whether the solver keeps its state at each minibatch, and goes on from it at the next visit, with the
+        parameters of then and a fifth of the sweeps. Minibatches stay the same in all epochs, the last one filled up
+        with samples of the first. It needs a solver with a memory that comes to rest (`DouglasRachford`,
+        `DifferenceMap`, `RelaxedReflectReflect`, `CyclicDouglasRachford`) in the projection regime, arrays or a data
+        set with a length, and a loss without random numbers. By default where this holds, there is no `optimizer`,
+        each minibatch is met ten times or more, and the states fit into 512 MB.
     - `precondition`: whether the steps of layers are measured by how much they change the layers' outputs, given the
         mean, deviation and number of their inputs: the origin and unit of the inputs then make no difference. By
         default wherever the default optimizer runs on displacements. One rate means larger steps with it than without.
@@ -224,21 +232,21 @@ def train(
     extras = _extras(transform, accumulate, (model_state, has_aux), ema, eval_parameters)
     run_key, divided = check_key(key), _check_sharding(sharding)
     source = source_of(data, columns, batch_size, run_key, divided is not None)
+    projects = method == "projection" and in_projection_regime(solver, metric)
+    options = persisting(persist, options, projects, source, steps, loss, extras, divided is not None)
     has_aux = has_aux or extras.has_layers
-    sizes = (eval_every, eval_batch_size)
-    evaluation = _evaluation(eval_data, evaluate, sizes, ValueAlone(loss, has_aux), steps)
+    evaluation = _evaluation(eval_data, evaluate, (eval_every, eval_batch_size), ValueAlone(loss, has_aux), steps)
     plan = _plan(evaluation, (callbacks, early_stopping), checkpoint, checkpoint_every, progress, divided)
     check_model(model)
     given, model = model, on_automatic_mesh(model)
     model = model if divided is None else on_mesh_of(divided, model)
     all_held = held(model, constraints)
     optimizer = REPLACING if replaces else optimizer
-    is_preconditioned = _check_precondition(precondition, optimizer, method)
-    fixed = frozenset(p for one in all_held for p in one.positions) if is_preconditioned else None
+    fixed = _fixed(precondition, optimizer, method, all_held)
     direction = Displacement(loss, has_aux, options, fixed) if method == "projection" else Gradient(loss, has_aux)
     check_common_points(model, all_held)
-    prepared = _prepared(model, direction, optimizer, (all_held, steps, extras), model_state, source, run_key)
-    return _run(*prepared, source, plan, (run_key, divided, resume), (all_held, given))
+    prepared = _prepared(model, direction, optimizer, (all_held, steps, extras, persist), model_state, source, run_key)
+    return _run(*prepared, plan, (run_key, divided, resume), (all_held, given))
 
 
 def _check_basics(steps: Any, loss: Any, method: Any, flags: tuple[Any, Any]) -> int:
@@ -256,20 +264,24 @@ def _prepared(
     model: PyTree,
     direction: AbstractDirection,
     optimizer: optax.GradientTransformation | None,
-    settings: tuple[Sequence[Held], int, Extras],
+    asked: tuple[Sequence[Held], int, Extras, bool | None],
     model_state: PyTree,
     source: AbstractSource,
     key: Array,
-) -> tuple[Step, TrainState]:
-    """A step of training and the state to start from, once the loss and the optimizer have been tried."""
-    all_held, steps, extras = settings
+) -> tuple[Step, TrainState, AbstractSource]:
+    """A step of training, the state to start from, and the data, once the loss and the optimizer have been tried.
+
+    `asked` are the constraints, the number of steps, the extras, and `persist`.
+    """
+    all_held, steps, extras, persist = asked
     if source.batch_size % extras.parts:
         raise ValueError(f"`accumulate` must divide the batch size, {source.batch_size}; got {extras.parts}.")
     layers = jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, model_state)
     _check_first_value(direction, model, source, extras, layers, key)
     optimizer = default_optimizer(steps) if optimizer is None else optimizer
     chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
-    return prepare(model, direction, chain, all_held, steps, extras, layers)
+    direction, extras, source, left = kept_states(persist, direction, model, source, extras, layers)
+    return *prepare(model, direction, chain, all_held, steps, extras, layers, left), source
 
 
 def _run(
@@ -395,14 +407,18 @@ def _options(
     return replace(chosen, accuracy=ROUGH, follows=follows)
 
 
-def _check_precondition(precondition: bool | None, optimizer: Any, method: str) -> bool:
-    if precondition is None:
-        return optimizer is None and method == "projection"
-    if not isinstance(precondition, bool):
+def _fixed(precondition: bool | None, optimizer: Any, method: str, all_held: Sequence[Held]) -> frozenset[int] | None:
+    """What the coordinates of preconditioned steps leave alone: the positions of parameters in sets.
+
+    `None` where steps are not preconditioned.
+    """
+    if precondition is not None and not isinstance(precondition, bool):
         raise TypeError(f"`precondition` must be True, False or None, got {described(precondition)}.")
     if precondition and method == "gradient":
         raise ValueError('`precondition` needs `method="projection"`, whose problem knows the inputs of the layers.')
-    return precondition
+    by_default = optimizer is None and method == "projection"
+    is_wanted = by_default if precondition is None else precondition
+    return frozenset(p for one in all_held for p in one.positions) if is_wanted else None
 
 
 def _check_arguments(loss: Callable[..., Any], data: tuple[PyTree, ...]) -> None:
