@@ -231,6 +231,7 @@ def _chain(depth: int, skip: bool = False):
 
 TASKS: dict[str, Task] = {
     "digits": Task(_flat("digits"), lambda key: Network(64, 10, 128, 2, key), steps=600, batch_size=128),
+    "digits-8": Task(_flat("digits"), lambda key: Network(64, 10, 128, 8, key), steps=600, batch_size=128),
     "digits-transformer": Task(
         ft.partial(_load, "digits", False),
         lambda key: VisionTransformer((1, 8, 8), 10, 32, 2, 2, key),

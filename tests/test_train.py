@@ -315,10 +315,13 @@ def test_an_optimizer_needs_no_hash():
 def test_default_rate_warms_up_and_falls(steps, peak):
     """With a constant gradient, a step of Adam is the rate."""
     optimizer = eqxproj.default_optimizer(steps) if peak == 3e-3 else eqxproj.default_optimizer(steps, peak)
-    state, rates = optimizer.init(jnp.zeros(())), []
-    for _ in range(steps):
+
+    def step(state, _):
         update, state = optimizer.update(jnp.ones(()), state)
-        rates.append(-float(update) * 3e-3 / peak)
+        return state, update
+
+    updates = jax.lax.scan(step, optimizer.init(jnp.zeros(())), length=steps)[1]
+    rates = (-np.asarray(updates, float) * 3e-3 / peak).tolist()
     top = int(np.argmax(np.isclose(rates, max(rates), rtol=1e-4)))
     fall = 6 * steps // 10
     assert max(rates) == pytest.approx(3e-3, rel=1e-3) and top <= fall

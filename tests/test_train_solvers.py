@@ -12,7 +12,8 @@ import pytest
 from every_solver import SOLVERS
 
 import eqxproj
-from eqxproj._training._regime import PROJECTION_TAU, reach, settings, sweeps, tau
+from eqxproj._program._trace import trace
+from eqxproj._training._regime import PROJECTION_TAU, loosened, reach, settings, sweeps, tau
 from eqxproj.losses import cross_entropy, squared_error
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -74,13 +75,29 @@ def test_the_parameters_are_those_of_the_projection():
     assert float(loss(trained, X, Y)) < float(loss(MODEL, X, Y))
 
 
+def convolves(model, x, y):
+    images = jnp.tanh(jax.lax.conv(x.reshape(-1, 1, 2, 2), model["kernel"], (1, 1), "SAME"))
+    return squared_error(images.reshape(len(x), -1) @ model["w"], y).mean()
+
+
+def blurs(model, x, y):
+    """A kernel that is known is nothing to learn."""
+    images = jax.lax.conv(x.reshape(-1, 1, 2, 2), jnp.ones((1, 1, 2, 2)), (1, 1), "SAME")
+    return squared_error(images.reshape(len(x), -1) @ model["w"], y).mean()
+
+
 def test_beside_convolutions_parameters_are_less_stiff():
+    metric = eqxproj.Metric(2.0, 480.0)
+    model = {"kernel": jnp.ones((2, 1, 2, 2)), "w": jnp.ones((8, 2))}
+    batch = random(0, 3, 4), random(1, 3, 2)
+    assert loosened(metric, trace(convolves, model, batch)) == eqxproj.Metric(2.0, 30.0)
+    assert loosened(metric, trace(blurs, {"w": jnp.ones((4, 2))}, batch)) == metric
+    assert loosened(metric, trace(lambda m, x, y: (x @ m["w"] - y).sum(), {"w": jnp.ones((4, 2))}, batch)) == metric
+
+
+@pytest.mark.slow
+def test_training_takes_the_metric_of_convolutions():
     """As with another metric, unless a metric is given; a loss without convolutions keeps its own."""
-
-    def convolves(model, x, y):
-        images = jnp.tanh(jax.lax.conv(x.reshape(-1, 1, 2, 2), model["kernel"], (1, 1), "SAME"))
-        return squared_error(images.reshape(len(x), -1) @ model["w"], y).mean()
-
     rng = np.random.default_rng(0)
     model = {"kernel": jnp.asarray(rng.normal(size=(2, 1, 2, 2)), jnp.float32), "w": jnp.ones((8, 2)) / 4}
     x, y = (jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in (4, 2))
@@ -97,12 +114,6 @@ def test_beside_convolutions_parameters_are_less_stiff():
     dense = {"w": jnp.eye(4)[:, :2]}
     plain = functools.partial(trained, lambda m, x, y: squared_error(x @ m["w"], y).mean(), dense)
     assert eqx.tree_equal(plain(), plain(metric=own))
-
-    def blurs(model, x, y):
-        """A kernel that is known is nothing to learn."""
-        images = jax.lax.conv(x.reshape(-1, 1, 2, 2), jnp.ones((1, 1, 2, 2)), (1, 1), "SAME")
-        return squared_error(images.reshape(len(x), -1) @ model["w"], y).mean()
-
     assert eqx.tree_equal(trained(blurs, dense), trained(blurs, dense, metric=own))
 
 
