@@ -4,8 +4,8 @@
     python benchmarks/paper.py --quick         # a smoke run on the digits of the package
 
 Every solver is run as `eqxproj.train(..., solver=X())`: the parameters become the projection's, and there is no
-optimizer, rate or schedule. It has several settings: nothing else said; `fresh`, where every visit of a minibatch starts
-from the forward pass, also where minibatches come back often; four sweeps, `short`; a smaller tau and
+optimizer, rate or schedule. It has several settings: nothing else said; `persist`, where it keeps its state at each
+minibatch, for solvers with a memory that comes to rest; four sweeps, `short`; a smaller tau and
 parameters that are less stiff, `soft`; `flat`, where deeper states move more easily too; and, twice, more sweeps with
 stiffer parameters. Beside them stand the defaults of `train`, and Adam with warm-up and cosine at six peak
 rates, both for the same number of minibatches. Of every method the setting counts that is best on the validation split
@@ -42,9 +42,10 @@ SOLVERS = (
     "CyclicProjections",
     "CyclicDouglasRachford",
 )
+PERSISTENT = ("DouglasRachford", "DifferenceMap", "RelaxedReflectReflect", "CyclicDouglasRachford")
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "default": {},
-    "fresh": {"persist": False},
+    "persist": {"persist": True},
     "short": {"solver_steps": 4},
     "soft": {"metric": eqxproj.Metric(1.0, 30.0), "tau": 0.03},
     "flat": {"metric": eqxproj.Metric(0.3, 300.0), "tau": 0.02},
@@ -95,7 +96,7 @@ def ways(method: str, settings: Sequence[str]) -> list[Way]:
         options = {"solver": solver, **flat, **SETTINGS[name]}
         return Way(name, lambda steps: options, True)
 
-    return [way(name) for name in settings]
+    return [way(name) for name in settings if name != "persist" or method in PERSISTENT]
 
 
 def trained(task: Task, data: Sequence[Any], way: Way, seed: int, options: argparse.Namespace) -> Run:

@@ -7,12 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from every_solver import SOLVERS
 
 import eqxproj
-from eqxproj._training import _revisits, _train
+from eqxproj._training import _train
 from eqxproj._training._data import same_batches
 from eqxproj._training._persistence import left_by
 from eqxproj._training._regime import sweeps
@@ -116,52 +115,9 @@ def test_a_data_set_has_the_same_minibatches():
         np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-6)
 
 
-# When states are kept where nobody asks for it.
-
-
 def one_device():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-
-
-class Stopped(Exception):
-    """In the place of the first step."""
-
-
-def period(monkeypatch, **options):
-    """For how many minibatches a run has room for states; `None` for no room."""
-
-    def prepare(model, direction, optimizer, held, steps, extras, layers, left):
-        assert (left is None) == (extras.period is None)
-        raise Stopped(extras.period)
-
-    monkeypatch.setattr(_train, "prepare", prepare)
-    with pytest.raises(Stopped) as error:
-        train(**{"metric": None, "steps": 30, **options})
-    return error.value.args[0]
-
-
-def test_by_default_states_are_kept_where_minibatches_come_back(monkeypatch):
-    assert period(monkeypatch) == 3
-    assert period(monkeypatch, solver="CDR", batch_size=11) == 1
-    assert period(monkeypatch, optimizer=optax.sgd(1.0), persist=True, steps=1) == 3
-    for other in (
-        {"steps": 29},  # fewer than ten visits
-        {"persist": False},
-        {"solver": "AP"},
-        {"solver": "AR"},
-        {"optimizer": optax.sgd(1.0)},
-        {"loss": lambda model, x, y, key: loss(model, x, y)},
-        {"accumulate": 2},
-        {"sharding": one_device()},
-    ):
-        assert period(monkeypatch, **other) is None
-
-
-def test_by_default_states_that_are_large_are_not_kept(monkeypatch):
-    monkeypatch.setattr(_revisits, "MOST_BYTES", 100)
-    assert period(monkeypatch) is None
-    assert period(monkeypatch, persist=True) == 3
 
 
 def test_fewer_sweeps_are_made(untyped):
@@ -198,7 +154,7 @@ def test_what_cannot_persist_is_refused(options, words):
 
 @pytest.mark.parametrize("value", [1, "yes", np.True_])
 def test_no_flag_is_refused(value, untyped):
-    with pytest.raises(TypeError, match="`persist` must be True, False or None"):
+    with pytest.raises(TypeError, match="`persist` must be `True` or `False`"):
         train(persist=value)
 
 
@@ -229,6 +185,6 @@ def test_one_sweep_learns_digits(name):
         found = eqxproj.train(model, data.train, classification, steps=200, solver=SOLVERS[name], **options).model
         return float(jnp.mean(jnp.argmax(jax.vmap(found)(data.test[0]), -1) == data.test[1]))
 
-    assert accuracy() > 0.94
+    assert accuracy(persist=True) > 0.94
     with pytest.warns(UserWarning, match="does not reach all layers"):
-        assert accuracy(persist=False, solver_steps=1) < 0.8
+        assert accuracy(solver_steps=1) < 0.8

@@ -7,7 +7,6 @@ the same, and there is a state for each of them, of the size of all activations 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +19,6 @@ from jaxtyping import Array, Bool, PyTree
 from .._problem._problem import FeasibilityProblem
 from .._problem._state import State
 from .._program._equations import dependents
-
-MOST_BYTES = 2**29
-"""What the states of all minibatches may take where nobody has asked for them."""
-VISITS = 10
-"""So often a minibatch must be met before states are kept for it without being asked for."""
 
 
 class Left(eqx.Module):
@@ -57,11 +51,6 @@ def taken_up(fresh: State, left: Left, is_first: Bool[Array, ""]) -> State:
 def nothing_left(like: PyTree, period: int) -> PyTree:
     """Room for what is left at so many minibatches."""
     return jtu.tree_map(lambda x: jnp.zeros((period, *x.shape), x.dtype), like)
-
-
-def bytes_of(like: PyTree, period: int) -> int:
-    """How much room that is."""
-    return period * sum(math.prod(x.shape) * x.dtype.itemsize for x in jtu.tree_leaves(like))
 
 
 def at(left: PyTree, place: Any) -> PyTree:

@@ -1,7 +1,7 @@
 """Whether a run keeps the solver's state for each minibatch, and the room for these states.
 
-Transforms the argument `persist` of `train`, and what else is asked for, into a yes or no. Limits: it must be one
-process with all samples of a minibatch, the same ones in each epoch, and a loss without random numbers.
+Transforms a run into one whose minibatches stay the same, with room for a state at each. Limits: one process must have
+all samples of a minibatch, and the loss must draw no random numbers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._errors import described
+from .._errors import check_flag
 from ..solvers import AbstractSolver
 from ._direction import AbstractDirection, Displacement, takes_key
 from ._displacement import Options
-from ._persistence import MOST_BYTES, VISITS, Left, bytes_of, nothing_left
+from ._persistence import Left, nothing_left
 from ._regime import comes_to_rest
 from ._source import AbstractSource, RowSource
 from ._step import Extras, transformed
@@ -30,29 +30,23 @@ def persisting(
     options: Options,
     projects: bool,
     source: AbstractSource,
-    steps: int,
     loss: Callable[..., Any],
     extras: Extras,
     is_divided: bool,
 ) -> Options:
     """The options of a displacement, which say whether states are to be kept.
 
-    By default they are where minibatches are met often enough, and all is as they need it. `projects` says whether the
-    run is one of the projection regime.
+    `projects` says whether the run is one of the projection regime.
 
     **Raises:** `TypeError` for no flag, `ValueError` where states are asked for that cannot be kept.
     """
-    if persist is not None and not isinstance(persist, bool):
-        raise TypeError(f"`persist` must be True, False or None, got {described(persist)}.")
-    if persist is False:
+    check_flag("persist", persist)
+    if not persist:
         return options
     hindrance = _hindrance(options.solver if projects else None, source, loss, extras, is_divided)
-    if persist and hindrance is not None:
+    if hindrance is not None:
         raise ValueError(f"`persist=True` {hindrance}")
-    if persist:
-        return replace(options, persists=True)
-    pays = options.raw and isinstance(source, RowSource) and steps >= VISITS * source.period
-    return replace(options, persists=pays and hindrance is None)
+    return replace(options, persists=True)
 
 
 def _hindrance(
@@ -83,24 +77,17 @@ def _hindrance(
 
 
 def kept_states(
-    persist: bool | None,
     direction: AbstractDirection,
     model: PyTree,
     source: AbstractSource,
     extras: Extras,
     layers: PyTree,
-) -> tuple[AbstractDirection, Extras, AbstractSource, PyTree]:
-    """Direction, extras and data of a run, and the room for its states, `None` where it keeps none.
-
-    It keeps none where they would take too much room and nobody asked for them.
-    """
+) -> tuple[Extras, AbstractSource, PyTree]:
+    """Extras and data of a run, and the room for its states, `None` where it keeps none."""
     if not (isinstance(direction, Displacement) and direction.options.persists and isinstance(source, RowSource)):
-        return direction, extras, source, None
-    like = _shapes(direction, model, source, extras, layers)
-    if persist is None and bytes_of(like, source.period) > MOST_BYTES:
-        return replace(direction, options=replace(direction.options, persists=False)), extras, source, None
-    left = nothing_left(like, source.period)
-    return direction, extras._replace(period=source.period), source.fixed(), left
+        return extras, source, None
+    left = nothing_left(_shapes(direction, model, source, extras, layers), source.period)
+    return extras._replace(period=source.period), source.fixed(), left
 
 
 def _shapes(direction: Displacement, model: PyTree, source: RowSource, extras: Extras, layers: PyTree) -> Left:

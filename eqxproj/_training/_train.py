@@ -121,7 +121,7 @@ def train(
     tau: float | None = None,
     noise: Noise = "unreached",
     solver_steps: int | None = None,
-    persist: bool | None = None,
+    persist: bool = False,
     precondition: bool | None = None,
     method: Literal["projection", "gradient"] = "projection",
     columns: Sequence[str] | None = None,
@@ -169,11 +169,10 @@ def train(
     - `metric`, `copies`, `tau`, `noise`: of the feasibility problem, see [`feasibility_problem`][]; by default those of
         [`filter_value_and_displacement`][].
     - `persist`: whether the solver keeps its state at each minibatch, and goes on from it at the next visit, with the
-        parameters of then and a fifth of the sweeps. Minibatches stay the same in all epochs, the last one filled up
-        with samples of the first. It needs a solver with a memory that comes to rest (`DouglasRachford`,
-        `DifferenceMap`, `RelaxedReflectReflect`, `CyclicDouglasRachford`) in the projection regime, arrays or a data
-        set with a length, and a loss without random numbers. By default where this holds, there is no `optimizer`,
-        each minibatch is met ten times or more, and the states fit into 512 MB.
+        parameters of then and, unless `solver_steps` says otherwise, a fifth of the sweeps. Minibatches stay the same
+        in all epochs, the last one filled up with samples of the first. It needs a solver with a memory that comes to
+        rest (`DouglasRachford`, `DifferenceMap`, `RelaxedReflectReflect`, `CyclicDouglasRachford`) in the projection
+        regime, arrays or a data set with a length, a loss without random numbers, and memory for all these states.
     - `precondition`: whether the steps of layers are measured by how much they change the layers' outputs, given the
         mean, deviation and number of their inputs: the origin and unit of the inputs then make no difference. By
         default wherever the default optimizer runs on displacements. One rate means larger steps with it than without.
@@ -233,7 +232,7 @@ def train(
     run_key, divided = check_key(key), _check_sharding(sharding)
     source = source_of(data, columns, batch_size, run_key, divided is not None)
     projects = method == "projection" and in_projection_regime(solver, metric)
-    options = persisting(persist, options, projects, source, steps, loss, extras, divided is not None)
+    options = persisting(persist, options, projects, source, loss, extras, divided is not None)
     has_aux = has_aux or extras.has_layers
     evaluation = _evaluation(eval_data, evaluate, (eval_every, eval_batch_size), ValueAlone(loss, has_aux), steps)
     plan = _plan(evaluation, (callbacks, early_stopping), checkpoint, checkpoint_every, progress, divided)
@@ -245,7 +244,7 @@ def train(
     fixed = _fixed(precondition, optimizer, method, all_held)
     direction = Displacement(loss, has_aux, options, fixed) if method == "projection" else Gradient(loss, has_aux)
     check_common_points(model, all_held)
-    prepared = _prepared(model, direction, optimizer, (all_held, steps, extras, persist), model_state, source, run_key)
+    prepared = _prepared(model, direction, optimizer, (all_held, steps, extras), model_state, source, run_key)
     return _run(*prepared, plan, (run_key, divided, resume), (all_held, given))
 
 
@@ -264,23 +263,23 @@ def _prepared(
     model: PyTree,
     direction: AbstractDirection,
     optimizer: optax.GradientTransformation | None,
-    asked: tuple[Sequence[Held], int, Extras, bool | None],
+    asked: tuple[Sequence[Held], int, Extras],
     model_state: PyTree,
     source: AbstractSource,
     key: Array,
 ) -> tuple[Step, TrainState, AbstractSource]:
     """A step of training, the state to start from, and the data, once the loss and the optimizer have been tried.
 
-    `asked` are the constraints, the number of steps, the extras, and `persist`.
+    `asked` are the constraints, the number of steps and the extras.
     """
-    all_held, steps, extras, persist = asked
+    all_held, steps, extras = asked
     if source.batch_size % extras.parts:
         raise ValueError(f"`accumulate` must divide the batch size, {source.batch_size}; got {extras.parts}.")
     layers = jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, model_state)
     _check_first_value(direction, model, source, extras, layers, key)
     optimizer = default_optimizer(steps) if optimizer is None else optimizer
     chain = checked_optimizer(optimizer, widened(eqx.filter(model, eqx.is_inexact_array)))
-    direction, extras, source, left = kept_states(persist, direction, model, source, extras, layers)
+    extras, source, left = kept_states(direction, model, source, extras, layers)
     return *prepare(model, direction, chain, all_held, steps, extras, layers, left), source
 
 
