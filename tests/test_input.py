@@ -254,6 +254,7 @@ def strictly(call):
         return call()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("full_precision")
 def test_the_strict_modes_change_nothing():
     def own(model, x, y):

@@ -72,6 +72,7 @@ def test_elementwise_product_is_nearest():
         assert got <= 1.2 * best + 0.02
 
 
+@pytest.mark.slow
 def test_relu_network():
     model = eqx.nn.MLP(4, 2, 16, 2, key=jax.random.key(0))
     x = random(0, 5, 4)
@@ -83,7 +84,9 @@ def test_relu_network():
 
 
 @pytest.mark.parametrize(
-    "solver", [eqxproj.DouglasRachford(), eqxproj.CyclicProjections()], ids=lambda s: type(s).__name__
+    "solver",
+    [pytest.param(eqxproj.DouglasRachford(), marks=pytest.mark.slow), eqxproj.CyclicProjections()],
+    ids=lambda s: type(s).__name__,
 )
 def test_other_solvers(solver):
     a, w = random(0, 4, 5), random(1, 5, 3)
