@@ -130,12 +130,16 @@ def check_model(model: PyTree) -> None:
             )
 
 
+def _generator(key: Array) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+
+
 def batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray]:
     """An endless stream of index arrays. Each epoch has a new order; a batch may cross from one epoch to the next.
 
     In no batch is a sample twice: what is left of an epoch comes later in the order of the next one.
     """
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    generator = _generator(key)
     pool = np.empty(0, np.int64)
     while True:
         if len(pool) < batch_size:
@@ -151,8 +155,7 @@ def same_batches(count: int, batch_size: int, key: Array) -> Iterator[np.ndarray
 
     Every sample is in one of them; the last one is filled up with the first samples of the order.
     """
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
-    order = np.resize(generator.permutation(count), -(-count // batch_size) * batch_size)
+    order = np.resize(_generator(key).permutation(count), -(-count // batch_size) * batch_size)
     return itertools.cycle(order.reshape(-1, batch_size))
 
 

@@ -61,7 +61,10 @@ class AbstractDirection(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, model: PyTree, batch: Sequence[PyTree], key: Array, here: Here | None = None) -> Direction:
-        """The direction on a minibatch; `key` goes to a loss that takes one."""
+        """The direction on a minibatch; `key` goes to a loss that takes one.
+
+        `here` is what a solver finds at the minibatch, where it goes on from what it has left there.
+        """
 
     @abc.abstractmethod
     def first_value(self, model: PyTree, batch: Sequence[PyTree], data: Sequence[PyTree]) -> Float[Array, ""]:

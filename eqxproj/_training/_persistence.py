@@ -30,8 +30,7 @@ class Left(eqx.Module):
 
 def left_by(problem: FeasibilityProblem, state: State) -> Left:
     """What of a state belongs to the minibatch."""
-    seeds = problem.trace.data
-    found = dependents(problem.trace.program.equations, seeds)
+    found = dependents(problem.trace.program.equations, problem.trace.data)
     of_data = [variable.index in found for variable in problem.graph.values]
     values = tuple(x if keep else None for x, keep in zip(state.values, of_data, strict=True))
     keeps = [any(of_data[v] for v in edge.sources) for edge in problem.graph.edges]
@@ -53,16 +52,15 @@ def nothing_left(like: PyTree, period: int) -> PyTree:
     return jtu.tree_map(lambda x: jnp.zeros((period, *x.shape), x.dtype), like)
 
 
-def at(left: PyTree, place: Any) -> PyTree:
-    """What is left at one minibatch."""
-    return jtu.tree_map(lambda x: jax.lax.dynamic_index_in_dim(x, place, 0, keepdims=False), left)
+def at(stacked: PyTree, place: Any) -> PyTree:
+    """One item of stacked arrays, such as what is left at one minibatch."""
+    return jtu.tree_map(lambda x: jax.lax.dynamic_index_in_dim(x, place, 0, keepdims=False), stacked)
 
 
 def put(left: PyTree, new: PyTree, place: Any, ok: Bool[Array, ""]) -> PyTree:
     """The same with something new at one minibatch, where all is well."""
 
-    def written(all_: Array, x: Array) -> Array:
-        old = jax.lax.dynamic_index_in_dim(all_, place, 0, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(all_, jnp.where(ok, x, old), place, 0)
+    def written(stacked: Array, new: Array, old: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(stacked, jnp.where(ok, new, old), place, 0)
 
-    return jtu.tree_map(written, left, new)
+    return jtu.tree_map(written, left, new, at(left, place))

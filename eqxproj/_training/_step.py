@@ -323,7 +323,7 @@ def compiled(step: Step, state: TrainState, whole: PyTree, items: PyTree, key: A
 
         def steps(arrays: PyTree, first: Array, count: Array, items: PyTree, whole: PyTree, key: Array) -> PyTree:
             def body(i: Array, carry: tuple[PyTree, StepReport]) -> tuple[PyTree, StepReport]:
-                item = jtu.tree_map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), items)
+                item = at(items, i)
                 batch = item if whole is None else jtu.tree_map(lambda x: x[item], whole)
                 new, report = step(eqx.combine(carry[0], fixed), first + i, batch, key)
                 new = jtu.tree_map(_like, eqx.filter(new, eqx.is_array), carry[0])
